@@ -1,0 +1,203 @@
+"""What a worker may ask of an engine, and what it gets back.
+
+One engine runs one model on one device. It is not thread-safe: one thread owns it (`shared.worker`). It knows token
+ids, pages and positions; not text, topics or Redis.
+
+    add ─────> waiting ──> prefilling ──> running ──> (finished: pages freed at once)
+                  ^                          │  └───> held    (hold_kv: after the first token, until `release`)
+                  └──── preempted <──────────┘
+    reserve ─> importing ── imported ──> running
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.blocks import BlockHash, TokenIds
+from shared.kv.layout import KvLayout
+from shared.request import FinishReason, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One choice to run.
+
+    Attributes:
+        key: the caller's name for it, unique among those in the engine.
+        ids: the tokens whose successor is wanted: the prompt and, behind it, tokens accepted already.
+        prompt_len: how many of `ids` are prompt. The next token has index `len(ids) - prompt_len` in the answer;
+            max_tokens, min_tokens and penalties count the answer from there.
+        choice: index of the choice; keys the random generator together with seed and token index.
+        cache_salt: pages are shared only among requests of one salt.
+        hold_kv: stop after one token and keep the pages of `ids` until `release` (the prefill role).
+    """
+
+    key: str
+    ids: TokenIds
+    prompt_len: int
+    sampling: SamplingParams
+    choice: int = 0
+    cache_salt: str = ""
+    hold_kv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Pages set aside for KV that comes from a peer.
+
+    Attributes:
+        pages: page numbers of positions [0, len(ids) - 1) in order, cached ones first.
+        num_cached_pages: how many of them hold the right KV already and must not be written.
+    """
+
+    pages: tuple[int, ...]
+    num_cached_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One new token of one request.
+
+    Attributes:
+        key: of the request.
+        index: position in the answer (0 is the first token after the prompt).
+        token_id: the token.
+        finish: set if this token ends the choice. FAILED: no token was made (token_id is -1), see `error`.
+        num_cached_tokens: prompt tokens whose KV was found rather than computed; set with the request's first output.
+        error: what went wrong, with FAILED (for instance NaN logits).
+    """
+
+    key: str
+    index: int
+    token_id: int
+    finish: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did.
+
+    Attributes:
+        tokens: new tokens, at most one a request.
+        started: keys of requests whose first chunk was computed in this step.
+        num_batch_tokens: token rows computed.
+    """
+
+    tokens: tuple[TokenOutput, ...] = ()
+    started: tuple[str, ...] = ()
+    num_batch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChanges:
+    """Full blocks that became shareable, and those that went, since the last time asked."""
+
+    stored: tuple[BlockHash, ...] = ()
+    evicted: tuple[BlockHash, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges and lifetime counters.
+
+    Attributes:
+        num_free_pages: free plus evictable: what a new request could take.
+    """
+
+    num_pages: int
+    num_free_pages: int
+    num_waiting: int
+    num_running: int
+    num_held: int
+    num_importing: int
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine can take.
+
+    Attributes:
+        max_context: positions the model has; prompt and answer together.
+        num_pages: pages of its cache; a request must fit them alone.
+        max_running: requests decoded at once.
+        max_batch_tokens: token rows of one step; longer prompts are prefilled in chunks.
+    """
+
+    max_context: int
+    num_pages: int
+    max_running: int
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What others must know of the model an engine runs."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    layout: KvLayout
+
+
+class Engine(Protocol):
+    """One model on one device; see the module's drawing."""
+
+    @property
+    def model(self) -> EngineModel: ...
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request for prefill. Raises ValueError if the key is in use or the request can never fit."""
+        ...
+
+    def reserve(self, request: EngineRequest) -> Reservation | None:
+        """Set pages aside for the KV of positions [0, len(ids) - 1); None: not enough free pages or seats now.
+
+        The last id is the peer's newest token: its own KV is computed by the first decode step. Raises as `add`.
+        """
+        ...
+
+    def imported(self, key: str) -> None:
+        """The reserved pages hold their KV: the request joins the running batch at the next step."""
+        ...
+
+    def release(self, key: str) -> None:
+        """Give up the pages of a held request. Unknown keys do nothing."""
+        ...
+
+    def held_pages(self, key: str) -> tuple[int, ...]:
+        """Pages of a held request, in order of position. Raises KeyError."""
+        ...
+
+    def abort(self, key: str) -> None:
+        """Forget a request in any state and free what it has. Unknown keys do nothing.
+
+        An importing request's pages are freed too: the caller must have ended the transfer into them first.
+        """
+        ...
+
+    def step(self) -> StepOutput:
+        """Schedule, run and post-process one batch; an empty output if there is nothing to do."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether `step` would compute anything."""
+        ...
+
+    def take_block_changes(self) -> BlockChanges: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def check(self) -> None:
+        """Raise AssertionError if the page accounting does not add up."""
+        ...

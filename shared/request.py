@@ -1,0 +1,123 @@
+"""The nouns of a request: ids, sampling parameters, finish reasons, the events of its life."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+"""Names one request for ever; chosen by whoever submits it."""
+
+PlacementId = NewType("PlacementId", str)
+"""Names one attempt to run one choice of a request on chosen workers."""
+
+Incarnation = NewType("Incarnation", str)
+"""Random name of one process start; a restarted process has another."""
+
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+
+NUM_REQUEST_PARTITIONS = 16
+"""Partitions of `ingest`, `ingest-resume`, `stream-out` and `results`."""
+
+
+def partition_of(request_id: RequestId) -> int:
+    """The `stream-out` and `results` partition in which the request lives."""
+    return int.from_bytes(sha256(request_id.encode()).digest()[:4], "big") % NUM_REQUEST_PARTITIONS
+
+
+def keyed_request_id(tenant: str, idempotency_key: str) -> RequestId:
+    """The id of every request that `tenant` sends under `idempotency_key`."""
+    digest = sha256(f"{len(tenant)}:{tenant}{idempotency_key}".encode()).hexdigest()
+    return RequestId(f"key-{digest[:32]}")
+
+
+class FinishReason(StrEnum):
+    """How a choice ended. The first two are a worker's word, the others also end it by a `cut`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Event(StrEnum):
+    """The life of a request; each is a time stamp in unix seconds, by the clock of the host named.
+
+        accepted ─> admitted ─> placed ─> prefilling ─> first_token ─> transferring ─> decoding ─> finished ─> delivered
+        (broker)    (ingest)   (ingest)   (prefill)      (prefill)      (decode)       (decode)    (worker)    (edge)
+
+    A first token that ends the request goes from `first_token` straight to `finished`.
+    """
+
+    ACCEPTED = "accepted"
+    ADMITTED = "admitted"
+    PLACED = "placed"
+    PREFILLING = "prefilling"
+    FIRST_TOKEN = "first_token"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    DELIVERED = "delivered"
+
+
+Stamps = dict[Event, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the engine picks tokens. Complete after admission: `seed` is always set.
+
+    Token `i` of choice `c` draws from a generator keyed by (seed, c, i), so a sampled answer does not depend on
+    the batch, the worker or how often it was moved.
+
+    Attributes:
+        max_tokens: tokens to make at most, 1 or more.
+        min_tokens: neither EOS nor a stop id may end the choice before this many tokens.
+        temperature: 0 is greedy; the filters below then do nothing.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: above 1 divides (multiplies, if negative) the logits of tokens seen in prompt or answer.
+        presence_penalty, frequency_penalty: subtracted from logits of tokens in the answer, once and per occurrence.
+        stop_token_ids: end the choice as EOS does.
+        ignore_eos: EOS is an ordinary token.
+        logprobs: number of alternatives to report per token beside the chosen one; None reports nothing.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability (natural, of the unfiltered distribution after penalties) of one token and its rivals.
+
+    Attributes:
+        logprob: of the chosen token.
+        top: (token id, logprob) of the likeliest tokens, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRef:
+    """One process start of a worker: the slot it reads and the name of this start."""
+
+    slot: int
+    incarnation: Incarnation
