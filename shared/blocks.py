@@ -4,7 +4,7 @@ from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from hashlib import sha256
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 PAGE_TOKENS = 64
 """Tokens of one KV page and of one hashed block."""
@@ -12,7 +12,11 @@ PAGE_TOKENS = 64
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes naming a block of tokens *and everything before it*, for one tenant salt and model."""
 
-TokenIds = array[int]
+# array is generic for the type checker only before Python 3.12.
+if TYPE_CHECKING:
+    TokenIds = array[int]
+else:
+    TokenIds = array
 """Token ids, 4 bytes each (typecode "i")."""
 
 

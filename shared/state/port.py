@@ -1,0 +1,200 @@
+"""Coordination: who holds which slot and partition, what each worker has taken on, where a request was placed.
+
+Nothing here is the truth about a request (that is the log). All calls are idempotent, so a call whose answer got lost
+is simply made again; the client does that itself within its deadline and raises StateUnavailable after it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from shared.blocks import BlockHash
+from shared.errors import BatonError
+from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
+
+
+class StateUnavailable(BatonError):
+    """Redis did not answer within the call's deadline."""
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCard:
+    """What does not change about a worker while it lives.
+
+    Attributes:
+        name: for people.
+        max_context: positions of its model.
+        num_pages: pages of its cache.
+        max_running: requests it runs at once.
+        transfer_address: its KV listener, "host:port".
+        layout_fingerprint: of its pages; KV moves only between equal ones.
+    """
+
+    incarnation: Incarnation
+    role: Role
+    name: str
+    model: str
+    model_fingerprint: str
+    max_context: int
+    num_pages: int
+    max_running: int
+    transfer_address: str
+    layout_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker says of itself at each beat.
+
+    Attributes:
+        num_queued_tokens: prompt tokens it has still to compute.
+        draining: it takes no new work.
+    """
+
+    num_free_pages: int
+    num_running: int
+    num_waiting: int
+    num_queued_tokens: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWorker:
+    """A worker whose lease stands.
+
+    Attributes:
+        num_credit_pages, num_credits: taken by placements that have not been given back yet.
+    """
+
+    slot: int
+    card: WorkerCard
+    load: WorkerLoad
+    num_credit_pages: int
+    num_credits: int
+
+    @property
+    def ref(self) -> WorkerRef:
+        return WorkerRef(self.slot, self.card.incarnation)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementKey:
+    """Names one decision: place this choice for this epoch."""
+
+    request_id: RequestId
+    choice: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a choice runs."""
+
+    id: PlacementId
+    prefill: WorkerRef
+    decode: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHint:
+    """Where a request's first `open` or `cut` stands on `stream-out`."""
+
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFeedEntry:
+    """One announcement of a worker.
+
+    Attributes:
+        sequence: 0, 1, 2, ... without gaps for one incarnation.
+        cursor: pass to the next read.
+    """
+
+    incarnation: Incarnation
+    sequence: int
+    stored: tuple[BlockHash, ...]
+    evicted: tuple[BlockHash, ...]
+    cursor: str
+
+
+class State(Protocol):
+    """A connection to the coordination store. `lease_ms` arguments are in milliseconds of the store's own clock."""
+
+    # Workers
+    async def claim_slot(self, card: WorkerCard, load: WorkerLoad, *, num_slots: int, lease_ms: int) -> int | None:
+        """Take the lowest free slot (the same one if this incarnation holds one); None: all are taken."""
+        ...
+
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
+        """Renew the slot's lease and publish the load; False: the lease was lost, whoever holds the slot now."""
+        ...
+
+    async def release_slot(self, slot: int, incarnation: Incarnation) -> None:
+        """Give the slot back, if this incarnation holds it."""
+        ...
+
+    async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
+        """All workers whose lease stands, by slot."""
+        ...
+
+    # Partitions
+    async def lease_partitions(
+        self, group: str, member: Incarnation, *, num_partitions: int, lease_ms: int
+    ) -> frozenset[int]:
+        """Renew this member's partitions and settle its share: free ones are taken up to ceil(partitions / members),
+        surplus ones given up. Returns what it holds now."""
+        ...
+
+    async def leave_group(self, group: str, member: Incarnation) -> None:
+        """Give up membership and all partitions."""
+        ...
+
+    async def group_members(self, group: str) -> frozenset[Incarnation]:
+        """Members whose membership stands."""
+        ...
+
+    # Placement
+    async def place(
+        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+    ) -> Placement | None:
+        """Take credits on both workers and record the placement, atomically.
+
+        Returns the placement that stands for `key` (an earlier one, if this was asked before), or None: one of the
+        workers lost its slot or has not enough pages left beside the credits taken (capacity = its card's num_pages).
+        """
+        ...
+
+    async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
+        """Return the placement's credits on one worker; again does nothing."""
+        ...
+
+    async def note_request(self, request_id: RequestId, hint: RequestHint, *, keep_ms: int) -> None:
+        """Remember where the request's story begins; the first note stands."""
+        ...
+
+    async def find_request(self, request_id: RequestId) -> RequestHint | None: ...
+
+    # Blocks
+    async def announce_blocks(
+        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
+    ) -> None:
+        """Append to the worker's feed."""
+        ...
+
+    async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
+        """Entries behind the cursors ("0" reads from the start of what is kept), in order for each worker."""
+        ...
+
+    async def reachable(self) -> bool:
+        """Whether the store answers now (readiness)."""
+        ...

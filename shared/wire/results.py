@@ -1,0 +1,36 @@
+"""What applications read: the one end of every request (`results`), and jobs nobody could serve (`dead-letter`)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.request import Event, RequestId
+from shared.wire.codec import Decoder
+from shared.wire.to_stream_out import ErrorBody
+
+HEADER_ERROR = "error"
+HEADER_SOURCE_TOPIC = "source-topic"
+HEADER_SOURCE_PARTITION = "source-partition"
+HEADER_SOURCE_OFFSET = "source-offset"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end of a request, a pure function of the log: written twice it is the same byte for byte.
+
+    Attributes:
+        status: "completed" if every choice ended by stop or length, else the first other finish reason.
+        response: the answer in OpenAI's shape, absent if nothing was generated.
+        error: why, unless completed.
+        timings: unix seconds by event; of several choices the last.
+    """
+
+    request_id: RequestId
+    status: str
+    tenant: str = ""
+    body_hash: str = ""
+    response: dict[str, Any] | None = None
+    error: ErrorBody | None = None
+    timings: dict[Event, float] = field(default_factory=dict[Event, float])
+
+
+RESULT_DECODER: Decoder[Result] = Decoder(Result)

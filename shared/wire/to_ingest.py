@@ -1,0 +1,44 @@
+"""What ingest reads: jobs, in OpenAI's shape with headers (public), and requests to place again (private)."""
+
+from dataclasses import dataclass
+
+from shared.request import RequestId
+from shared.wire.codec import Decoder, WireIds
+
+HEADER_TENANT = "tenant"
+HEADER_DEADLINE = "deadline-unix-ms"
+HEADER_PRIORITY = "priority"
+HEADER_IDEMPOTENCY_KEY = "idempotency-key"
+HEADER_TRACEPARENT = "traceparent"
+HEADER_EDGE = "edge-incarnation"
+"""Set by an edge on behalf of a waiting client: the request is cancelled when no edge is attached any more."""
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogPosition:
+    """Where a record stands."""
+
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A choice whose placement was closed by a cut: place it again and go on behind the accepted tokens.
+
+    Attributes:
+        job: where the job stands on `ingest`.
+        epoch: the epoch to open.
+        accepted_ids: the answer so far.
+    """
+
+    request_id: RequestId
+    choice: int
+    epoch: int
+    job: LogPosition
+    accepted_ids: WireIds
+
+
+RESUME_DECODER: Decoder[Resume] = Decoder(Resume)

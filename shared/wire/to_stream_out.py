@@ -1,0 +1,154 @@
+"""What stands on `stream-out`: the whole story of each request, in one partition, read by `policy/fold.py` alone."""
+
+from dataclasses import dataclass, field
+
+from shared.request import (
+    Event,
+    FinishReason,
+    Incarnation,
+    PlacementId,
+    RequestId,
+    TokenLogprob,
+    WorkerRef,
+)
+from shared.wire.codec import Decoder, WireIds
+from shared.wire.to_ingest import LogPosition
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    """Why a request failed or was refused, in OpenAI's words."""
+
+    message: str
+    type: str
+    http_status: int
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a reader of the log must know of the request to answer its client.
+
+    Attributes:
+        body_hash: of the job's value; another job under the same id with another hash is a conflict.
+        chat: answer in the chat shape, else in that of completions.
+        num_choices: choices asked for (`n`).
+        logprobs: alternatives per token asked for, or None.
+        deadline_s: unix seconds.
+        edge: the edge that accepted it for a waiting client; None for jobs that need nobody attached.
+        stamps: accepted and admitted.
+    """
+
+    tenant: str
+    model: str
+    body_hash: str
+    chat: bool
+    num_choices: int
+    num_prompt_tokens: int
+    deadline_s: float
+    job: LogPosition
+    stop_strings: tuple[str, ...] = ()
+    logprobs: int | None = None
+    include_usage: bool = False
+    edge: Incarnation | None = None
+    traceparent: str | None = None
+    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A placement was made: its frames count from here on, if the epoch is current and none is open.
+
+    Attributes:
+        view: with epoch 1 only.
+        stamps: placed.
+    """
+
+    request_id: RequestId
+    choice: int
+    epoch: int
+    placement: PlacementId
+    prefill: WorkerRef
+    decode: WorkerRef
+    view: View | None = None
+    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+
+
+@dataclass(frozen=True, slots=True)
+class FrameEntry:
+    """New tokens of one placement.
+
+    Attributes:
+        index: place in the answer of the first of `ids`.
+        finish: the choice ends behind `ids`.
+        stop_reason: the stop string, or the text of the stop token id, that ended it; None for EOS.
+        num_cached_tokens: prompt tokens whose KV was found; with the first entry of a prefill.
+        stamps: events that this worker passed since its last entry.
+        prefill_done: nothing more comes from the prefill worker (decode's entries).
+    """
+
+    request_id: RequestId
+    choice: int
+    placement: PlacementId
+    index: int
+    ids: WireIds
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: ErrorBody | None = None
+    num_cached_tokens: int | None = None
+    prefill_done: bool = False
+    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """All tokens that one worker's step made for this partition."""
+
+    worker: WorkerRef
+    entries: tuple[FrameEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Closes the open placement of a choice, if `epoch` is current + 1; with an outcome it ends the choice.
+
+    A cut with an outcome for a request of which no `open` came yet ends the request with all its choices.
+
+    Attributes:
+        reason: for people and metrics ("deadline", "client gone", "drain", ...).
+        outcome: the end, or None if the choice is to be placed again.
+        view: where a refusal comes before any `open`, what is known of the request.
+    """
+
+    request_id: RequestId
+    choice: int
+    epoch: int
+    reason: str
+    outcome: FinishReason | None = None
+    error: ErrorBody | None = None
+    view: View | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """A client of this edge follows the request; `stream` tells its connections apart."""
+
+    request_id: RequestId
+    edge: Incarnation
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """The client that `Attach` told of is gone."""
+
+    request_id: RequestId
+    edge: Incarnation
+    stream: str
+
+
+StreamOutMessage = Open | Frame | Cut | Attach | Detach
+STREAM_OUT_DECODER: Decoder[StreamOutMessage] = Decoder(Open, Frame, Cut, Attach, Detach)

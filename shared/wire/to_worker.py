@@ -1,0 +1,91 @@
+"""What a worker reads from its slot's partitions: `prefill[slot]` and `decode[slot]`.
+
+Every message names the incarnation it is meant for; a worker ignores those for another.
+"""
+
+from dataclasses import dataclass
+
+from shared.request import Incarnation, PlacementId, RequestId, SamplingParams, WorkerRef
+from shared.wire.codec import Decoder, WireBytes, WireIds
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What both workers of a placement must know of the choice they run.
+
+    Attributes:
+        deadline_s: unix seconds after which nobody wants the answer.
+        stop_strings: the worker ends the choice where its text holds one of these.
+        cache_salt: pages are shared only among requests of one salt.
+    """
+
+    request_id: RequestId
+    choice: int
+    epoch: int
+    placement: PlacementId
+    prompt_len: int
+    sampling: SamplingParams
+    deadline_s: float
+    stop_strings: tuple[str, ...] = ()
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWork:
+    """Compute KV of `ids` and the token behind them, then hand both to `decode`.
+
+    Attributes:
+        ids: prompt and accepted tokens.
+        target: the prefill worker this is for.
+        decode: the decode worker that goes on.
+    """
+
+    assignment: Assignment
+    ids: WireIds
+    target: WorkerRef
+    decode: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class KvTicket:
+    """The right to pull the KV of one placement, once.
+
+    Attributes:
+        address: the source's listener, "host:port".
+        secret: proves that the puller was given this ticket; never logged.
+        num_tokens: KV of positions [0, num_tokens) is on offer.
+        layout_fingerprint: of the pages on offer.
+    """
+
+    key: str
+    address: str
+    source: Incarnation
+    secret: WireBytes
+    num_tokens: int
+    layout_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWork:
+    """Pull the KV of ids[:-1] and go on behind ids[-1], the token that prefill made.
+
+    Attributes:
+        target: the decode worker this is for.
+    """
+
+    assignment: Assignment
+    ids: WireIds
+    target: WorkerRef
+    ticket: KvTicket
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nobody wants this placement any more: forget it and free what it has."""
+
+    placement: PlacementId
+    target: WorkerRef
+
+
+TO_PREFILL_DECODER: Decoder[PrefillWork | Stop] = Decoder(PrefillWork, Stop)
+TO_DECODE_DECODER: Decoder[DecodeWork | Stop] = Decoder(DecodeWork, Stop)
