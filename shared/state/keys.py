@@ -24,7 +24,7 @@ def load(incarnation: Incarnation) -> str:
     return f"{PREFIX}:load:{incarnation}"
 
 
-def credits(incarnation: Incarnation) -> str:
+def credits_taken(incarnation: Incarnation) -> str:
     """Hash: placement -> pages taken on that worker; expires a while after the worker."""
     return f"{PREFIX}:credits:{incarnation}"
 

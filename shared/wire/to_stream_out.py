@@ -86,7 +86,6 @@ class FrameEntry:
         stop_reason: the stop string, or the text of the stop token id, that ended it; None for EOS.
         num_cached_tokens: prompt tokens whose KV was found; with the first entry of a prefill.
         stamps: events that this worker passed since its last entry.
-        prefill_done: nothing more comes from the prefill worker (decode's entries).
     """
 
     request_id: RequestId
@@ -99,7 +98,6 @@ class FrameEntry:
     stop_reason: str | int | None = None
     error: ErrorBody | None = None
     num_cached_tokens: int | None = None
-    prefill_done: bool = False
     stamps: dict[Event, float] = field(default_factory=dict[Event, float])
 
 
