@@ -1,0 +1,74 @@
+"""Every metric of the workers and of ingest, unit in the name; `vllm:*` where it means the same as there.
+
+A metrics object belongs to one service in one process; its registry is passed in, so several may live side by side.
+No label is a request id.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TOKEN_BUCKETS = tuple(float(2**n) for n in range(18))
+
+
+class IngestMetrics:
+    """What ingest counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.jobs = Counter("baton_jobs_total", "Jobs read from the topic ingest", registry=registry)
+        self.rejected = Counter("baton_rejected_total", "Jobs refused", ["code"], registry=registry)
+        self.unknown_fields = Counter(
+            "baton_unknown_fields_total",
+            "Request fields that were ignored because nothing knows them",
+            registry=registry,
+        )
+        self.placed = Counter("baton_placements_total", "Placements made", registry=registry)
+        self.backlog = Gauge("baton_backlog_requests", "Choices admitted and not placed yet", registry=registry)
+        self.place_seconds = Histogram(
+            "baton_place_seconds",
+            "From admission to the placement's open",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.feed_gaps = Counter(
+            "baton_block_feed_gaps_total", "Gaps in workers' block feeds; their overlap is forgotten", registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a worker counts; gauges are set at each beat from the engine's own statistics."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["model_name"], registry=registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=registry).labels(model_name)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ["model_name"], buckets=buckets, registry=registry).labels(model_name)
+
+        self.num_running = gauge("vllm:num_requests_running", "Requests in the running batch")
+        self.num_waiting = gauge("vllm:num_requests_waiting", "Requests waiting for a batch")
+        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1")
+        self.prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self.prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages and were computed again")
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens computed")
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated")
+        self.free_pages = gauge("baton_kv_pages_free", "KV pages that a new request could take")
+        self.total_pages = gauge("baton_kv_pages", "KV pages of the worker")
+        self.held_requests = gauge("baton_kv_held_requests", "Requests whose KV waits for its decode worker")
+        self.step_seconds = histogram("baton_step_seconds", "Duration of one engine step", LATENCY_BUCKETS_S)
+        self.step_tokens = histogram("baton_step_tokens", "Token rows of one engine step", TOKEN_BUCKETS)
+        self.transfer_seconds = histogram("baton_kv_pull_seconds", "From pull to usable pages", LATENCY_BUCKETS_S)
+        self.transfer_bytes = counter("baton_kv_pull_bytes", "KV bytes pulled from peers")
+        self.local_prefills = counter(
+            "baton_local_prefills", "Prompts computed on the decode worker because the KV could not be pulled"
+        )
+        self.holds_ended = Counter(
+            "baton_kv_holds_total", "How offers of KV ended", ["model_name", "outcome"], registry=registry
+        )
+        self.ignored = Counter(
+            "baton_ignored_records_total", "Slot records ignored", ["model_name", "reason"], registry=registry
+        )
+        self.model_name = model_name

@@ -1,0 +1,118 @@
+"""A process's frame: signals, the health and metrics port, ordered start and stop."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from shared.errors import BatonError
+from shared.observe import log
+
+SHUTDOWN_TIMEOUT_S = 5
+"""HTTP exchanges in progress at the stop get this long."""
+
+Readiness = Callable[[], Awaitable[dict[str, bool]]]
+"""Tells of each thing the service needs whether it is there now."""
+
+
+def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_level: str = "info") -> None:
+    """Run `main` to its end and exit with its outcome.
+
+    `main` gets an event that the first SIGTERM or SIGINT sets (drain and leave); a second one cancels it.
+    A BatonError ends the process with status 1 and one line; any other exception with its traceback.
+    """
+    log.configure(log_level)
+    logger = log.logger(service)
+    try:
+        asyncio.run(_run_until_stopped(main))
+    except (BatonError, OSError) as error:
+        logger.error("stopped", error=str(error), kind=type(error).__name__)
+        sys.exit(1)
+    except BaseExceptionGroup as group:
+        expected, unexpected = group.split(BatonError)
+        if unexpected is not None:
+            raise
+        assert expected is not None
+        logger.error("stopped", errors=[str(error) for error in _leaves(expected)])
+        sys.exit(1)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
+
+
+async def _run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(main(stop))
+
+    def on_signal() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, on_signal)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+
+
+def health_routes(registry: CollectorRegistry, readiness: Readiness) -> list[BaseRoute]:
+    """`/health` (the loop turns), `/ready` (all that is needed is there; 503 names what is not), `/metrics`."""
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok", "pid": os.getpid()})
+
+    async def ready(_: Request) -> Response:
+        parts = await readiness()
+        return JSONResponse({"ready": all(parts.values()), **parts}, status_code=200 if all(parts.values()) else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
+
+
+@asynccontextmanager
+async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> AsyncIterator[int]:
+    """Serve `routes` while the context is open; gives the port (a free one for 0). Raises OSError if it is taken."""
+    listener = socket.create_server((host, port))
+    config = uvicorn.Config(
+        Starlette(routes=list(routes)),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: the service decides when to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
