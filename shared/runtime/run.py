@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -91,7 +91,7 @@ def health_routes(registry: CollectorRegistry, readiness: Readiness) -> list[Bas
 
 
 @asynccontextmanager
-async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> AsyncIterator[int]:
+async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> AsyncGenerator[int]:
     """Serve `routes` while the context is open; gives the port (a free one for 0). Raises OSError if it is taken."""
     listener = socket.create_server((host, port))
     config = uvicorn.Config(
@@ -114,5 +114,5 @@ class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the service decides when to stop."""
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         yield

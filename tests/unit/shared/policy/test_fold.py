@@ -1,0 +1,234 @@
+"""The fold under random schedules: zombies, duplicates, delays, competing placements and cuts."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.blocks import token_ids
+from shared.policy.fold import Ended, Finished, Grew, Opened, PartitionFold, Vacated, Voided
+from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
+from shared.wire.to_ingest import LogPosition
+from shared.wire.to_stream_out import Attach, Cut, Detach, Frame, FrameEntry, Open, View
+
+REQUEST = RequestId("r")
+PREFILL = WorkerRef(0, Incarnation("p"))
+DECODE = WorkerRef(1, Incarnation("d"))
+
+
+def a_view(num_choices=1, edge=None):
+    return View("t", "m", "h", False, num_choices, 3, 100.0, LogPosition(0, 0), edge=edge)
+
+
+def an_open(placement, epoch=1, choice=0, **view):
+    return Open(REQUEST, choice, epoch, PlacementId(placement), PREFILL, DECODE, a_view(**view) if epoch == 1 else None)
+
+
+def a_frame(placement, index, ids, finish=None, choice=0, worker=DECODE):
+    return Frame(worker, (FrameEntry(REQUEST, choice, PlacementId(placement), index, token_ids(ids), finish=finish),))
+
+
+def a_cut(epoch, outcome=None, choice=0):
+    return Cut(REQUEST, choice, epoch, "test", outcome)
+
+
+def fold_all(*messages):
+    fold = PartitionFold()
+    changes = [change for offset, message in enumerate(messages) for change in fold.apply(offset, 0.0, message)]
+    return fold.requests[REQUEST], changes
+
+
+def kinds(changes):
+    return [type(change) for change in changes]
+
+
+def test_a_plain_life():
+    state, changes = fold_all(an_open("a"), a_frame("a", 0, [7]), a_frame("a", 1, [8, 9], FinishReason.LENGTH))
+    assert kinds(changes) == [Opened, Grew, Grew, Ended, Finished]
+    assert list(state.choice(0).ids) == [7, 8, 9]
+    assert state.choice(0).end.finish is FinishReason.LENGTH
+
+
+def test_frames_before_their_open_are_held_and_others_void():
+    state, changes = fold_all(a_frame("a", 0, [1]), a_frame("b", 0, [2]), an_open("b"), an_open("a"))
+    assert list(state.choice(0).ids) == [2]
+    assert [change.placement for change in changes if isinstance(change, Voided)] == ["a", "a", "a"]
+
+
+def test_overlap_is_trimmed_and_a_gap_is_held_until_filled():
+    state, _ = fold_all(
+        an_open("a"), a_frame("a", 0, [1]), a_frame("a", 3, [4]), a_frame("a", 0, [1, 2]), a_frame("a", 2, [3])
+    )
+    assert list(state.choice(0).ids) == [1, 2, 3, 4]
+
+
+def test_a_cut_makes_the_old_placement_void_and_the_next_epoch_goes_on():
+    state, changes = fold_all(
+        an_open("a"),
+        a_frame("a", 0, [1]),
+        a_cut(2),
+        a_frame("a", 1, [66]),
+        an_open("late", epoch=1),
+        an_open("b", epoch=2),
+        a_frame("b", 1, [2], FinishReason.STOP),
+    )
+    assert list(state.choice(0).ids) == [1, 2]
+    assert Vacated in kinds(changes)
+    assert state.finished
+
+
+def test_a_cut_at_the_wrong_epoch_does_nothing():
+    state, changes = fold_all(an_open("a"), a_cut(3, FinishReason.CANCELLED), a_cut(1, FinishReason.CANCELLED))
+    assert kinds(changes) == [Opened]
+    assert not state.finished
+
+
+def test_the_first_end_wins():
+    state, changes = fold_all(
+        an_open("a"),
+        a_frame("a", 0, [1], FinishReason.STOP),
+        a_cut(2, FinishReason.CANCELLED),
+        a_frame("a", 1, [2]),
+    )
+    assert state.choice(0).end.finish is FinishReason.STOP
+    assert list(state.choice(0).ids) == [1]
+    assert kinds(changes).count(Finished) == 1
+
+
+def test_a_refusal_before_any_open_ends_all_choices():
+    state, changes = fold_all(a_cut(2, FinishReason.REJECTED), an_open("a", choice=1, num_choices=2))
+    assert state.finished
+    assert kinds(changes) == [Ended, Finished, Voided, Voided]
+
+
+def test_every_choice_must_end():
+    state, _ = fold_all(
+        an_open("a", num_choices=2),
+        an_open("b", choice=1, num_choices=2),
+        a_frame("a", 0, [1], FinishReason.STOP),
+    )
+    assert not state.finished
+    assert state.open_choices == [1]
+
+
+def test_attachments_are_counted_by_edge_and_stream():
+    edge, other = Incarnation("e"), Incarnation("f")
+    state, _ = fold_all(
+        an_open("a", edge=edge), Attach(REQUEST, other, "s"), Detach(REQUEST, edge, ""), Detach(REQUEST, edge, "")
+    )
+    assert state.attached == {(other, "s")}
+
+
+def test_what_comes_for_a_forgotten_request_is_void():
+    fold = PartitionFold()
+    fold.apply(0, 0.0, an_open("a"))
+    fold.apply(1, 0.0, a_frame("a", 0, [1], FinishReason.STOP))
+    fold.forget(REQUEST, 5.0)
+    assert kinds(fold.apply(2, 6.0, a_frame("a", 1, [2]))) == [Voided]
+    assert kinds(fold.apply(3, 6.0, an_open("b"))) == [Voided, Voided]
+    fold.expire(10.0)
+    assert not fold.is_forgotten(REQUEST)
+
+
+def test_strays_expire():
+    fold = PartitionFold()
+    fold.apply(0, 1.0, a_frame("zombie", 4, [1]))
+    fold.expire(2.0)
+    assert REQUEST not in fold.requests
+
+
+# A random history: several placements per epoch compete, each writes tokens salted by its own name and conditioned on
+# what was accepted when it began, each record may come twice and those of different writers interleave at will.
+
+LENGTH = 5
+
+
+def write_placement(placement, epoch, prefix):
+    """The records of one placement: token i is (salt, i), so a splice of two placements shows."""
+    salt = 1000 * (1 + int(placement[1:]))
+    ids = [*prefix, *[salt + index for index in range(len(prefix), LENGTH)]]
+    return [
+        a_frame(placement, index, [ids[index]], FinishReason.LENGTH if index == LENGTH - 1 else None)
+        for index in range(len(prefix), LENGTH)
+    ]
+
+
+def interleave(rng, queues):
+    """Merge in random order; the order within a queue is kept, any record may be repeated with all behind it."""
+    while queues:
+        queue = rng.choice(queues)
+        if not queue[0]:
+            queues.remove(queue)
+            continue
+        record = queue[0].pop(0)
+        yield record
+        if rng.random() < 0.15:
+            queue[0][:0] = [record]
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, 2**32), num_epochs=st.integers(1, 4), rivals=st.integers(1, 3), cancel=st.booleans())
+def test_any_schedule_gives_one_unspliced_answer(seed, num_epochs, rivals, cancel):
+    rng = random.Random(seed)
+    fold = PartitionFold()
+    log, grown, ends = [], [], []
+
+    def write(message):
+        log.append(message)
+        for change in fold.apply(len(log) - 1, float(len(log)), message):
+            if isinstance(change, Grew):
+                assert change.index == len(grown)
+                grown.extend(change.ids)
+            elif isinstance(change, Finished):
+                ends.append(change)
+
+    number = 0
+    leftovers = []
+    for epoch in range(1, num_epochs + 1):
+        state = fold.requests.get(REQUEST)
+        if state is not None and state.finished:
+            break
+        prefix = list(state.choice(0).ids) if state else []
+        queues = leftovers
+        for _ in range(rivals):
+            name = f"p{number}"
+            number += 1
+            frames = write_placement(name, epoch, prefix)
+            queues.append([frames])
+            queues.append([[an_open(name, epoch)]])
+        last = epoch == num_epochs
+        pending = list(interleave(rng, queues))
+        stop_at = len(pending) if last else rng.randrange(len(pending) + 1)
+        for message in pending[:stop_at]:
+            write(message)
+        leftovers = [[pending[stop_at:]]]
+        if not last:
+            write(a_cut(epoch + 1))
+    if cancel:
+        write(a_cut(fold.requests[REQUEST].choice(0).epoch + 1, FinishReason.CANCELLED))
+    for message in leftovers[0][0]:
+        write(message)
+
+    state = fold.requests[REQUEST]
+    assert state.finished
+    assert len(ends) == 1
+    assert grown == list(state.choice(0).ids)
+    salts = [token // 1000 for token in grown]
+    assert all(token % 1000 == index for index, token in enumerate(grown))
+    assert salts == sorted(salts), "tokens of an older placement stand behind those of a newer one"
+
+    again = PartitionFold()
+    for offset, message in enumerate(log):
+        again.apply(offset, float(offset), message)
+    assert again.requests[REQUEST].choice(0).ids == state.choice(0).ids
+    assert again.requests[REQUEST].choice(0).end == state.choice(0).end
+
+
+def test_the_same_open_twice_is_one():
+    _, changes = fold_all(an_open("a"), an_open("a"))
+    assert kinds(changes) == [Opened]
+
+
+def test_a_finish_that_ends_before_what_is_known_is_stale():
+    state, _ = fold_all(an_open("a"), a_frame("a", 0, [1, 2, 3]), a_frame("a", 0, [1], FinishReason.STOP))
+    assert not state.finished
