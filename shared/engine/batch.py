@@ -15,7 +15,8 @@ class BatchRow:
 
     Attributes:
         key: of the request, for error messages.
-        ids: all token ids known of the sequence (prompt and answer); the row computes ids[start:end].
+        ids: all token ids known of the sequence (prompt and answer); the row computes ids[start:end]. The array is
+            the sequence's own and grows after the step: a runner keeps neither it nor a buffer view of it.
         start, end: positions computed now; KV of [0, start) is in the pages.
         pages: page numbers of positions [0, end), in order; position p lies in pages[p // PAGE_TOKENS].
         prompt_len: ids[prompt_len:] are the answer so far (penalties, token index).

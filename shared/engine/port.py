@@ -81,7 +81,8 @@ class StepOutput:
 
     Attributes:
         tokens: new tokens, at most one a request.
-        started: keys of requests whose first chunk was computed in this step.
+        started: keys of requests whose first chunk was computed in this step; imported ones and those prefilled
+            again after preemption are not among them.
         num_batch_tokens: token rows computed.
     """
 
@@ -104,6 +105,11 @@ class EngineStats:
 
     Attributes:
         num_free_pages: free plus evictable: what a new request could take.
+        num_running: prefilling and running.
+        num_prefix_queries: tokens looked up in the prefix index, once a request.
+        num_prefix_hits: tokens of those that were found.
+        num_prompt_tokens: prompt tokens of requests prefilled here (found or computed), once a request.
+        num_generated_tokens: tokens handed out.
     """
 
     num_pages: int
@@ -157,22 +163,30 @@ class Engine(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request for prefill. Raises ValueError if the key is in use or the request can never fit."""
+        """Queue a request for prefill.
+
+        Raises ValueError, naming the limit, if the key is in use, the ids are none of the vocabulary or the request
+        can never fit: prompt and max_tokens together must fit max_context and, except with hold_kv, num_pages.
+        """
         ...
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
         """Set pages aside for the KV of positions [0, len(ids) - 1); None: not enough free pages or seats now.
 
-        The last id is the peer's newest token: its own KV is computed by the first decode step. Raises as `add`.
+        The last id is the peer's newest token: its own KV is computed by the first decode step. What the first
+        waiting request needs is not given away. Raises as `add`, and ValueError with hold_kv.
         """
         ...
 
     def imported(self, key: str) -> None:
-        """The reserved pages hold their KV: the request joins the running batch at the next step."""
+        """The reserved pages hold their KV: the request joins the running batch at the next step.
+
+        Raises KeyError for a request that is not importing.
+        """
         ...
 
     def release(self, key: str) -> None:
-        """Give up the pages of a held request. Unknown keys do nothing."""
+        """Give up the pages of a held request. Unknown keys do nothing; raises ValueError if it is not held yet."""
         ...
 
     def held_pages(self, key: str) -> tuple[int, ...]:

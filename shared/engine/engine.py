@@ -1,0 +1,168 @@
+"""The engine: schedule, run, post-process."""
+
+import numpy as np
+
+from shared.blocks import pages_for
+from shared.engine.batch import BatchRow, Runner, Sampled
+from shared.engine.port import (
+    BlockChanges,
+    EngineLimits,
+    EngineModel,
+    EngineRequest,
+    EngineStats,
+    Reservation,
+    StepOutput,
+    TokenOutput,
+)
+from shared.engine.scheduler import Scheduler
+from shared.engine.sequence import Sequence, SequenceState
+from shared.kv.paged_cache import PagedCache
+from shared.request import FinishReason
+
+
+class PagedEngine:
+    """`shared.engine.port.Engine` over any runner."""
+
+    def __init__(self, runner: Runner, model: EngineModel, limits: EngineLimits) -> None:
+        if runner.layout != model.layout:
+            raise ValueError("the runner's KV layout is not the model's")
+        if runner.cache.num_pages != limits.num_pages:
+            raise ValueError(f"num_pages is {limits.num_pages}, the runner's cache has {runner.cache.num_pages}")
+        self._runner = runner
+        self._model = model
+        self._limits = limits
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._scheduler = Scheduler(limits, model.fingerprint)
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def model(self) -> EngineModel:
+        return self._model
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._limits
+
+    @property
+    def cache(self) -> PagedCache:
+        """The pages that reservations and holds speak of."""
+        return self._runner.cache
+
+    def add(self, request: EngineRequest) -> None:
+        self._refuse(request)
+        self._scheduler.add(request)
+
+    def reserve(self, request: EngineRequest) -> Reservation | None:
+        if request.hold_kv:
+            raise ValueError("hold_kv is for prefill: an imported request decodes")
+        self._refuse(request)
+        return self._scheduler.reserve(request)
+
+    def imported(self, key: str) -> None:
+        self._scheduler.imported(key)
+
+    def release(self, key: str) -> None:
+        self._scheduler.release(key)
+
+    def held_pages(self, key: str) -> tuple[int, ...]:
+        return self._scheduler.held_pages(key)
+
+    def abort(self, key: str) -> None:
+        self._scheduler.abort(key)
+
+    def step(self) -> StepOutput:
+        batch = self._scheduler.schedule()
+        if not batch.rows:
+            return StepOutput()
+        results = self._runner.run(batch.rows)
+        tokens: list[TokenOutput] = []
+        num_batch_tokens = 0
+        for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
+            num_batch_tokens += row.end - row.start
+            output = self._take(row, sequence, sampled)
+            if output is not None:
+                tokens.append(output)
+        return StepOutput(tuple(tokens), batch.started, num_batch_tokens)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def take_block_changes(self) -> BlockChanges:
+        stored, evicted = self._scheduler.pool.take_changes()
+        return BlockChanges(stored=stored, evicted=evicted)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_pages=scheduler.pool.num_pages,
+            num_free_pages=scheduler.pool.num_free,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_held=scheduler.num_held,
+            num_importing=scheduler.num_importing,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def check(self) -> None:
+        self._scheduler.check()
+
+    def _refuse(self, request: EngineRequest) -> None:
+        """Raise ValueError, naming the limit, for a request that can never run here."""
+        if request.key in self._scheduler:
+            raise ValueError(f"key {request.key!r} is in use")
+        num_ids, prompt_len, max_tokens = len(request.ids), request.prompt_len, request.sampling.max_tokens
+        if not 1 <= prompt_len <= num_ids:
+            raise ValueError(f"prompt_len is {prompt_len}, it must be between 1 and the number of ids ({num_ids})")
+        if num_ids - prompt_len >= max_tokens:
+            raise ValueError(f"max_tokens is {max_tokens} and {num_ids - prompt_len} tokens are there already")
+        if prompt_len + max_tokens > self._limits.max_context:
+            raise ValueError(
+                f"prompt ({prompt_len}) and max_tokens ({max_tokens}) exceed max_context ({self._limits.max_context})"
+            )
+        num_pages = pages_for(num_ids if request.hold_kv else prompt_len + max_tokens)
+        if num_pages > self._limits.num_pages:
+            raise ValueError(f"the request needs {num_pages} pages, num_pages is {self._limits.num_pages}")
+        ids = np.frombuffer(request.ids, dtype=np.int32)
+        if ids.min() < 0 or ids.max() >= self._model.vocab_size:
+            raise ValueError(f"ids must be between 0 and vocab_size - 1 ({self._model.vocab_size - 1})")
+
+    def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled | None) -> TokenOutput | None:
+        """Move a sequence on by what its row gave."""
+        num_cached_tokens = None if sequence.has_output else sequence.num_cached_tokens
+        index = sequence.index
+        if sampled is not None and sampled.error is not None:
+            self._scheduler.fail(sequence)
+            return TokenOutput(
+                row.key, index, -1, FinishReason.FAILED, num_cached_tokens=num_cached_tokens, error=sampled.error
+            )
+        self._scheduler.computed_to(sequence, row.end)
+        if sampled is None:
+            return None
+        if sequence.state is SequenceState.PREFILLING and not sequence.has_output:
+            self._num_prompt_tokens += row.prompt_len
+        sequence.has_output = True
+        self._num_generated_tokens += 1
+        finish = self._finish(sequence, sampled.token_id)
+        if finish is not None:
+            self._scheduler.end(sequence)
+        elif sequence.request.hold_kv:
+            self._scheduler.hold(sequence)
+        else:
+            self._scheduler.extend(sequence, sampled.token_id)
+        return TokenOutput(row.key, index, sampled.token_id, finish, sampled.logprob, num_cached_tokens)
+
+    def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Whether the token ends the choice."""
+        sampling = sequence.request.sampling
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if sequence.index + 1 >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None

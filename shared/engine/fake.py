@@ -1,0 +1,226 @@
+"""A runner whose answers a person can check by hand, and whose KV really travels.
+
+The rule, for a sequence of ids of which the first `prompt_len` are prompt:
+
+    index = len(ids) - prompt_len
+    next  = (sum of all ids + 3 * last id + 7 * index) mod vocab_size
+    at temperature above 0, add 101 * seed + 13 * choice + 17 * index before the mod
+
+    [10, 20, 30], all prompt, greedy:  60 + 90 + 0 = 150;  then [10, 20, 30, 150]:  210 + 450 + 7 = 667
+
+- A prompt that ends in `END_AT, k` has its end in it: the token with index k is the first EOS id, whatever the rule
+  says. (The rule also meets an EOS id now and then by itself.)
+- While no end is allowed (`forbid_end`), a token that would end the choice is counted up, mod vocab_size, to the next
+  one that would not.
+- With logprobs, token t has -(1 + t mod 7) / 8; the k-th rival is (t + k) mod vocab_size with k / 4 less.
+- top-k, top-p, min-p and penalties change nothing.
+
+KV of a token at position p is K = (id, p + 1) and V = (-id, -p - 1), one layer, one head, float32. The next token is
+computed from the ids read back from the pages, not from the row: KV that is missing or of another position raises
+AssertionError, KV of other ids gives other tokens.
+"""
+
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.blocks import PAGE_TOKENS, TokenIds
+from shared.engine.batch import BatchRow, Sampled
+from shared.engine.engine import PagedEngine
+from shared.engine.port import EngineLimits, EngineModel
+from shared.kv.layout import KvLayout
+from shared.kv.paged_cache import PagedCache
+from shared.request import SamplingParams, TokenLogprob
+
+FAKE_VOCAB_SIZE = 1000
+FAKE_EOS_TOKEN_ID = 2
+END_AT = 998
+"""Second to last id of a prompt whose answer ends at the index that the last id gives."""
+
+
+def fake_model(
+    name: str = "fake",
+    vocab_size: int = FAKE_VOCAB_SIZE,
+    eos_token_ids: tuple[int, ...] = (FAKE_EOS_TOKEN_ID,),
+) -> EngineModel:
+    """The model that a FakeRunner runs."""
+    return EngineModel(
+        name=name,
+        fingerprint=name,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        layout=KvLayout(model_fingerprint=name, num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32"),
+    )
+
+
+def fake_answer(
+    ids: TokenIds,
+    prompt_len: int,
+    sampling: SamplingParams,
+    choice: int = 0,
+    count: int | None = None,
+    *,
+    vocab_size: int = FAKE_VOCAB_SIZE,
+    eos_token_ids: tuple[int, ...] = (FAKE_EOS_TOKEN_ID,),
+) -> list[int]:
+    """The tokens that follow `ids`, up to and with the one that ends the choice; `count` at most."""
+    model = fake_model(vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    enders = _enders(sampling, eos_token_ids)
+    end_index = _end_index(ids[:prompt_len])
+    id_sum, last_id = sum(ids), ids[-1]
+    answer: list[int] = []
+    for index in range(len(ids) - prompt_len, sampling.max_tokens):
+        if count is not None and len(answer) == count:
+            break
+        forbidden = enders if index < sampling.min_tokens else frozenset[int]()
+        last_id = _next_token(
+            model,
+            id_sum=id_sum,
+            last_id=last_id,
+            index=index,
+            end_index=end_index,
+            sampling=sampling,
+            choice=choice,
+            forbidden=forbidden,
+        )
+        id_sum += last_id
+        answer.append(last_id)
+        if last_id in enders:
+            break
+    return answer
+
+
+class FakeRunner:
+    """`shared.engine.batch.Runner` that runs the rule above on the CPU.
+
+    `poison_token_id`: a row that has this id in its KV fails as if its logits held a NaN; None: no id does.
+    """
+
+    def __init__(self, model: EngineModel, num_pages: int, poison_token_id: int | None = None) -> None:
+        self._model = model
+        self._cache = PagedCache(model.layout, num_pages, torch.device("cpu"))
+        self._pages: NDArray[np.float32] = self._cache.pages.numpy()  # the same memory
+        self._poison_token_id = poison_token_id
+
+    @property
+    def cache(self) -> PagedCache:
+        return self._cache
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._model.layout
+
+    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+        _refuse_shared_writes(rows)
+        for row in rows:
+            self._write(row)
+        return [self._sample(row, self._read(row)) for row in rows]
+
+    def _write(self, row: BatchRow) -> None:
+        positions = np.arange(row.start, row.end)
+        pages, offsets = np.asarray(row.pages)[positions // PAGE_TOKENS], positions % PAGE_TOKENS
+        ids = np.frombuffer(row.ids[row.start : row.end], dtype=np.int32)
+        kv = np.stack((ids, positions + 1), axis=-1)
+        self._pages[pages, 0, 0, offsets, 0] = kv
+        self._pages[pages, 0, 1, offsets, 0] = -kv
+
+    def _read(self, row: BatchRow) -> NDArray[np.int64]:
+        """Ids of positions [0, end) as the pages have them."""
+        kv = self._pages[list(row.pages), 0, :, :, 0].swapaxes(0, 1).reshape(2, -1, 2)[:, : row.end]
+        wrong = (kv[0, :, 1] != np.arange(1, row.end + 1)) | (kv[0] != -kv[1]).any(axis=-1)
+        if wrong.any():
+            position = int(wrong.argmax())
+            page = row.pages[position // PAGE_TOKENS]
+            raise AssertionError(
+                f"request {row.key!r}: page {page} should hold position {position},"
+                f" its K is {kv[0, position].tolist()} and its V {kv[1, position].tolist()}"
+            )
+        return kv[0, :, 0].astype(np.int64)
+
+    def _sample(self, row: BatchRow, ids: NDArray[np.int64]) -> Sampled | None:
+        if not row.sample:
+            return None
+        if self._poison_token_id is not None and (ids == self._poison_token_id).any():
+            return Sampled(-1, error="NaN in the logits")
+        forbidden = _enders(row.sampling, self._model.eos_token_ids) if row.forbid_end else frozenset[int]()
+        token_id = _next_token(
+            self._model,
+            id_sum=int(ids.sum()),
+            last_id=int(ids[-1]),
+            index=row.end - row.prompt_len,
+            end_index=_end_index(ids[: row.prompt_len]),
+            sampling=row.sampling,
+            choice=row.choice,
+            forbidden=forbidden,
+        )
+        return Sampled(token_id, _logprob(token_id, row.sampling, self._model.vocab_size))
+
+
+def fake_engine(
+    *,
+    model: EngineModel | None = None,
+    num_pages: int = 64,
+    max_context: int = 4096,
+    max_running: int = 8,
+    max_batch_tokens: int = 256,
+    poison_token_id: int | None = None,
+) -> PagedEngine:
+    """A PagedEngine over a FakeRunner."""
+    model = model or fake_model()
+    limits = EngineLimits(max_context, num_pages, max_running, max_batch_tokens)
+    return PagedEngine(FakeRunner(model, num_pages, poison_token_id), model, limits)
+
+
+def _next_token(
+    model: EngineModel,
+    *,
+    id_sum: int,
+    last_id: int,
+    index: int,
+    end_index: int | None,
+    sampling: SamplingParams,
+    choice: int,
+    forbidden: AbstractSet[int],
+) -> int:
+    if index == end_index:
+        token_id = model.eos_token_ids[0]
+    else:
+        draw = 101 * sampling.seed + 13 * choice + 17 * index if sampling.temperature > 0 else 0
+        token_id = (id_sum + 3 * last_id + 7 * index + draw) % model.vocab_size
+    while token_id in forbidden:
+        token_id = (token_id + 1) % model.vocab_size
+    return token_id
+
+
+def _end_index(prompt: TokenIds | NDArray[np.int64]) -> int | None:
+    return int(prompt[-1]) if len(prompt) >= 2 and prompt[-2] == END_AT else None
+
+
+def _enders(sampling: SamplingParams, eos_token_ids: tuple[int, ...]) -> frozenset[int]:
+    """Tokens that end a choice."""
+    return frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else eos_token_ids))
+
+
+def _logprob(token_id: int, sampling: SamplingParams, vocab_size: int) -> TokenLogprob | None:
+    if sampling.logprobs is None:
+        return None
+    logprob = -(1 + token_id % 7) / 8
+    top = tuple(((token_id + k) % vocab_size, logprob - k / 4) for k in range(sampling.logprobs))
+    return TokenLogprob(logprob, top)
+
+
+def _refuse_shared_writes(rows: tuple[BatchRow, ...]) -> None:
+    """Raise AssertionError if a row writes a page that another row of the batch has too."""
+    writer: dict[int, str] = {}
+    for row in rows:
+        for page in row.pages[row.start // PAGE_TOKENS :]:
+            writer[page] = row.key
+    for row in rows:
+        for page in row.pages[: row.start // PAGE_TOKENS]:
+            if page in writer:
+                raise AssertionError(f"page {page} of request {row.key!r} is written by {writer[page]!r}")
+    num_written = sum(len(row.pages) - row.start // PAGE_TOKENS for row in rows)
+    if num_written != len(writer):
+        raise AssertionError("two rows of one batch write the same page")

@@ -1,0 +1,124 @@
+"""One request inside the engine: its tokens, its pages and where it stands."""
+
+from enum import Enum, auto
+
+from shared.blocks import PAGE_TOKENS, BlockHash, extend_chain, hash_chain
+from shared.engine.port import EngineRequest
+
+
+class SequenceState(Enum):
+    """Where a sequence stands; see the drawing in `shared.engine.port`."""
+
+    WAITING = auto()
+    """In the line, without pages: new, or preempted."""
+    PREFILLING = auto()
+    """Has pages for all its ids; their KV is being computed in chunks."""
+    RUNNING = auto()
+    """Computes its newest id in every step."""
+    HELD = auto()
+    """Done but for its pages, which a peer is to pull."""
+    IMPORTING = auto()
+    """Its pages are being written by a transfer."""
+    ENDED = auto()
+    """Forgotten."""
+
+
+TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.WAITING: frozenset({SequenceState.PREFILLING, SequenceState.ENDED}),
+    SequenceState.PREFILLING: frozenset(
+        {SequenceState.RUNNING, SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}
+    ),
+    SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.ENDED}),
+    SequenceState.HELD: frozenset({SequenceState.ENDED}),
+    SequenceState.IMPORTING: frozenset({SequenceState.RUNNING, SequenceState.ENDED}),
+    SequenceState.ENDED: frozenset(),
+}
+
+
+class Sequence:
+    """A request on its way: tokens computed catch up with tokens wanted.
+
+    Attributes:
+        request: as it came.
+        arrival: rank by arrival; the larger, the younger.
+        ids: prompt and answer so far. Grows by one with each token.
+        hashes: of the full blocks of `ids`, first block first.
+        state: changed by `move` alone.
+        pages: in order of position.
+        num_computed: tokens whose KV is in the pages.
+        num_published: pages whose block has been published (or found).
+        num_cached_tokens: prompt tokens found at the first admission; None before it.
+        awaited: the block that the sequence waited for when last looked at, computed by another one.
+        is_preempted: it lost its pages and waits to compute them again.
+        has_output: a token of it has been handed out.
+    """
+
+    __slots__ = (
+        "_root",
+        "arrival",
+        "awaited",
+        "has_output",
+        "hashes",
+        "ids",
+        "is_preempted",
+        "num_cached_tokens",
+        "num_computed",
+        "num_published",
+        "pages",
+        "request",
+        "state",
+    )
+
+    def __init__(self, request: EngineRequest, arrival: int, root: BlockHash, state: SequenceState) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.ids = request.ids[:]
+        self._root = root
+        self.hashes = hash_chain(root, self.ids)
+        self.state = state
+        self.pages: tuple[int, ...] = ()
+        self.num_computed = 0
+        self.num_published = 0
+        self.num_cached_tokens: int | None = None
+        self.awaited: BlockHash | None = None
+        self.is_preempted = False
+        self.has_output = False
+
+    @property
+    def index(self) -> int:
+        """Position in the answer of the next token."""
+        return len(self.ids) - self.request.prompt_len
+
+    @property
+    def num_findable(self) -> int:
+        """Blocks that may be found rather than computed: the last id is always computed, for its logits."""
+        return (len(self.ids) - 1) // PAGE_TOKENS
+
+    @property
+    def line_rank(self) -> tuple[bool, int]:
+        """Sorts the waiting line: preempted before new, then by arrival."""
+        return (not self.is_preempted, self.arrival)
+
+    def move(self, state: SequenceState) -> None:
+        """Change state. Raises ValueError for a change that the table does not have."""
+        if state not in TRANSITIONS[self.state]:
+            raise ValueError(f"request {self.request.key!r} is {self.state.name}, it cannot become {state.name}")
+        self.state = state
+
+    def block_hash(self, index: int) -> BlockHash:
+        """Hash of the full block `index`; extends the chain over blocks that the answer has filled."""
+        while len(self.hashes) <= index:
+            start = len(self.hashes) * PAGE_TOKENS
+            parent = self.hashes[-1] if self.hashes else self._root
+            self.hashes.append(extend_chain(parent, self.ids[start : start + PAGE_TOKENS]))
+        return self.hashes[index]
+
+
+def arrival_of(sequence: Sequence) -> int:
+    """Sort key of the sequences that have a seat."""
+    return sequence.arrival
+
+
+def line_rank_of(sequence: Sequence) -> tuple[bool, int]:
+    """Sort key of the waiting line."""
+    return sequence.line_rank
