@@ -8,6 +8,7 @@ from shared.request import (
     Incarnation,
     PlacementId,
     RequestId,
+    SamplingParams,
     TokenLogprob,
     WorkerRef,
 )
@@ -27,6 +28,10 @@ class ErrorBody:
     retry_after_s: float | None = None
 
 
+NOT_ADMITTED = SamplingParams(max_tokens=1)
+"""Stands in the view of a request that was refused before its parameters were settled."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What a reader of the log must know of the request to answer its client.
@@ -35,7 +40,7 @@ class View:
         body_hash: of the job's value; another job under the same id with another hash is a conflict.
         chat: answer in the chat shape, else in that of completions.
         num_choices: choices asked for (`n`).
-        logprobs: alternatives per token asked for, or None.
+        sampling: of the choice, after admission; tells what of the ids is text and whether logprobs are wanted.
         deadline_s: unix seconds.
         edge: the edge that accepted it for a waiting client; None for jobs that need nobody attached.
         stamps: accepted and admitted.
@@ -50,7 +55,7 @@ class View:
     deadline_s: float
     job: LogPosition
     stop_strings: tuple[str, ...] = ()
-    logprobs: int | None = None
+    sampling: SamplingParams = NOT_ADMITTED
     include_usage: bool = False
     edge: Incarnation | None = None
     traceparent: str | None = None
