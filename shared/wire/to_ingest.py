@@ -1,6 +1,7 @@
 """What ingest reads: jobs, in OpenAI's shape with headers (public), and requests to place again (private)."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 from shared.request import RequestId
 from shared.wire.codec import Decoder, WireIds
@@ -14,6 +15,11 @@ HEADER_EDGE = "edge-incarnation"
 """Set by an edge on behalf of a waiting client: the request is cancelled when no edge is attached any more."""
 
 Headers = tuple[tuple[str, bytes], ...]
+
+
+def body_hash(job: bytes) -> str:
+    """Tells jobs under one id apart: hex sha256 of the record's value."""
+    return sha256(job).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
