@@ -1,0 +1,80 @@
+"""The model over paged KV: computes one batch of prefill chunks and decode rows."""
+
+# pyright: reportUnknownMemberType=false
+# torch types tolist, split and unflatten only in part.
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.blocks import PAGE_TOKENS, pages_for
+from shared.engine.attention.sdpa import PagedSdpa, Run
+from shared.engine.batch import BatchRow, Sampled
+from shared.engine.sampler import Sampler
+from shared.engine.weights import Checkpoint
+from shared.kv.layout import KvLayout
+from shared.kv.paged_cache import PagedCache
+
+
+class TorchRunner:
+    """Runs a checkpoint's decoder by plain torch, on the device that holds its weights."""
+
+    def __init__(self, checkpoint: Checkpoint, num_pages: int) -> None:
+        self._decoder = checkpoint.decoder
+        self._cache = PagedCache(checkpoint.layout, num_pages, checkpoint.decoder.device)
+        self._sampler = Sampler(checkpoint.config.eos_token_ids, checkpoint.config.vocab_size)
+        torch.set_float32_matmul_precision("highest")  # TF32 would break the promise of equal tokens in float32
+
+    @property
+    def cache(self) -> PagedCache:
+        return self._cache
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._cache.layout
+
+    @torch.inference_mode()
+    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+        """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted.
+
+        Invariant: behind the last position of a sequence, its last page holds finite numbers (zeros, since a page is
+        cleared when its first position is computed). Otherwise a NaN left by an earlier user of the page would reach
+        this sequence through keys that the attention mask hides.
+        """
+        if not rows:
+            return []
+        order = sorted(range(len(rows)), key=lambda index: _attention_order(rows[index]))
+        ordered = [rows[index] for index in order]
+        self._clear_entered_pages(ordered)
+        hidden = self._forward(ordered)
+        ends = np.cumsum([row.end - row.start for row in ordered]) - 1
+        sampling = [(index, end) for index, end in zip(order, ends, strict=True) if rows[index].sample]
+        results: list[Sampled | None] = [None] * len(rows)
+        if sampling:
+            last_rows = torch.tensor([end for _, end in sampling], device=hidden.device)
+            logits = self._decoder.logits(hidden.index_select(0, last_rows))
+            sampled = self._sampler.sample(logits, [rows[index] for index, _ in sampling])
+            for (index, _), token in zip(sampling, sampled, strict=True):
+                results[index] = token
+        return results
+
+    def _forward(self, rows: Sequence[BatchRow]) -> Tensor:
+        """Hidden states `[T, hidden]` of the rows' tokens, one row's behind the other."""
+        runs = [Run(row.start, row.end, row.pages[: pages_for(row.end)]) for row in rows]
+        attention = PagedSdpa(self._cache, runs, self._decoder.dtype)
+        ids = np.concatenate([np.frombuffer(row.ids[row.start : row.end], dtype=np.int32) for row in rows])
+        device_ids = torch.tensor(ids, dtype=torch.int64, device=self._decoder.device)
+        return self._decoder.forward(device_ids, attention.positions, attention)
+
+    def _clear_entered_pages(self, rows: Sequence[BatchRow]) -> None:
+        last_pages = [(row, (row.end - 1) // PAGE_TOKENS) for row in rows]
+        entered = [row.pages[index] for row, index in last_pages if row.start <= index * PAGE_TOKENS]
+        if entered:
+            self._cache.pages.index_fill_(0, torch.tensor(entered, device=self._cache.device), 0)
+
+
+def _attention_order(row: BatchRow) -> tuple[bool, int]:
+    """Decode rows first, long ones before short ones: neighbours share an attention call."""
+    return row.end - row.start > 1, -row.end

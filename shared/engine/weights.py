@@ -1,0 +1,237 @@
+"""Safetensors files into the decoder's merged parameters, and the fingerprint that names them."""
+
+# pyright: reportUnknownMemberType=false
+# torch types tolist, split and unflatten only in part.
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shared.engine.models.config import DTYPES, ModelConfig, read_config, read_json
+from shared.engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from shared.errors import StartupError, UnsupportedCheckpoint
+from shared.kv.layout import KvLayout
+from shared.kv.paged_cache import TORCH_DTYPES
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+LOADABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+FINGERPRINT_SAMPLE_BYTES = 4096
+"""Bytes of each tensor that the fingerprint covers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready to run.
+
+    Attributes:
+        fingerprint: names config and weights; equal on every machine that holds the same files.
+        layout: of its KV.
+    """
+
+    config: ModelConfig
+    decoder: Decoder
+    fingerprint: str
+    layout: KvLayout
+
+
+def load_checkpoint(folder: Path, dtype: str | None, device: torch.device) -> Checkpoint:
+    """Load a Hugging Face checkpoint (config.json and safetensors) from `folder` onto `device`.
+
+    Args:
+        dtype: "float32" or "bfloat16", to which weights of another dtype are converted; None takes the
+            checkpoint's own.
+
+    Raises UnsupportedCheckpoint naming the field or tensor that is wrong, StartupError for missing or broken files.
+    """
+    config = read_config(folder)
+    dtype = _run_dtype(config, dtype)
+    files = weight_files(folder)
+    fingerprint = checkpoint_fingerprint(folder, files)
+    weights = allocate_weights(config, TORCH_DTYPES[dtype], device)
+    fill_weights(config, weights, files)
+    layout = KvLayout(
+        model_fingerprint=fingerprint,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+    )
+    return Checkpoint(config, Decoder(config, weights), fingerprint, layout)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by name. Raises StartupError if one is missing."""
+    index = read_json(folder / INDEX_FILE)
+    if index is None:
+        names = {SINGLE_FILE}
+    else:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise StartupError(f"{folder / INDEX_FILE} has no weight_map")
+        names = {str(name) for name in cast("dict[str, Any]", weight_map).values()}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise StartupError(f"{folder} has no weight file {name}")
+    return [folder / name for name in sorted(names)]
+
+
+def checkpoint_fingerprint(folder: Path, files: list[Path]) -> str:
+    """32 hex digits over config.json and, of each weight file, its name, size, header and a sample of each tensor.
+
+    The sample is the middle 4 KiB: enough to tell a fine-tuned tensor from its base without reading all of it.
+    """
+    digest = sha256((folder / "config.json").read_bytes())
+    for path in files:
+        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        for chunk in _header_and_samples(path):
+            digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+def allocate_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Uninitialised weights of the shapes that `config` asks for."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def bias(wanted: bool, size: int) -> Tensor | None:
+        return empty(size) if wanted else None
+
+    hidden, qkv_size = config.hidden_size, config.q_size + 2 * config.kv_size
+    embed = empty(config.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            input_norm=empty(hidden),
+            qkv=empty(qkv_size, hidden),
+            qkv_bias=bias(config.qkv_bias, qkv_size),
+            q_norm=bias(config.qk_norm, config.head_dim),
+            k_norm=bias(config.qk_norm, config.head_dim),
+            o=empty(hidden, config.q_size),
+            o_bias=bias(config.o_bias, hidden),
+            post_norm=empty(hidden),
+            gate_up=empty(2 * config.intermediate_size, hidden),
+            gate_up_bias=bias(config.mlp_bias, 2 * config.intermediate_size),
+            down=empty(hidden, config.intermediate_size),
+            down_bias=bias(config.mlp_bias, hidden),
+        )
+        for _ in range(config.num_layers)
+    )
+    head = embed if config.tied_embeddings else empty(config.vocab_size, hidden)
+    return DecoderWeights(embed=embed, layers=layers, norm=empty(hidden), head=head)
+
+
+def fill_weights(config: ModelConfig, weights: DecoderWeights, files: list[Path]) -> None:
+    """Copy every tensor of `files` to its place. Raises UnsupportedCheckpoint for a missing, extra or misshapen one."""
+    places = tensor_places(config, weights)
+    filled: set[str] = set()
+    repeated_head: Tensor | None = None
+    for path in files:
+        for name, tensor in _tensors(path):
+            if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints store what the config implies
+                continue
+            if name == "lm_head.weight" and config.tied_embeddings:
+                repeated_head = tensor
+                continue
+            place = places.get(name)
+            if place is None:
+                raise UnsupportedCheckpoint(name, f"the model has no such tensor ({path.name})")
+            if tensor.shape != place.shape:
+                raise UnsupportedCheckpoint(name, f"shape {list(tensor.shape)} is not {list(place.shape)}")
+            if tensor.dtype not in LOADABLE_DTYPES:
+                raise UnsupportedCheckpoint(name, f"{tensor.dtype} weights are not supported")
+            place.copy_(tensor)
+            filled.add(name)
+    missing = sorted(places.keys() - filled)
+    if missing:
+        raise UnsupportedCheckpoint(missing[0], f"the tensor is missing ({len(missing)} missing in all)")
+    if repeated_head is not None and not torch.equal(repeated_head.to(weights.embed), weights.embed):
+        raise UnsupportedCheckpoint("lm_head.weight", "differs from the embedding although embeddings are tied")
+
+
+def tensor_places(config: ModelConfig, weights: DecoderWeights) -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint goes, by its Hugging Face name: views into the merged parameters."""
+    places = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
+    if not config.tied_embeddings:
+        places["lm_head.weight"] = weights.head
+    for index, layer in enumerate(weights.layers):
+        for name, place in _layer_places(config, layer).items():
+            if place is not None:
+                places[f"model.layers.{index}.{name}"] = place
+    return places
+
+
+def _layer_places(config: ModelConfig, layer: LayerWeights) -> dict[str, Tensor | None]:
+    qkv_sizes = [config.q_size, config.kv_size, config.kv_size]
+    gate_up_sizes = [config.intermediate_size] * 2
+    q, k, v = _parts(layer.qkv, qkv_sizes)
+    gate, up = _parts(layer.gate_up, gate_up_sizes)
+    places: dict[str, Tensor | None] = {
+        "input_layernorm.weight": layer.input_norm,
+        "self_attn.q_proj.weight": q,
+        "self_attn.k_proj.weight": k,
+        "self_attn.v_proj.weight": v,
+        "self_attn.q_norm.weight": layer.q_norm,
+        "self_attn.k_norm.weight": layer.k_norm,
+        "self_attn.o_proj.weight": layer.o,
+        "self_attn.o_proj.bias": layer.o_bias,
+        "post_attention_layernorm.weight": layer.post_norm,
+        "mlp.gate_proj.weight": gate,
+        "mlp.up_proj.weight": up,
+        "mlp.down_proj.weight": layer.down,
+        "mlp.down_proj.bias": layer.down_bias,
+    }
+    if layer.qkv_bias is not None:
+        for part, place in zip("qkv", _parts(layer.qkv_bias, qkv_sizes), strict=True):
+            places[f"self_attn.{part}_proj.bias"] = place
+    if layer.gate_up_bias is not None:
+        for part, place in zip(("gate", "up"), _parts(layer.gate_up_bias, gate_up_sizes), strict=True):
+            places[f"mlp.{part}_proj.bias"] = place
+    return places
+
+
+def _parts(merged: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return cast("tuple[Tensor, ...]", merged.split(sizes))
+
+
+def _run_dtype(config: ModelConfig, dtype: str | None) -> str:
+    wanted = config.dtype if dtype is None else dtype
+    if wanted not in DTYPES:
+        raise UnsupportedCheckpoint("dtype", f"{wanted!r} is not one of {', '.join(DTYPES)}: say which to run in")
+    return wanted
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with cast("Any", safe_open(path, framework="pt")) as file:
+            for name in file.keys():  # noqa: SIM118  the handle is no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
+
+
+def _header_and_samples(path: Path) -> Iterator[bytes]:
+    """The header of a safetensors file (8 bytes of length, then JSON) and the middle of each tensor's bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise StartupError(f"{path} is no safetensors file")
+        header = file.read(length)
+        yield header
+        try:
+            entries = cast("dict[str, Any]", json.loads(header))
+        except ValueError as error:
+            raise StartupError(f"{path} is no safetensors file: {error}") from error
+        for name in sorted(entries.keys() - {"__metadata__"}):
+            begin, end = entries[name]["data_offsets"]
+            file.seek(8 + length + begin + max(0, end - begin - FINGERPRINT_SAMPLE_BYTES) // 2)
+            yield file.read(min(end - begin, FINGERPRINT_SAMPLE_BYTES))
