@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
