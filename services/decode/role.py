@@ -1,0 +1,109 @@
+"""The decode role: take a ticket → intake → publish each step's tokens → free the pages at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from services.decode.intake import Arrival, Intake
+from shared.engine.port import StepOutput, TokenOutput
+from shared.request import Event, PlacementId, Stamps
+from shared.text.stream import TextStream
+from shared.wire.to_stream_out import FrameEntry
+from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
+from shared.worker.entries import failed_entry, finished_stamps, token_entry
+from shared.worker.role import Remembered, WorkerContext
+
+
+@dataclass(slots=True)
+class Decoding:
+    """One placement in the running batch.
+
+    Attributes:
+        text: looks for stop strings, one step behind the engine; None if there are none to look for.
+        stamps: passed and not published yet.
+    """
+
+    assignment: Assignment
+    text: TextStream | None
+    stamps: Stamps
+
+
+class DecodeRole:
+    """Decides what this worker does with tickets and with the tokens of its steps."""
+
+    def __init__(self, context: WorkerContext, *, pull_timeout_s: float) -> None:
+        self._context = context
+        self._decodings: dict[PlacementId, Decoding] = {}
+        self._seen = Remembered()
+        self._intake = Intake(context, pull_timeout_s=pull_timeout_s, arrived=self._arrived, refused=self._refused)
+
+    def take(self, message: PrefillWork | DecodeWork | Stop) -> None:
+        match message:
+            case DecodeWork():
+                self._start(message)
+            case Stop():
+                self._stop(message.placement)
+            case PrefillWork():
+                self._context.log.error("prefill work on a decode worker", placement=message.assignment.placement)
+
+    def unfinished(self) -> Sequence[Assignment]:
+        waiting = [work.assignment for work in self._intake.arrivals()]
+        return [*waiting, *(decoding.assignment for decoding in self._decodings.values())]
+
+    def num_queued_tokens(self) -> int:
+        return 0
+
+    async def handle(self, output: StepOutput) -> None:
+        now_s = self._context.clock_s()
+        entries = [entry for token in output.tokens if (entry := self._entry(token, now_s)) is not None]
+        await self._context.frames.post(entries)
+        for entry in entries:
+            if entry.finish is not None:
+                self._end(entry.placement)
+
+    def _start(self, work: DecodeWork) -> None:
+        placement = work.assignment.placement
+        if not self._seen.add(placement):
+            return
+        if work.assignment.deadline_s <= self._context.clock_s():
+            self._context.credits.give_back(placement, work.target)
+            return
+        self._intake.take(work)
+
+    def _stop(self, placement: PlacementId) -> None:
+        self._seen.add(placement)
+        self._context.credits.give_back(placement, self._context.me)
+        if not self._intake.stop(placement) and placement in self._decodings:
+            self._end(placement)
+
+    def _arrived(self, arrival: Arrival) -> None:
+        assignment = arrival.work.assignment
+        text = None
+        if assignment.stop_strings:
+            text = TextStream.of_choice(self._context.tokeniser, assignment.stop_strings, assignment.sampling)
+            text.push(arrival.work.ids[assignment.prompt_len :])
+        self._decodings[arrival.key] = Decoding(assignment, text, arrival.stamps)
+
+    def _refused(self, arrival: Arrival, reason: str) -> None:
+        assignment = arrival.work.assignment
+        entry = failed_entry(assignment, len(arrival.work.ids) - assignment.prompt_len, reason)
+        self._context.tasks.create_task(self._context.frames.send(entry))
+        self._context.credits.give_back(assignment.placement, self._context.me)
+
+    def _entry(self, token: TokenOutput, now_s: float) -> FrameEntry | None:
+        """What to publish of a token; None if its request has ended (the engine was one step ahead)."""
+        decoding = self._decodings.get(PlacementId(token.key))
+        if decoding is None:
+            return None
+        if Event.TRANSFERRING in decoding.stamps:
+            decoding.stamps[Event.DECODING] = now_s
+        stop = decoding.text.push((token.token_id,)).stopped if decoding.text and token.token_id >= 0 else None
+        entry = token_entry(decoding.assignment, token, stop=stop, stamps=decoding.stamps)
+        decoding.stamps = {}
+        return entry if entry.finish is None else replace(entry, stamps=finished_stamps(entry.stamps, now_s))
+
+    def _end(self, placement: PlacementId) -> None:
+        """Free all that this worker has of the placement."""
+        del self._decodings[placement]
+        freed = self._context.engine.call(lambda engine: engine.abort(placement))
+        freed.add_done_callback(lambda _: self._intake.room_changed())
+        self._context.credits.give_back(placement, self._context.me)

@@ -1,0 +1,116 @@
+"""The one thread that owns a worker's engine."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from shared.engine.port import Engine, EngineStats, StepOutput
+
+T = TypeVar("T")
+Command = Callable[[Engine], None]
+
+MAX_UNHANDLED_STEPS = 4
+"""The thread runs at most this many steps ahead of the loop, so that what cannot be written makes it pause."""
+
+
+class EngineThread:
+    """Runs the engine's steps, and commands between steps in the order in which they were submitted.
+
+    Outputs go to `outputs` in order, each with the seconds its step took; whoever takes one calls `handled` once for it. If the engine raises, `failed` is
+    set and nothing runs any more.
+
+    Attributes:
+        stats: as they were after the newest step or command.
+        step_started_s: when the step that runs now began, by `clock_s`; None between steps.
+    """
+
+    def __init__(self, engine: Engine, clock_s: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock_s = clock_s
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._num_unhandled = 0
+        self._stopping = False
+        self.outputs: asyncio.Queue[tuple[StepOutput, float]] = asyncio.Queue()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self.stats: EngineStats = engine.stats()
+        self.step_started_s: float | None = None
+
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Run while the context is open."""
+        thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._commands.put(self._stop)
+            thread.join()
+            self.failed.cancel()
+
+    def call(self, command: Callable[[Engine], T]) -> "asyncio.Future[T]":
+        """Run `command` on the engine's thread between two steps. It is queued at once, whether awaited or not."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def resolve(result: T | None, error: Exception | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run(engine: Engine) -> None:
+            try:
+                result, error = command(engine), None
+            except Exception as raised:  # noqa: BLE001 - it is the caller's: the future carries it
+                result, error = None, raised
+            self._loop.call_soon_threadsafe(resolve, result, error)
+
+        self._commands.put(run)
+        return future
+
+    def handled(self) -> None:
+        """One output has been dealt with."""
+        self._commands.put(self._count_handled)
+
+    def _stop(self, _: Engine) -> None:
+        self._stopping = True
+
+    def _count_handled(self, _: Engine) -> None:
+        self._num_unhandled -= 1
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                may_step = self._num_unhandled < MAX_UNHANDLED_STEPS and self._engine.has_work()
+                self._run_commands(wait=not may_step)
+                if may_step and not self._stopping:
+                    self._step()
+        except BaseException as error:  # noqa: BLE001 - the loop must learn of it, whatever it is
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _run_commands(self, *, wait: bool) -> None:
+        try:
+            while True:
+                self._commands.get(block=wait)(self._engine)
+                wait = False
+                self.stats = self._engine.stats()
+        except Empty:
+            return
+
+    def _step(self) -> None:
+        started_s = self.step_started_s = self._clock_s()
+        output = self._engine.step()
+        self.step_started_s = None
+        seconds = self._clock_s() - started_s
+        self.stats = self._engine.stats()
+        self._num_unhandled += 1
+        self._loop.call_soon_threadsafe(self.outputs.put_nowait, (output, seconds))

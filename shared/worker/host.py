@@ -1,0 +1,294 @@
+"""A worker: one engine thread with its pages, one transfer endpoint, one slot with its lease; it runs a role.
+
+    claim a slot (draining) ─> read the slot's partitions from their end ─> beat: open for work
+      ─> records to the role, steps to the role, beats ─> SIGTERM: drain, cut what is left, release the slot
+
+A worker that finds its lease lost raises LeaseLost: the process ends and comes back as a new incarnation.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from shared.bus.port import Bus, Producer, Reader, Start
+from shared.engine.port import Engine, EngineStats
+from shared.errors import LeaseLost
+from shared.observe.log import Logger
+from shared.observe.metrics import WorkerMetrics
+from shared.request import Incarnation, WorkerRef, partition_of
+from shared.state import keys
+from shared.state.port import Role as RoleName
+from shared.state.port import State, StateUnavailable, WorkerCard, WorkerLoad
+from shared.text.tokeniser import Tokeniser
+from shared.transfer.port import Transfer
+from shared.wire.codec import Decoder, UndecodableMessage, encode
+from shared.wire.to_stream_out import Cut
+from shared.wire.to_worker import (
+    TO_DECODE_DECODER,
+    TO_PREFILL_DECODER,
+    DecodeWork,
+    PrefillWork,
+    Stop,
+)
+from shared.wire.topics import DECODE, NUM_SLOTS, PREFILL, STREAM_OUT
+from shared.worker.credits import Credits
+from shared.worker.engine_thread import EngineThread
+from shared.worker.frames import FrameWriter
+from shared.worker.role import Role, WorkerContext
+
+READ_TIMEOUT_S = 1.0
+DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """How long a worker waits for what.
+
+    Attributes:
+        drain_s: on SIGTERM, what runs may go on for this long; the rest is handed to other workers.
+        step_s: an engine step that takes longer is taken for hung: the lease is not renewed any more.
+    """
+
+    drain_s: float = 30.0
+    step_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a worker is made of. `clock_s` gives unix seconds."""
+
+    role_name: RoleName
+    make_role: Callable[[WorkerContext], Role]
+    name: str
+    incarnation: Incarnation
+    engine: Engine
+    transfer: Transfer
+    bus: Bus
+    state: State
+    tokeniser: Tokeniser
+    metrics: WorkerMetrics
+    log: Logger
+    clock_s: Callable[[], float]
+    random_bytes: Callable[[int], bytes]
+    limits: WorkerLimits
+
+
+class _Leave(Exception):
+    """Ends the task group of a worker that has drained."""
+
+
+class Worker:
+    """One worker process's life."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
+        self._draining = True
+        self._num_announced = 0
+        self._slot: int | None = None
+        self._engine: EngineThread | None = None
+        self._role: Role | None = None
+        self._last_stats: EngineStats | None = None
+
+    async def ready(self) -> dict[str, bool]:
+        """What a worker needs, and whether it is there."""
+        return {
+            "log": await self._parts.bus.reachable(),
+            "state": await self._parts.state.reachable(),
+            "slot": self._slot is not None and not self._draining,
+        }
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, then drain and leave. The transfer must be open already."""
+        parts = self._parts
+        engine = self._engine = EngineThread(parts.engine, parts.clock_s)
+        async with (
+            parts.bus.producer() as frames,
+            parts.bus.producer() as handoff,
+            parts.bus.reader(PREFILL.name, group="worker") as prefill_reader,
+            parts.bus.reader(DECODE.name, group="worker") as decode_reader,
+            self._held_slot() as slot,
+        ):
+            await prefill_reader.assign({slot: Start.END})
+            await decode_reader.assign({slot: Start.END})
+            try:
+                with engine.running():
+                    async with asyncio.TaskGroup() as tasks:
+                        dues = Credits(parts.state)
+                        me = WorkerRef(slot, parts.incarnation)
+                        role = self._role = parts.make_role(
+                            WorkerContext(
+                                me=me,
+                                engine=engine,
+                                transfer=parts.transfer,
+                                page_bytes=parts.engine.model.layout.page_bytes,
+                                frames=FrameWriter(frames, me),
+                                handoff=handoff,
+                                credits=dues,
+                                tokeniser=parts.tokeniser,
+                                metrics=parts.metrics,
+                                log=parts.log,
+                                clock_s=parts.clock_s,
+                                random_bytes=parts.random_bytes,
+                                tasks=tasks,
+                            )
+                        )
+                        self._draining = False
+                        tasks.create_task(dues.run())
+                        tasks.create_task(self._watch_engine(engine))
+                        tasks.create_task(self._beat_for_ever(slot, engine))
+                        tasks.create_task(self._read_for_ever(prefill_reader, TO_PREFILL_DECODER, role))
+                        tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
+                        tasks.create_task(self._handle_steps(engine, role))
+                        await stop.wait()
+                        await self._drain(engine, role, handoff)
+                        raise _Leave
+            except* _Leave:
+                parts.log.info("drained")
+
+    @asynccontextmanager
+    async def _held_slot(self) -> AsyncGenerator[int]:
+        parts = self._parts
+        slot = await self._claim_slot()
+        self._slot = slot
+        parts.log.info("slot claimed", slot=slot, incarnation=parts.incarnation)
+        try:
+            yield slot
+        finally:
+            self._slot = None
+            await parts.state.release_slot(slot, parts.incarnation)
+
+    async def _claim_slot(self) -> int:
+        """The lowest free slot; waits while there is none (a predecessor's lease may have to run out)."""
+        while True:
+            slot = await self._parts.state.claim_slot(
+                self._card(), self._load(), num_slots=NUM_SLOTS, lease_ms=keys.LEASE_MS
+            )
+            if slot is not None:
+                return slot
+            self._parts.log.warning("no free slot", num_slots=NUM_SLOTS)
+            await asyncio.sleep(keys.BEAT_INTERVAL_S)
+
+    def _card(self) -> WorkerCard:
+        engine = self._parts.engine
+        return WorkerCard(
+            incarnation=self._parts.incarnation,
+            role=self._parts.role_name,
+            name=self._parts.name,
+            model=engine.model.name,
+            model_fingerprint=engine.model.fingerprint,
+            max_context=engine.limits.max_context,
+            num_pages=engine.limits.num_pages,
+            max_running=engine.limits.max_running,
+            transfer_address=self._parts.transfer.address,
+            layout_fingerprint=engine.model.layout.fingerprint,
+        )
+
+    def _load(self) -> WorkerLoad:
+        stats = self._engine.stats if self._engine else self._parts.engine.stats()
+        return WorkerLoad(
+            num_free_pages=stats.num_free_pages,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_queued_tokens=self._role.num_queued_tokens() if self._role else 0,
+            draining=self._draining,
+        )
+
+    async def _beat_for_ever(self, slot: int, engine: EngineThread) -> None:
+        while True:
+            if self._step_hangs(engine):
+                self._parts.log.error("engine step hangs, lease not renewed", limit_s=self._parts.limits.step_s)
+            else:
+                await self._beat(slot)
+            self._publish_metrics(engine.stats)
+            await self._announce_blocks(engine)
+            await asyncio.sleep(keys.BEAT_INTERVAL_S)
+
+    def _step_hangs(self, engine: EngineThread) -> bool:
+        started_s = engine.step_started_s
+        return started_s is not None and self._parts.clock_s() - started_s > self._parts.limits.step_s
+
+    async def _beat(self, slot: int) -> None:
+        try:
+            holds = await self._parts.state.beat(slot, self._card(), self._load(), lease_ms=keys.LEASE_MS)
+        except StateUnavailable as error:
+            self._parts.log.warning("beat failed", error=str(error))
+            return
+        if not holds:
+            raise LeaseLost(f"slot {slot} is no longer ours: its lease of {keys.LEASE_MS} ms ran out")
+
+    async def _announce_blocks(self, engine: EngineThread) -> None:
+        if engine.step_started_s is not None:
+            return  # a long step would hold up the next beat; the changes keep until then
+        changes = await engine.call(lambda owned: owned.take_block_changes())
+        if not changes.stored and not changes.evicted:
+            return
+        sequence, self._num_announced = self._num_announced, self._num_announced + 1
+        try:
+            await self._parts.state.announce_blocks(self._parts.incarnation, sequence, changes.stored, changes.evicted)
+        except StateUnavailable as error:
+            self._parts.log.warning("block announcement lost; readers will see the gap", error=str(error))
+
+    async def _watch_engine(self, engine: EngineThread) -> None:
+        await engine.failed
+
+    async def _read_for_ever(
+        self, reader: Reader, decoder: "Decoder[PrefillWork | Stop] | Decoder[DecodeWork | Stop]", role: Role
+    ) -> None:
+        while True:
+            for record in await reader.read(READ_TIMEOUT_S):
+                try:
+                    message = decoder.decode(record.value)
+                except UndecodableMessage as error:
+                    self._ignore("undecodable", error=str(error), topic=record.topic, offset=record.offset)
+                    continue
+                if message.target.incarnation != self._parts.incarnation:
+                    self._ignore("other incarnation")
+                    continue
+                role.take(message)
+
+    def _ignore(self, reason: str, **details: object) -> None:
+        self._parts.metrics.ignored.labels(self._parts.metrics.model_name, reason).inc()
+        self._parts.log.info("record ignored", reason=reason, **details)
+
+    async def _handle_steps(self, engine: EngineThread, role: Role) -> None:
+        metrics = self._parts.metrics
+        while True:
+            output, seconds = await engine.outputs.get()
+            await role.handle(output)
+            engine.handled()
+            metrics.step_seconds.observe(seconds)
+            metrics.step_tokens.observe(output.num_batch_tokens)
+
+    async def _drain(self, engine: EngineThread, role: Role, handoff: Producer) -> None:
+        """Let what runs finish within the limit, and hand the rest over by a cut that their owners act on."""
+        self._draining = True
+        deadline_s = self._parts.clock_s() + self._parts.limits.drain_s
+        while (role.unfinished() or engine.stats.num_held) and self._parts.clock_s() < deadline_s:  # noqa: ASYNC110 - two sources
+            await asyncio.sleep(DRAIN_POLL_S)
+        for assignment in role.unfinished():
+            cut = Cut(assignment.request_id, assignment.choice, assignment.epoch + 1, reason="drain")
+            await handoff.send(STREAM_OUT.name, partition_of(assignment.request_id), encode(cut))
+
+    def _publish_metrics(self, stats: EngineStats) -> None:
+        metrics = self._parts.metrics
+        last = self._last_stats or replace(
+            stats,
+            num_preemptions=0,
+            num_prefix_queries=0,
+            num_prefix_hits=0,
+            num_prompt_tokens=0,
+            num_generated_tokens=0,
+        )
+        metrics.num_running.set(stats.num_running)
+        metrics.num_waiting.set(stats.num_waiting)
+        metrics.kv_usage.set(1 - stats.num_free_pages / stats.num_pages)
+        metrics.free_pages.set(stats.num_free_pages)
+        metrics.total_pages.set(stats.num_pages)
+        metrics.held_requests.set(stats.num_held)
+        metrics.preemptions.inc(stats.num_preemptions - last.num_preemptions)
+        metrics.prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
+        metrics.prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
+        metrics.prompt_tokens.inc(stats.num_prompt_tokens - last.num_prompt_tokens)
+        metrics.generation_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
+        self._last_stats = stats
