@@ -1,0 +1,47 @@
+# Every target runs inside Baton's Python environment, which `in_env.sh` makes first where it is missing.
+IN_ENV := infra/local/in_env.sh
+STACK := $(IN_ENV) python -m infra.local
+ARGS ?=
+
+.DEFAULT_GOAL := help
+
+##@ Set up
+.PHONY: help setup lock
+help:  ## Show this help
+	@awk 'BEGIN { FS = ":.*## " } \
+	    /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Fetch all that is needed, once: Python packages, Kafka, the small model
+	@$(STACK) setup
+
+lock:  ## Resolve pyproject.toml into requirements.lock again
+	@$(IN_ENV) uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-header --quiet --output-file requirements.lock
+
+##@ Run
+.PHONY: up down status
+up:  ## Start Kafka, Redis and all services here (ARGS="--decode 4"; ARGS=--help lists them)
+	@$(STACK) up $(ARGS)
+
+down:  ## Stop them, and whatever a crash left behind
+	@$(STACK) down $(ARGS)
+
+status:  ## Show what runs
+	@$(STACK) status $(ARGS)
+
+##@ Check
+.PHONY: check test clean
+check:  ## Format, lint, types and the direction of imports
+	@$(IN_ENV) ruff format --check --quiet .
+	@$(IN_ENV) ruff check --quiet .
+	@$(IN_ENV) pyright
+	@PYTHONPATH=. $(IN_ENV) lint-imports --no-logo
+
+test:  ## Run all tests, real Kafka, Redis and UCX included (ARGS="-k fold")
+	@$(IN_ENV) python -m pytest $(ARGS)
+
+clean:  ## Remove what runs and checks leave in the checkout
+	@if [ -e .run/state.json ]; then $(STACK) down; fi
+	@rm -rf .run .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""What a local stack consists of. A new service is one more entry of SERVICES."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from infra.local.probes import http_ready
+from infra.local.process import ProcessSpec
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One kind of process.
+
+    Attributes:
+        name: its processes are `<name>-0`, `<name>-1`, ...
+        default_port: HTTP port of `<name>-0`, the next for the next; any free port where taken.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    default_port: int
+
+
+def python_service(name: str, module: str, default_port: int) -> Service:
+    """A service of this repository."""
+    return Service(name, (sys.executable, "-m", module), default_port)
+
+
+# In the order in which they are started; the reverse order stops them, so that the edge closes first.
+SERVICES = (
+    python_service("prefill", "services.prefill", 8200),
+    python_service("decode", "services.decode", 8300),
+    python_service("ingest", "services.ingest", 8100),
+    python_service("edge", "services.stream_out", 8000),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """How many of what, and with which model.
+
+    Attributes:
+        counts: processes of each service, by its name.
+        model: folder of the model.
+        dtype: "float32" or "bfloat16".
+        num_pages: KV pages of each worker.
+        max_restarts: how often a process that died is started again before it is left dead.
+        env: further settings of every service.
+        kafka_port, redis_port: wished ports; any free port where taken.
+    """
+
+    counts: Mapping[str, int]
+    model: str
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    num_pages: int = 512
+    max_restarts: int = 3
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    kafka_port: int | None = 9092
+    redis_port: int | None = 6379
+
+
+def service_spec(
+    service: Service, index: int, composition: Composition, *, kafka_address: str, redis_url: str, http_port: int
+) -> ProcessSpec:
+    """The process `<service>-<index>` with everything it is told."""
+    return ProcessSpec(
+        name=f"{service.name}-{index}",
+        command=service.command,
+        address=f"http://{HOST}:{http_port}",
+        is_ready=partial(http_ready, HOST, http_port),
+        env={
+            "BATON_KAFKA": kafka_address,
+            "BATON_REDIS": redis_url,
+            "BATON_MODEL": composition.model,
+            "BATON_DEVICE": composition.device,
+            "BATON_DTYPE": composition.dtype,
+            "BATON_NUM_PAGES": str(composition.num_pages),
+            "BATON_HTTP_HOST": HOST,
+            "BATON_HTTP_PORT": str(http_port),
+            # Two busy processes with two OpenMP threads each wait for one another at every barrier.
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            **composition.env,
+        },
+    )

