@@ -41,7 +41,7 @@ class Tokeniser:
         self._plain.encode_special_tokens = True
         self._bytes = read_token_bytes(tokenizer)
         self._chat_template = chat_template
-        self._bos_id = bos_id
+        self._added_bos = bos_id if bos_id in tokenizer.encode("").ids else None
         self.eos_ids = eos_ids
 
     @classmethod
@@ -78,7 +78,7 @@ class Tokeniser:
         """
         tokenizer = self._tokenizer if parse_special else self._plain
         ids = tokenizer.encode(text, add_special_tokens=add_special).ids
-        if add_special and self._bos_id is not None and ids[:2] == [self._bos_id, self._bos_id]:
+        if add_special and self._added_bos is not None and ids[:2] == [self._added_bos] * 2:
             ids = ids[1:]
         return token_ids(ids)
 

@@ -38,6 +38,11 @@ def test_ids_are_those_of_the_library_with_one_bos(folder):
     assert list(tokeniser.encode("hello", add_special=False)).count(bos) == 0
 
 
+def test_a_bos_that_is_not_added_is_left_as_written(tmp_path):
+    tokeniser = Tokeniser.load(write_folder(tmp_path, byte_level(), add_bos_token=False))
+    assert list(tokeniser.encode("<s><s>"))[:2] == [0, 0]
+
+
 def test_special_names_are_ordinary_text_if_not_parsed(folder):
     tokeniser = Tokeniser.load(folder)
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
