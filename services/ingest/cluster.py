@@ -1,0 +1,59 @@
+"""What ingest knows of the workers: registry and credits, read afresh; block announcements, gathered over time."""
+
+from shared.observe.metrics import IngestMetrics
+from shared.policy.holders import Holders
+from shared.policy.views import ClusterView, WorkerView
+from shared.request import Incarnation
+from shared.state.port import LiveWorker, Role, State
+from shared.wire.topics import NUM_SLOTS
+
+FEED_START = "0"
+
+
+class Cluster:
+    """The live workers and the blocks that they hold."""
+
+    def __init__(self, state: State, metrics: IngestMetrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._cursors: dict[Incarnation, str] = {}
+        self.view = ClusterView((), ())
+        self.holders = Holders()
+        self.fingerprints: dict[str, str] = {}
+
+    async def refresh(self) -> ClusterView:
+        """Read registry, loads and credits. Raises StateUnavailable."""
+        workers = await self._state.workers(num_slots=NUM_SLOTS)
+        alive = {worker.card.incarnation for worker in workers}
+        self._cursors = {incarnation: self._cursors.get(incarnation, FEED_START) for incarnation in alive}
+        self.holders.keep_only(alive)
+        self.fingerprints = {worker.card.model: worker.card.model_fingerprint for worker in workers}
+        self.view = ClusterView(
+            tuple(worker_view(worker) for worker in workers if worker.card.role is Role.PREFILL),
+            tuple(worker_view(worker) for worker in workers if worker.card.role is Role.DECODE),
+        )
+        return self.view
+
+    async def follow_feeds(self) -> None:
+        """Take what the workers announced since the last time. Raises StateUnavailable."""
+        for entry in await self._state.read_block_feeds(self._cursors):
+            complete = self.holders.update(entry.incarnation, entry.sequence, entry.stored, entry.evicted)
+            if not complete:
+                self._metrics.feed_gaps.inc()
+            if entry.incarnation in self._cursors:
+                self._cursors[entry.incarnation] = entry.cursor
+
+
+def worker_view(worker: LiveWorker) -> WorkerView:
+    """A worker as decisions see it."""
+    return WorkerView(
+        ref=worker.ref,
+        model=worker.card.model,
+        num_pages=worker.card.num_pages,
+        num_credit_pages=worker.num_credit_pages,
+        num_credits=worker.num_credits,
+        max_running=worker.card.max_running,
+        max_context=worker.card.max_context,
+        layout_fingerprint=worker.card.layout_fingerprint,
+        draining=worker.load.draining,
+    )
