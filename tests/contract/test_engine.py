@@ -1,0 +1,544 @@
+"""What every engine does: one suite over the fake runner and over the torch runner with a tiny checkpoint."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+import pytest
+import torch
+
+from shared.blocks import PAGE_TOKENS, TokenIds, pages_for, token_ids
+from shared.engine.engine import PagedEngine
+from shared.engine.fake import fake_answer, fake_engine
+from shared.engine.port import EngineLimits, EngineModel, EngineRequest
+from shared.engine.runner import TorchRunner
+from shared.engine.weights import Checkpoint, load_checkpoint
+from shared.request import FinishReason, SamplingParams
+from tests.engine_driver import Driver, copy_pages, greedy, request
+from tests.tiny_checkpoints import TinyCheckpoint, write_tiny_checkpoint
+
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 200]
+"""Prompt lengths at and beside page borders."""
+
+
+class EngineKind(Protocol):
+    """One implementation under test."""
+
+    vocab_size: int
+    random_operations: int
+
+    def make(self, *, num_pages: int = 64, max_running: int = 8, max_batch_tokens: int = 256) -> PagedEngine: ...
+
+    def answer(self, wanted: EngineRequest) -> list[int]:
+        """The right tokens, from a source as far from the scheduler as there is."""
+        ...
+
+
+class FakeKind:
+    vocab_size = 900  # below the id that asks for an end
+    random_operations = 1500
+
+    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
+        return fake_engine(num_pages=num_pages, max_running=max_running, max_batch_tokens=max_batch_tokens)
+
+    def answer(self, wanted):
+        return fake_answer(wanted.ids, wanted.prompt_len, wanted.sampling, wanted.choice)
+
+
+@dataclass
+class TorchKind:
+    """Answers come from a roomy engine that serves one request at a time: the runner's own tests hold it to
+    transformers.
+    """
+
+    checkpoint: Checkpoint
+    random_operations = 300
+
+    @property
+    def vocab_size(self):
+        return self.checkpoint.config.vocab_size
+
+    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
+        checkpoint = self.checkpoint
+        model = EngineModel(
+            name="tiny",
+            fingerprint=checkpoint.fingerprint,
+            vocab_size=checkpoint.config.vocab_size,
+            eos_token_ids=checkpoint.config.eos_token_ids,
+            layout=checkpoint.layout,
+        )
+        limits = EngineLimits(1024, num_pages, max_running, max_batch_tokens)
+        return PagedEngine(TorchRunner(checkpoint, num_pages), model, limits)
+
+    def answer(self, wanted):
+        return Driver(self.make(num_pages=16, max_running=1, max_batch_tokens=1024)).serve(wanted)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TinyCheckpoint())
+    return load_checkpoint(folder, "float32", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=["fake", "torch"])
+def kind(request, checkpoint) -> EngineKind:
+    return FakeKind() if request.param == "fake" else TorchKind(checkpoint)
+
+
+def prompt(kind: EngineKind, length: int, seed: int = 0) -> TokenIds:
+    rng = Random(seed)
+    return token_ids(rng.randrange(3, kind.vocab_size) for _ in range(length))
+
+
+def mixed_requests(kind: EngineKind, max_tokens: int = 20) -> list[EngineRequest]:
+    """Prompts of all edge lengths; every other one sampled."""
+    return [
+        request(
+            f"r{number}",
+            prompt(kind, length, seed=length),
+            SamplingParams(max_tokens=max_tokens, temperature=number % 2, seed=number),
+            choice=number % 3,
+        )
+        for number, length in enumerate(EDGES)
+    ]
+
+
+def assert_right(kind: EngineKind, driver: Driver, wanted: EngineRequest) -> None:
+    assert driver.tokens(wanted.key) == kind.answer(wanted), wanted.key
+
+
+# The same tokens, whatever the company.
+
+
+def test_alone(kind):
+    for wanted in mixed_requests(kind):
+        driver = Driver(kind.make())
+        driver.serve(wanted)
+        assert_right(kind, driver, wanted)
+        driver.assert_all_free()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [16, 64, 100, 2048])
+def test_in_mixed_batches_and_chunks(kind, max_batch_tokens):
+    driver = Driver(kind.make(max_batch_tokens=max_batch_tokens))
+    wanted = mixed_requests(kind)
+    driver.serve(*wanted)
+    for each in wanted:
+        assert_right(kind, driver, each)
+    assert sorted(driver.started) == sorted(each.key for each in wanted)
+    assert max(driver.batch_sizes) <= max_batch_tokens
+    driver.assert_all_free()
+
+
+def test_joining_a_running_batch(kind):
+    driver = Driver(kind.make())
+    wanted = mixed_requests(kind)
+    for each in wanted:
+        driver.engine.add(each)
+        driver.step()
+    driver.run()
+    for each in wanted:
+        assert_right(kind, driver, each)
+
+
+def test_preempted(kind):
+    driver = Driver(kind.make(num_pages=7))
+    wanted = mixed_requests(kind, max_tokens=100)
+    driver.serve(*wanted)
+    assert driver.engine.stats().num_preemptions > 0
+    for each in wanted:
+        assert_right(kind, driver, each)
+    driver.assert_all_free()
+
+
+def test_behind_accepted_tokens(kind):
+    whole = request("whole", prompt(kind, 70), SamplingParams(max_tokens=20, seed=4, ignore_eos=True))
+    answer = kind.answer(whole)
+    driver = Driver(kind.make())
+    driver.engine.add(
+        request("rest", token_ids([*whole.ids, *answer[:12]]), whole.sampling, prompt_len=whole.prompt_len)
+    )
+    driver.run()
+    assert driver.tokens("rest") == answer[12:]
+    assert driver.outputs["rest"][0].index == 12
+
+
+# Prefixes.
+
+
+def test_a_prefix_is_computed_once(kind):
+    driver = Driver(kind.make())
+    shared = prompt(kind, 130)
+    first = request("first", token_ids([*shared, 5, 6]), greedy(5))
+    second = request("second", token_ids([*shared, 7, 8, 9]), greedy(5))
+    driver.serve(first)
+    driver.serve(second)
+    assert driver.num_cached_tokens("first") == 0
+    assert driver.num_cached_tokens("second") == 128
+    assert_right(kind, driver, second)
+
+
+@pytest.mark.parametrize("length", [64, 65, 128, 129])
+def test_the_last_token_is_always_computed(kind, length):
+    driver = Driver(kind.make())
+    wanted = [request(f"r{number}", prompt(kind, length), greedy(5)) for number in range(2)]
+    for each in wanted:
+        driver.serve(each)
+    assert driver.num_cached_tokens("r1") == (length - 1) // PAGE_TOKENS * PAGE_TOKENS
+    assert_right(kind, driver, wanted[1])
+
+
+def test_an_answer_is_found_by_the_next_turn(kind):
+    driver = Driver(kind.make())
+    (answer,) = driver.serve(request("first", prompt(kind, 60), greedy(80, ignore_eos=True)))
+    second = request("second", token_ids([*prompt(kind, 60), *answer, 5]), greedy(5))
+    driver.serve(second)
+    assert driver.num_cached_tokens("second") == 128
+    assert_right(kind, driver, second)
+
+
+def test_a_prefix_in_flight_is_not_computed_again(kind):
+    driver = Driver(kind.make(max_batch_tokens=64))
+    wanted = [request(f"r{number}", prompt(kind, 200), greedy(3), choice=number) for number in range(4)]
+    driver.serve(*wanted)
+    assert [driver.num_cached_tokens(each.key) for each in wanted] == [0, 192, 192, 192]
+    assert sum(driver.batch_sizes) == 200 + 3 * 8 + 4 * 2
+    for each in wanted:
+        assert_right(kind, driver, each)
+
+
+def test_salts_do_not_share(kind):
+    driver = Driver(kind.make())
+    driver.serve(request("a", prompt(kind, 100), greedy(3), cache_salt="one"))
+    driver.serve(request("b", prompt(kind, 100), greedy(3), cache_salt="two"))
+    assert driver.num_cached_tokens("b") == 0
+
+
+def test_evicted_blocks_are_computed_again(kind):
+    driver = Driver(kind.make(num_pages=4))
+    first = request("first", prompt(kind, 200, seed=1), greedy(3))
+    driver.serve(first)
+    driver.serve(request("other", prompt(kind, 200, seed=2), greedy(3)))
+    again = request("again", first.ids, greedy(3))
+    driver.serve(again)
+    assert driver.num_cached_tokens("again") == 0
+    assert driver.tokens("again") == driver.tokens("first") == kind.answer(again)
+    driver.assert_all_free()
+
+
+# Hand-over.
+
+
+@pytest.mark.parametrize("length", EDGES)
+def test_handed_over(kind, length):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    wanted = request("r", prompt(kind, length), SamplingParams(max_tokens=20, seed=3))
+    hand_over(source, target, wanted)
+    target.run()
+    assert source.tokens("r") + target.tokens("r") == kind.answer(wanted)
+    source.assert_all_free()
+    target.assert_all_free()
+
+
+def test_handed_over_next_to_a_cached_prefix(kind):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    target.serve(request("before", prompt(kind, 150), greedy(3)))
+    wanted = request("r", token_ids([*prompt(kind, 150), 5, 6]), greedy(20))
+    assert hand_over(source, target, wanted) == 2
+    target.run()
+    assert source.tokens("r") + target.tokens("r") == kind.answer(wanted)
+    assert target.num_cached_tokens("r") == 128
+    assert target.started == ["before"]
+
+
+def test_handed_over_into_a_batch_and_preempted_there(kind):
+    source, target = Driver(kind.make()), Driver(kind.make(num_pages=5))
+    local = request("local", prompt(kind, 60, seed=1), greedy(100, ignore_eos=True))
+    wanted = request("r", prompt(kind, 130), greedy(100, ignore_eos=True))
+    target.engine.add(local)
+    target.step()
+    hand_over(source, target, wanted)
+    target.run()
+    assert target.engine.stats().num_preemptions > 0
+    assert source.tokens("r") + target.tokens("r") == kind.answer(wanted)
+    assert_right(kind, target, local)
+
+
+def test_imported_pages_are_a_prefix_for_others(kind):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    wanted = request("r", prompt(kind, 150), greedy(5))
+    hand_over(source, target, wanted)
+    local = request("local", token_ids([*wanted.ids, 9]), greedy(5))
+    target.serve(local)
+    assert target.num_cached_tokens("local") == 128
+    assert_right(kind, target, local)
+
+
+def test_held_pages_stay_until_released_and_are_a_prefix_meanwhile(kind):
+    driver = Driver(kind.make(num_pages=4))
+    driver.serve(request("held", prompt(kind, 150), greedy(5, ignore_eos=True), hold_kv=True))
+    pages = driver.engine.held_pages("held")
+    assert len(pages) == 3
+    assert not driver.engine.has_work()
+    before = driver.engine.cache.pages[list(pages)].clone()
+    other = request("other", prompt(kind, 129), greedy(3))
+    driver.serve(other)
+    assert driver.num_cached_tokens("other") == 128
+    assert_right(kind, driver, other)
+    waiting = request("waiting", prompt(kind, 100, seed=9), greedy(3))
+    driver.serve(waiting)
+    assert driver.tokens("waiting") == []
+    assert torch.equal(driver.engine.cache.pages[list(pages)], before)
+    driver.engine.release("held")
+    driver.run()
+    assert_right(kind, driver, waiting)
+    driver.assert_all_free()
+    with pytest.raises(KeyError):
+        driver.engine.held_pages("held")
+    driver.engine.release("held")
+
+
+def test_a_first_token_that_ends_the_choice_holds_nothing(kind):
+    driver = Driver(kind.make())
+    first_token = kind.answer(request("r", prompt(kind, 70), greedy(1)))[0]
+    driver.serve(
+        request("length", prompt(kind, 70), greedy(1), hold_kv=True),
+        request("stop", prompt(kind, 70), greedy(9, stop_token_ids=(first_token,)), hold_kv=True),
+    )
+    assert [driver.finish(key) for key in ("length", "stop")] == [FinishReason.LENGTH, FinishReason.STOP]
+    driver.assert_all_free()
+
+
+# Ends.
+
+
+def test_max_tokens_one(kind):
+    driver = Driver(kind.make())
+    (tokens,) = driver.serve(request("r", prompt(kind, 10), greedy(1, ignore_eos=True)))
+    assert len(tokens) == 1
+    assert driver.finish("r") is FinishReason.LENGTH
+    driver.assert_all_free()
+
+
+def test_stop_ids_end_and_min_tokens_forbids_them(kind):
+    plain = kind.answer(request("r", prompt(kind, 10), greedy(12, ignore_eos=True)))
+    stop_id = plain[3]
+    at = plain.index(stop_id)
+    driver = Driver(kind.make())
+    stopped, late = driver.serve(
+        request("stopped", prompt(kind, 10), greedy(12, ignore_eos=True, stop_token_ids=(stop_id,))),
+        request("late", prompt(kind, 10), greedy(12, ignore_eos=True, stop_token_ids=(stop_id,), min_tokens=6)),
+    )
+    assert stopped == plain[: at + 1]
+    assert driver.finish("stopped") is FinishReason.STOP
+    assert stop_id not in late[:6]
+    assert late[:at] == plain[:at]
+
+
+def test_logprobs(kind):
+    driver = Driver(kind.make())
+    driver.serve(
+        request("none", prompt(kind, 10), greedy(4)),
+        request("zero", prompt(kind, 10), greedy(4, logprobs=0)),
+        request("three", prompt(kind, 10), greedy(4, logprobs=3)),
+    )
+    assert all(output.logprob is None for output in driver.outputs["none"])
+    assert all(output.logprob is not None and not output.logprob.top for output in driver.outputs["zero"])
+    for output in driver.outputs["three"]:
+        assert output.logprob is not None
+        assert output.logprob.top[0] == (output.token_id, output.logprob.logprob)
+        values = [logprob for _, logprob in output.logprob.top]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert values[0] <= 0
+
+
+def test_what_never_fits_is_refused_and_the_next_is_served(kind):
+    driver = Driver(kind.make(num_pages=4))
+    with pytest.raises(ValueError, match="num_pages"):
+        driver.engine.add(request("big", prompt(kind, 200), greedy(57)))
+    with pytest.raises(ValueError, match="max_context"):
+        driver.engine.add(request("long", prompt(kind, 200), greedy(10_000)))
+    fits = request("fits", prompt(kind, 200), greedy(56))
+    driver.serve(fits)
+    assert_right(kind, driver, fits)
+
+
+# Aborts.
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "running", "preempted", "held", "importing"])
+def test_an_abort_returns_the_pages_in_every_state(kind, state):
+    driver = Driver(kind.make(num_pages=6, max_running=2, max_batch_tokens=64))
+    engine = driver.engine
+    neighbour = request("neighbour", prompt(kind, 60, seed=1), greedy(90, ignore_eos=True))
+    engine.add(neighbour)
+    driver.step()
+    wanted = request("r", prompt(kind, 250, seed=2), greedy(60, ignore_eos=True), hold_kv=state == "held")
+    if state == "importing":
+        assert engine.reserve(request("r", wanted.ids, wanted.sampling, prompt_len=249)) is not None
+    else:
+        engine.add(wanted)
+    steps = {"waiting": 0, "importing": 0, "prefilling": 2, "running": 6, "held": 6, "preempted": 0}[state]
+    for _ in range(steps):
+        driver.step()
+    while state == "preempted" and engine.stats().num_preemptions == 0:
+        driver.step()
+    stats = engine.stats()
+    expected = {"waiting": (1, 1, 0, 0), "preempted": (1, 1, 0, 0), "prefilling": (0, 2, 0, 0)}
+    expected |= {"running": (0, 2, 0, 0), "held": (0, 1, 1, 0), "importing": (0, 1, 0, 1)}
+    assert (stats.num_waiting, stats.num_running, stats.num_held, stats.num_importing) == expected[state]
+    engine.abort("r")
+    engine.check()
+    engine.abort("r")
+    engine.add(wanted if state != "held" else request("r", wanted.ids, wanted.sampling))
+    engine.abort("r")
+    driver.run()
+    assert_right(kind, driver, neighbour)
+    driver.assert_all_free()
+
+
+def test_random_operations_end_with_all_pages_free(kind):
+    """Two engines that hand over to each other, short of pages; every answer is right, and whole unless given up."""
+    both = HandOverPair(kind, Random(7))
+    for _ in range(kind.random_operations):
+        both.do_something()
+    both.finish_all()
+    for side in both.sides:
+        side.assert_all_free()
+    for key, wanted in both.requests.items():
+        answer = kind.answer(request(key, wanted.ids, wanted.sampling))
+        tokens = both.tokens(key)
+        assert tokens == (answer[: len(tokens)] if key in both.given_up else answer)
+    assert len(both.given_up) < len(both.requests) / 2
+    assert sum(side.engine.stats().num_preemptions for side in both.sides) > 0
+
+
+class HandOverPair:
+    """Two engines, requests at both, and pulls between them, all at random.
+
+    Attributes:
+        pulls: (source, target) by key: reserved at the target, still held by the source.
+        passed_on: keys whose hold has ended.
+        given_up: keys that were aborted, or whose hold ran out.
+    """
+
+    def __init__(self, kind: EngineKind, rng: Random) -> None:
+        self.kind = kind
+        self.rng = rng
+        self.sides = (Driver(kind.make(num_pages=12, max_running=4)), Driver(kind.make(num_pages=9, max_running=3)))
+        self.prompts = [prompt(kind, 260, seed=seed) for seed in range(3)]
+        self.requests: dict[str, EngineRequest] = {}
+        self.pulls: dict[str, tuple[Driver, Driver]] = {}
+        self.passed_on: set[str] = set()
+        self.given_up: set[str] = set()
+
+    def do_something(self) -> None:
+        side, other = self.rng.sample(self.sides, 2)
+        actions = {
+            self.add: 10 if side.engine.stats().num_waiting < 4 else 0,
+            self.pull: 12,
+            self.finish_a_pull: 10,
+            self.abort: 1,
+            self.let_a_hold_run_out: 1,
+            self.step: 60,
+        }
+        (action,) = self.rng.choices(list(actions), list(actions.values()))
+        action(side, other)
+        for each in self.sides:
+            each.engine.check()
+
+    def step(self, side: Driver, _other: Driver) -> None:
+        side.step()
+
+    def add(self, side: Driver, _other: Driver) -> None:
+        rng = self.rng
+        ids = rng.choice(self.prompts)[: rng.choice([1, 63, 64, 65, 100, 129, 192])]
+        ids[-1] = rng.randrange(3, self.kind.vocab_size)
+        max_tokens, temperature = rng.choice([1, 3, 40, 90]), rng.choice([0.0, 1.0])
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=rng.randrange(9))
+        added = request(f"r{len(self.requests)}", ids, sampling, hold_kv=rng.random() < 0.5)
+        self.requests[added.key] = added
+        side.engine.add(added)
+
+    def pull(self, target: Driver, source: Driver) -> None:
+        if keys := self.held(source):
+            key = self.rng.choice(keys)
+            if reserve_and_copy(source, target, self.requests[key]) is not None:
+                self.pulls[key] = source, target
+
+    def finish_a_pull(self, *_: Driver) -> None:
+        if self.pulls:
+            key = self.rng.choice(list(self.pulls))
+            source, target = self.pulls.pop(key)
+            self.passed_on.add(key)
+            source.engine.release(key)
+            target.engine.imported(key)
+
+    def abort(self, *_: Driver) -> None:
+        if self.requests:
+            self._give_up(self.rng.choice(list(self.requests)))
+
+    def let_a_hold_run_out(self, side: Driver, _other: Driver) -> None:
+        if keys := self.held(side):
+            self._give_up(self.rng.choice(keys))
+
+    def finish_all(self) -> None:
+        for _ in range(1000):
+            if not self.pulls and not any(self.held(side) or side.engine.has_work() for side in self.sides):
+                return
+            for side, other in (self.sides, self.sides[::-1]):
+                side.run()
+                self.pull(side, other)
+            if not self.pulls:  # both may be full of what the other is to pull
+                for side in self.sides:
+                    self.let_a_hold_run_out(side, side)
+            self.finish_a_pull()
+        raise AssertionError("the engines do not come to an end")
+
+    def held(self, side: Driver) -> list[str]:
+        """Keys that `side` holds and nobody pulls."""
+        done = self.passed_on | self.given_up | self.pulls.keys()
+        return [
+            key
+            for key, outputs in side.outputs.items()
+            if key not in done and self.requests[key].hold_kv and outputs[-1].finish is None
+        ]
+
+    def tokens(self, key: str) -> list[int]:
+        """All tokens of the request, of both sides, without a gap."""
+        outputs = sorted((output for side in self.sides for output in side.outputs.get(key, [])), key=lambda o: o.index)
+        assert [output.index for output in outputs] == list(range(len(outputs)))
+        return [output.token_id for output in outputs]
+
+    def _give_up(self, key: str) -> None:
+        self.pulls.pop(key, None)
+        self.given_up.add(key)
+        for side in self.sides:
+            side.engine.abort(key)
+
+
+def reserve_and_copy(source: Driver, target: Driver, wanted: EngineRequest) -> int | None:
+    """Reserve at `target` and copy what it lacks from `source`; how many pages were there, None if refused."""
+    first_token = source.outputs[wanted.key][-1].token_id
+    ids = token_ids([*wanted.ids, first_token])
+    reservation = target.engine.reserve(
+        request(wanted.key, ids, wanted.sampling, prompt_len=wanted.prompt_len, choice=wanted.choice)
+    )
+    if reservation is None:
+        return None
+    pages, cached = source.engine.held_pages(wanted.key), reservation.num_cached_pages
+    assert len(pages) == len(reservation.pages) == pages_for(len(wanted.ids))
+    copy_pages(source.engine, pages[cached:], target.engine, reservation.pages[cached:])
+    return cached
+
+
+def hand_over(source: Driver, target: Driver, wanted: EngineRequest) -> int | None:
+    """Prefill at `source`, decode at `target` from its next step on; how many pages were there already."""
+    source.engine.add(request(wanted.key, wanted.ids, wanted.sampling, hold_kv=True, choice=wanted.choice))
+    source.run()
+    cached = reserve_and_copy(source, target, wanted)
+    source.engine.release(wanted.key)
+    target.engine.imported(wanted.key)
+    target.engine.check()
+    return cached

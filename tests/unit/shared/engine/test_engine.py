@@ -1,0 +1,148 @@
+import pytest
+
+from shared.blocks import token_ids
+from shared.engine.engine import PagedEngine
+from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_engine, fake_model
+from shared.engine.port import EngineLimits
+from shared.request import FinishReason
+from tests.engine_driver import Driver, greedy, request
+
+POISON = 13
+
+
+def prompt(length, first=100):
+    return token_ids((first + index) % 900 for index in range(length))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_len": 0}, "prompt_len is 0"),
+        ({"prompt_len": 4}, "prompt_len is 4"),
+        ({"ids": token_ids([])}, "prompt_len is 3"),
+        ({"sampling": greedy(0)}, "max_tokens is 0"),
+        ({"sampling": greedy(1), "prompt_len": 2}, "max_tokens is 1"),
+        ({"sampling": greedy(998)}, "max_context"),
+        ({"sampling": greedy(300)}, "num_pages is 4"),
+        ({"ids": token_ids([1, 1000, 3])}, "vocab_size"),
+        ({"ids": token_ids([1, -1, 3])}, "vocab_size"),
+    ],
+)
+def test_what_can_never_run_is_refused_by_add_and_reserve(changes, message):
+    engine = fake_engine(num_pages=4, max_context=1000)
+    bad = request(**{"key": "a", "ids": token_ids([1, 2, 3]), "prompt_len": 3, "sampling": greedy(9), **changes})
+    with pytest.raises(ValueError, match=message):
+        engine.add(bad)
+    with pytest.raises(ValueError, match=message):
+        engine.reserve(bad)
+    Driver(engine).assert_all_free()
+
+
+def test_what_just_fits_is_served_alone():
+    driver = Driver(fake_engine(num_pages=4, max_context=256))
+    (tokens,) = driver.serve(request("a", prompt(200), greedy(56, ignore_eos=True)))
+    assert tokens == fake_answer(prompt(200), 200, greedy(56, ignore_eos=True))
+
+
+def test_holding_needs_pages_for_the_ids_alone():
+    engine = fake_engine(num_pages=4)
+    engine.add(request("a", prompt(256), greedy(200), hold_kv=True))
+    with pytest.raises(ValueError, match="num_pages"):
+        engine.add(request("b", prompt(256), greedy(200)))
+
+
+def test_a_key_in_use_is_refused_and_free_again_afterwards():
+    driver = Driver(fake_engine())
+    driver.engine.add(request("a", prompt(3), greedy(1)))
+    with pytest.raises(ValueError, match="in use"):
+        driver.engine.add(request("a", prompt(3), greedy(1)))
+    driver.run()
+    driver.engine.add(request("a", prompt(3), greedy(1)))
+
+
+def test_an_import_does_not_hold():
+    with pytest.raises(ValueError, match="hold_kv"):
+        fake_engine().reserve(request("a", prompt(3), greedy(9), hold_kv=True))
+
+
+def test_runner_model_and_limits_must_agree():
+    limits = EngineLimits(1000, 4, 4, 64)
+    with pytest.raises(ValueError, match="num_pages"):
+        PagedEngine(FakeRunner(fake_model(), 5), fake_model(), limits)
+    with pytest.raises(ValueError, match="layout"):
+        PagedEngine(FakeRunner(fake_model("other"), 4), fake_model(), limits)
+
+
+def test_eos_ends_unless_ignored():
+    driver = Driver(fake_engine())
+    ids = token_ids([10, END_AT, 4])
+    ended, ignored = driver.serve(request("a", ids, greedy(9)), request("b", ids, greedy(9, ignore_eos=True)))
+    assert (len(ended), ended[-1], driver.finish("a")) == (5, FAKE_EOS_TOKEN_ID, FinishReason.STOP)
+    assert (len(ignored), ignored[:5], driver.finish("b")) == (9, ended, FinishReason.LENGTH)
+
+
+def test_eos_is_forbidden_below_min_tokens():
+    driver = Driver(fake_engine())
+    ids = token_ids([10, END_AT, 2])
+    early, late = driver.serve(
+        request("a", ids, greedy(9, min_tokens=2)),
+        request("b", ids, greedy(9, min_tokens=3)),
+    )
+    assert (len(early), early[2]) == (3, FAKE_EOS_TOKEN_ID)
+    assert late[2] == FAKE_EOS_TOKEN_ID + 1
+    assert FAKE_EOS_TOKEN_ID not in late[:3]
+
+
+def test_a_poisoned_request_fails_alone_and_leaves_nothing_behind():
+    driver = Driver(fake_engine(poison_token_id=POISON, max_batch_tokens=128))
+    good, bad = prompt(150), token_ids([*prompt(149), POISON])
+    driver.engine.add(request("good", good, greedy(9)))
+    driver.engine.add(request("bad", bad, greedy(9)))
+    driver.run()
+    assert driver.tokens("good") == fake_answer(good, 150, greedy(9))
+    (output,) = driver.outputs["bad"]
+    assert (output.token_id, output.finish, output.error) == (-1, FinishReason.FAILED, "NaN in the logits")
+    assert driver.serve(request("again", good, greedy(9))) == [driver.tokens("good")]
+    driver.assert_all_free()
+
+
+def test_pages_of_a_failed_request_are_found_by_nobody():
+    driver = Driver(fake_engine(poison_token_id=POISON, max_batch_tokens=64))
+    driver.serve(request("bad", token_ids([POISON, *prompt(149)]), greedy(9)))
+    assert driver.blocks == set()
+    driver.assert_all_free()
+
+
+def test_an_import_fails_like_others():
+    driver = Driver(fake_engine(poison_token_id=POISON))
+    reservation = driver.engine.reserve(request("a", token_ids([10, POISON]), greedy(9), prompt_len=1))
+    assert reservation is not None
+    page = driver.engine.cache.pages[reservation.pages[0]]
+    page[0, 0, 0, 0, 0], page[0, 0, 0, 0, 1] = 10, 1
+    page[0, 1, 0, 0, 0], page[0, 1, 0, 0, 1] = -10, -1
+    driver.engine.imported("a")
+    driver.run()
+    assert driver.outputs["a"][0].index == 1
+    assert driver.finish("a") is FinishReason.FAILED
+    driver.assert_all_free()
+
+
+def test_stats_count():
+    driver = Driver(fake_engine(num_pages=8))
+    driver.serve(request("a", prompt(100), greedy(3, ignore_eos=True)))
+    driver.serve(request("b", prompt(100), greedy(3, ignore_eos=True)))
+    stats = driver.engine.stats()
+    assert (stats.num_pages, stats.num_free_pages) == (8, 8)
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (200, 6)
+    assert (stats.num_prefix_queries, stats.num_prefix_hits) == (200, 64)
+
+
+def test_started_is_said_once_in_spite_of_preemption():
+    driver = Driver(fake_engine(num_pages=3, max_batch_tokens=200))
+    driver.serve(
+        request("a", prompt(62, 100), greedy(70, ignore_eos=True)),
+        request("b", prompt(62, 300), greedy(70, ignore_eos=True)),
+    )
+    assert driver.engine.stats().num_preemptions > 0
+    assert driver.started == ["a", "b"]
+    assert driver.engine.stats().num_prompt_tokens == 124

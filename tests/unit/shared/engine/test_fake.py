@@ -1,0 +1,113 @@
+import pytest
+
+from shared.blocks import token_ids
+from shared.engine.batch import BatchRow
+from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_model
+from shared.request import SamplingParams, TokenLogprob
+from tests.engine_driver import greedy
+
+
+def row(ids, start, end, pages, sampling=None, **changes):
+    fields = {"key": "a", "prompt_len": len(ids), "sample": end == len(ids), "choice": 0, "forbid_end": False}
+    fields |= changes
+    return BatchRow(ids=token_ids(ids), start=start, end=end, pages=pages, sampling=sampling or greedy(9), **fields)
+
+
+def test_the_example_of_the_docstring():
+    assert fake_answer(token_ids([10, 20, 30]), 3, greedy(2)) == [150, 667]
+
+
+def test_answers_go_on_behind_accepted_tokens():
+    assert fake_answer(token_ids([10, 20, 30, 150]), 3, greedy(2)) == [667]
+
+
+def test_sampling_draws_by_seed_choice_and_index():
+    sampling = SamplingParams(max_tokens=1, seed=5)
+    assert fake_answer(token_ids([10]), 1, sampling, choice=2) == [(10 + 30 + 505 + 26) % 1000]
+    ids = token_ids(range(10, 90))
+    answers = {
+        tuple(fake_answer(ids, 80, SamplingParams(max_tokens=4, seed=seed), choice))
+        for seed in (1, 2)
+        for choice in (0, 1)
+    }
+    assert len(answers) == 4
+
+
+def test_a_prompt_can_ask_for_its_end():
+    answer = fake_answer(token_ids([10, END_AT, 3]), 3, greedy(9))
+    assert (len(answer), answer[-1]) == (4, FAKE_EOS_TOKEN_ID)
+    assert len(fake_answer(token_ids([10, END_AT, 3]), 3, greedy(9, ignore_eos=True))) == 9
+
+
+def test_a_forbidden_end_is_counted_up():
+    answer = fake_answer(
+        token_ids([10, END_AT, 0]), 3, greedy(2, min_tokens=1, stop_token_ids=(FAKE_EOS_TOKEN_ID + 1,))
+    )
+    assert answer[0] == FAKE_EOS_TOKEN_ID + 2
+
+
+def test_runner_and_function_agree():
+    model = fake_model()
+    ids = list(range(10, 90))
+    sampled = FakeRunner(model, 4).run((row(ids, 0, 80, (2, 1)),))
+    assert [sampled[0].token_id] == fake_answer(token_ids(ids), 80, greedy(1))
+
+
+def test_chunks_give_the_token_of_the_whole():
+    ids = list(range(10, 90))
+    runner = FakeRunner(fake_model(), 4)
+    assert runner.run((row(ids, 0, 50, (2,)),)) == [None]
+    assert runner.run((row(ids, 50, 80, (2, 1)),))[0].token_id == fake_answer(token_ids(ids), 80, greedy(1))[0]
+
+
+def test_kv_lies_where_the_layout_says():
+    runner = FakeRunner(fake_model(), 2)
+    runner.run((row([10, 20], 0, 2, (1,)),))
+    page = runner.cache.pages[1]
+    assert page[0, 0, :2, 0].tolist() == [[10, 1], [20, 2]]
+    assert page[0, 1, :2, 0].tolist() == [[-10, -1], [-20, -2]]
+    assert not runner.cache.pages[0].any()
+
+
+def test_missing_kv_is_named():
+    ids = list(range(10, 90))
+    with pytest.raises(AssertionError, match="page 3 should hold position 0"):
+        FakeRunner(fake_model(), 4).run((row(ids, 79, 80, (3, 1)),))
+
+
+def test_kv_of_another_position_is_named():
+    ids = list(range(10, 150))
+    runner = FakeRunner(fake_model(), 4)
+    runner.run((row(ids, 0, 128, (0, 1)),))
+    with pytest.raises(AssertionError, match="page 0 should hold position 64"):
+        runner.run((row(ids, 128, 140, (0, 0, 2)),))
+
+
+def test_kv_of_other_ids_gives_another_token():
+    runner = FakeRunner(fake_model(), 4)
+    runner.run((row([10] * 64, 0, 64, (0,)),))
+    sampled = runner.run((row([11] * 65, 64, 65, (0, 1)),))
+    assert sampled[0].token_id != fake_answer(token_ids([11] * 65), 65, greedy(1))[0]
+
+
+def test_rows_of_one_batch_must_not_write_a_shared_page():
+    runner = FakeRunner(fake_model(), 4)
+    with pytest.raises(AssertionError, match="two rows"):
+        runner.run((row([10], 0, 1, (0,)), row([20], 0, 1, (0,), key="b")))
+    runner.run((row([10] * 64, 0, 64, (0,)),))
+    with pytest.raises(AssertionError, match="page 0 of request 'a' is written by 'b'"):
+        runner.run((row([10] * 65, 64, 65, (0, 1)), row([20], 0, 1, (0,), key="b")))
+
+
+def test_poison_fails_its_row_only():
+    runner = FakeRunner(fake_model(), 4, poison_token_id=13)
+    bad, good = runner.run((row([10, 13, 11], 0, 3, (0,)), row([10, 11], 0, 2, (1,), key="b")))
+    assert (bad.token_id, bad.error) == (-1, "NaN in the logits")
+    assert good.error is None
+
+
+def test_logprobs():
+    runner = FakeRunner(fake_model(), 1)
+    sampled = runner.run((row([10, 20, 30], 0, 3, (0,), greedy(1, logprobs=2)),))
+    assert sampled[0].logprob == TokenLogprob(-(1 + 150 % 7) / 8, ((150, -0.5), (151, -0.75)))
+    assert runner.run((row([10, 20, 30], 0, 3, (0,)),))[0].logprob is None

@@ -1,0 +1,239 @@
+import pytest
+
+from shared.blocks import PAGE_TOKENS, hash_chain, root_hash, token_ids
+from shared.engine.port import EngineLimits
+from shared.engine.scheduler import Scheduler
+from shared.engine.sequence import TRANSITIONS, SequenceState
+from tests.engine_driver import greedy, request
+
+
+def scheduler(num_pages=16, max_running=4, max_batch_tokens=128):
+    return Scheduler(EngineLimits(4096, num_pages, max_running, max_batch_tokens), "model")
+
+
+def prompt(length, first=0):
+    return token_ids(range(first, first + length))
+
+
+def run(engine, token_id=7):
+    """One step without a model: every row wanted gets `token_id`. Returns (key, start, end) of the rows."""
+    batch = engine.schedule()
+    for row, sequence in zip(batch.rows, batch.sequences, strict=True):
+        engine.computed_to(sequence, row.end)
+        if row.sample and row.sampling.max_tokens == sequence.index + 1:
+            engine.end(sequence)
+        elif row.sample and sequence.request.hold_kv:
+            engine.hold(sequence)
+        elif row.sample:
+            engine.extend(sequence, token_id)
+    engine.check()
+    return [(row.key, row.start, row.end) for row in batch.rows]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decode_rows():
+    engine = scheduler(max_batch_tokens=100)
+    engine.add(request("a", prompt(3), greedy(9)))
+    assert run(engine) == [("a", 0, 3)]
+    engine.add(request("b", prompt(230, 500), greedy(9)))
+    assert run(engine) == [("a", 3, 4), ("b", 0, 99)]
+    assert run(engine) == [("a", 4, 5), ("b", 99, 198)]
+    engine.add(request("c", prompt(5, 900), greedy(9)))
+    assert run(engine) == [("a", 5, 6), ("b", 198, 230), ("c", 0, 5)]
+    assert run(engine) == [("a", 6, 7), ("b", 230, 231), ("c", 5, 6)]
+
+
+def test_only_the_last_chunk_is_sampled():
+    engine = scheduler(max_batch_tokens=100)
+    engine.add(request("a", prompt(150), greedy(9, min_tokens=1)))
+    batch = engine.schedule()
+    assert [(row.sample, row.forbid_end, len(row.pages)) for row in batch.rows] == [(False, False, 2)]
+    engine.computed_to(batch.sequences[0], 100)
+    batch = engine.schedule()
+    assert [(row.sample, row.forbid_end, len(row.pages)) for row in batch.rows] == [(True, True, 3)]
+
+
+def test_seats_bound_what_runs_and_imports_count():
+    engine = scheduler(max_running=2)
+    for index in range(3):
+        engine.add(request(f"a{index}", prompt(3, 10 * index), greedy(9)))
+    assert len(run(engine)) == 2
+    assert engine.num_waiting == 1
+    assert engine.reserve(request("b", prompt(3, 70), greedy(9), prompt_len=2)) is None
+    engine.abort("a2")
+    engine.abort("a1")
+    assert engine.reserve(request("b", prompt(3, 70), greedy(9), prompt_len=2)) is not None
+    engine.add(request("c", prompt(3, 80), greedy(9)))
+    assert run(engine) == [("a0", 3, 4)]
+    engine.imported("b")
+    assert run(engine) == [("a0", 4, 5), ("b", 2, 3)]
+
+
+def test_an_import_does_not_take_what_the_head_of_the_line_needs():
+    engine = scheduler(num_pages=4)
+    engine.add(request("a", prompt(100), greedy(9), hold_kv=True))
+    run(engine)
+    engine.add(request("b", prompt(190, 500), greedy(9)))
+    assert run(engine) == []
+    assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is None
+    engine.release("a")
+    assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is not None
+    assert run(engine) == [("b", 0, 128)]
+
+
+def test_a_hit_leaves_the_last_token_to_compute():
+    engine = scheduler(num_pages=16)
+    engine.add(request("a", prompt(2 * PAGE_TOKENS), greedy(1)))
+    run(engine)
+    engine.add(request("b", prompt(2 * PAGE_TOKENS), greedy(1)))
+    assert run(engine) == [("b", 64, 128)]
+    engine.add(request("c", prompt(2 * PAGE_TOKENS + 1), greedy(1)))
+    assert run(engine) == [("c", 128, 129)]
+    assert (engine.num_prefix_queries, engine.num_prefix_hits) == (128 + 128 + 129, 64 + 128)
+
+
+def test_salts_do_not_share():
+    engine = scheduler()
+    engine.add(request("a", prompt(100), greedy(1), cache_salt="one"))
+    run(engine)
+    engine.add(request("b", prompt(100), greedy(1), cache_salt="two"))
+    assert run(engine) == [("b", 0, 100)]
+
+
+def test_a_page_is_published_when_its_last_token_is_computed():
+    engine = scheduler(max_batch_tokens=63)
+    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    engine.add(request("a", prompt(126), greedy(9)))
+    published = []
+    for _ in range(4):
+        run(engine, token_id=126)
+        published.append(len(engine.pool.find(hashes)))
+    # 63, 126 (and token 126), 127 computed; then token 127 is another one than in `hashes`.
+    assert published == [0, 1, 1, 1]
+    assert len(engine.pool.take_changes()[0]) == 2
+
+
+def test_the_same_prefix_in_flight_is_waited_for():
+    engine = scheduler(max_batch_tokens=128)
+    engine.add(request("a", prompt(200), greedy(9)))
+    engine.add(request("b", token_ids([*prompt(190), 999, 999, 999]), greedy(9)))
+    engine.add(request("c", prompt(10, 300), greedy(9)))
+    assert run(engine) == [("a", 0, 128)]
+    # Block 2 (128..191) of a is no block of b: b needs nothing that is still on its way.
+    assert run(engine) == [("a", 128, 200), ("b", 128, 184)]
+    assert run(engine) == [("a", 200, 201), ("b", 184, 193), ("c", 0, 10)]
+
+
+def test_who_waits_for_a_prefix_holds_up_nobody():
+    engine = scheduler(max_batch_tokens=128)
+    engine.add(request("a", prompt(100), greedy(9)))
+    engine.add(request("b", prompt(90), greedy(9)))
+    engine.add(request("c", prompt(10, 300), greedy(9)))
+    assert run(engine) == [("a", 0, 100), ("c", 0, 10)]
+    assert run(engine) == [("a", 100, 101), ("c", 10, 11), ("b", 64, 90)]
+
+
+@pytest.mark.parametrize("how", ["abort", "fail"])
+def test_who_waits_for_a_prefix_computes_it_when_the_first_is_gone(how):
+    engine = scheduler(max_batch_tokens=64)
+    engine.add(request("a", prompt(200), greedy(9)))
+    engine.add(request("b", prompt(200), greedy(9)))
+    batch = engine.schedule()
+    engine.computed_to(batch.sequences[0], 64)
+    if how == "abort":
+        engine.abort("a")
+        assert run(engine) == [("b", 64, 128)]
+    else:
+        engine.fail(batch.sequences[0])  # what it computed is not found
+        assert run(engine) == [("b", 0, 64)]
+
+
+def test_the_youngest_is_preempted_and_served_first_afterwards():
+    engine = scheduler(num_pages=3, max_batch_tokens=256)
+    engine.add(request("old", prompt(62), greedy(70)))
+    engine.add(request("young", prompt(100, 200), greedy(9)))
+    assert run(engine) == [("old", 0, 62), ("young", 0, 100)]
+    engine.add(request("new", prompt(3, 400), greedy(9)))
+    assert run(engine) == [("old", 62, 63), ("young", 100, 101)]
+    assert run(engine) == [("old", 63, 64), ("young", 101, 102)]
+    # Old takes its second page from young; new, which would fit, does not overtake young.
+    assert run(engine) == [("old", 64, 65)]
+    assert (engine.num_preemptions, engine.num_waiting) == (1, 2)
+    engine.abort("old")
+    # Young's first block was still there; the tokens it had made are ids now.
+    assert run(engine) == [("young", 64, 103), ("new", 0, 3)]
+
+
+def test_who_is_alone_with_held_pages_gives_up_its_own_and_waits():
+    engine = scheduler(num_pages=3)
+    engine.add(request("held", prompt(100), greedy(9), hold_kv=True))
+    run(engine)
+    engine.add(request("a", prompt(64, 200), greedy(9)))
+    assert run(engine) == [("a", 0, 64)]
+    assert run(engine) == []
+    assert (engine.num_preemptions, engine.has_work()) == (1, False)
+    engine.release("held")
+    assert engine.has_work()
+    assert run(engine) == [("a", 64, 65)]
+
+
+def test_importing_pages_are_never_taken():
+    engine = scheduler(num_pages=3)
+    reservation = engine.reserve(request("b", prompt(100), greedy(9), prompt_len=99))
+    assert reservation is not None
+    assert (len(reservation.pages), reservation.num_cached_pages) == (2, 0)
+    engine.add(request("a", prompt(64, 200), greedy(9)))
+    run(engine)
+    assert run(engine) == []
+    engine.imported("b")
+    assert engine.num_importing == 0
+
+
+def test_a_reservation_has_the_pages_below_the_last_id():
+    engine = scheduler()
+    engine.add(request("a", prompt(128), greedy(1)))
+    run(engine)
+    reservation = engine.reserve(request("b", prompt(129), greedy(9), prompt_len=128))
+    assert reservation is not None
+    assert (len(reservation.pages), reservation.num_cached_pages) == (2, 2)
+    engine.imported("b")
+    assert run(engine) == [("b", 128, 129)]
+
+
+def test_imported_pages_are_found_once_they_are_there():
+    engine = scheduler()
+    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    engine.reserve(request("b", prompt(101), greedy(9), prompt_len=100))
+    assert engine.pool.find(hashes) == ()
+    engine.imported("b")
+    assert len(engine.pool.find(hashes)) == 1
+
+
+def test_only_importing_requests_are_imported_and_only_held_ones_released():
+    engine = scheduler()
+    engine.add(request("a", prompt(3), greedy(9)))
+    with pytest.raises(KeyError):
+        engine.imported("a")
+    with pytest.raises(ValueError, match="WAITING"):
+        engine.release("a")
+    with pytest.raises(KeyError):
+        engine.held_pages("a")
+    engine.release("nobody")
+    engine.abort("nobody")
+
+
+@pytest.mark.parametrize(
+    ("max_running", "max_batch_tokens", "message"), [(0, 8, "max_running is 0"), (9, 8, "max_batch_tokens is 8")]
+)
+def test_limits_that_make_no_sense_are_refused(max_running, max_batch_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler(max_running=max_running, max_batch_tokens=max_batch_tokens)
+
+
+def test_every_state_is_in_the_table():
+    assert set(TRANSITIONS) == set(SequenceState)
+    engine = scheduler()
+    engine.add(request("a", prompt(3), greedy(9)))
+    (sequence,) = engine.schedule().sequences
+    engine.extend(sequence, 1)
+    with pytest.raises(ValueError, match="cannot become HELD"):
+        engine.hold(sequence)
