@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 VOCAB_SIZE = 300
 EOS_TOKEN_ID = 2
@@ -72,6 +73,7 @@ class TinyCheckpoint:
 
 def write_tiny_checkpoint(folder: Path, tiny: TinyCheckpoint) -> Path:
     """Writes the checkpoint into `folder` (made if need be) and returns it. 2 layers, 4 query and 2 KV heads."""
+    disable_progress_bar()
     config_class, model_class, family_fields = FAMILIES[tiny.family]
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -96,6 +98,20 @@ def write_tiny_checkpoint(folder: Path, tiny: TinyCheckpoint) -> Path:
         _spread(model)
     model.save_pretrained(folder, max_shard_size="60KB" if tiny.sharded else "1GB")
     return folder
+
+
+class TinyCheckpoints:
+    """Writes each checkpoint once into its own folder below `root`; those who change files copy them first."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[TinyCheckpoint, Path] = {}
+
+    def get(self, tiny: TinyCheckpoint) -> Path:
+        if tiny not in self._folders:
+            folder = self._root / f"tiny-{len(self._folders)}"
+            self._folders[tiny] = write_tiny_checkpoint(folder, tiny)
+        return self._folders[tiny]
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.engine.attention.sdpa import PagedSdpa, Run
+from shared.engine.models.config import read_config
+from shared.engine.models.rope import rope_frequencies
+from shared.engine.weights import load_checkpoint
+from shared.kv.paged_cache import PagedCache
+from tests.tiny_checkpoints import FAMILIES, ROPES, TinyCheckpoint
+
+CPU = torch.device("cpu")
+
+VARIANTS = [
+    *[TinyCheckpoint(family, rope) for family in FAMILIES for rope in ROPES],
+    TinyCheckpoint("llama", biases=True, tied=True),
+    TinyCheckpoint("qwen3", biases=True, sharded=True),
+    TinyCheckpoint("llama", overrides=(("num_key_value_heads", 4),)),
+    TinyCheckpoint("llama", overrides=(("num_key_value_heads", 1), ("head_dim", 24))),
+]
+
+
+def name_of(tiny):
+    parts = [tiny.family, tiny.rope, *(name for name in ("tied", "biases", "sharded") if getattr(tiny, name))]
+    return "-".join([*parts, *(f"{name}={value}" for name, value in tiny.overrides)])
+
+
+@torch.inference_mode()
+def all_logits(checkpoint, ids):
+    """Logits `[T, vocab]` after each of `ids`, computed in one go over scattered pages."""
+    cache = PagedCache(checkpoint.layout, 8, CPU)
+    attention = PagedSdpa(cache, [Run(0, len(ids), (6, 2, 5))], checkpoint.decoder.dtype)
+    return checkpoint.decoder.logits(checkpoint.decoder.forward(ids, attention.positions, attention))
+
+
+@pytest.mark.parametrize("tiny", VARIANTS, ids=name_of)
+def test_logits_equal_those_of_transformers(tiny_checkpoints, tiny):
+    folder = tiny_checkpoints.get(tiny)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(3, 300, (150,), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    logits = all_logits(load_checkpoint(folder, "float32", CPU), ids)
+    assert expected.std() > 1  # a flat distribution would prove nothing
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_logits_stay_near_float32(tiny_checkpoints):
+    folder = tiny_checkpoints.get(TinyCheckpoint("qwen3"))
+    ids = torch.randint(3, 300, (70,), generator=torch.Generator().manual_seed(5))
+    exact = all_logits(load_checkpoint(folder, "float32", CPU), ids)
+    rounded = all_logits(load_checkpoint(folder, "bfloat16", CPU), ids)
+    assert rounded.dtype is torch.bfloat16
+    error = (rounded.float() - exact).square().mean().sqrt() / exact.std()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_variants_have_frequencies_of_their_own(tiny_checkpoints, rope):
+    """Otherwise the comparison above could pass with a variant that is read as another."""
+    frequencies = {
+        name: rope_frequencies(read_config(tiny_checkpoints.get(TinyCheckpoint(rope=name))).rope, 16) for name in ROPES
+    }
+    others = [values for name, values in frequencies.items() if name != rope]
+    assert not any(torch.allclose(frequencies[rope], values) for values in others)
