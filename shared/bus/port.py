@@ -1,8 +1,10 @@
 """The log that connects the services: append to a partition, read a partition from an offset, commit statements.
 
-Order holds within one producer and partition. Delivery is at least once: a record whose acknowledgement got lost
-is appended again, with everything that this producer sent behind it to the same partition (a, b, c, b, c). Readers
-must bear that, as they must bear records of a producer that was thought dead.
+Delivery is at least once: a record whose acknowledgement got lost is appended again, with everything that this producer
+sent behind it to the same partition (a, b, c, b, c). What holds is that the *first* copies of one producer's records
+stand in a partition in the order in which they were sent. A second copy may come late: a request that was given up
+can reach the broker behind the one that replaced it (a, b, c, d, b, c). Readers must bear that, as they must bear
+records of a producer that was thought dead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,22 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
+from shared.errors import BatonError
+
 Headers = tuple[tuple[str, bytes], ...]
+
+MAX_NOTE_BYTES = 4096
+"""Longest note of a commit, as the broker has it by default."""
+
+RECORD_OVERHEAD_BYTES = 128
+"""What a record may cost beside its key, value and headers when it is a batch of its own."""
+
+HEADER_OVERHEAD_BYTES = 10
+"""What each header costs beside its name and value."""
+
+
+class BusUnavailable(BatonError):
+    """The log did not answer within the call's deadline; whether the call had its effect is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +50,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A statement about everything below `offset`; `note` is the writer's own."""
+    """A statement about everything below `offset`; `note` is the writer's own, up to MAX_NOTE_BYTES of UTF-8."""
 
     offset: int
     note: str = ""
+
+    def __post_init__(self) -> None:
+        num_bytes = len(self.note.encode())
+        if num_bytes > MAX_NOTE_BYTES:
+            raise ValueError(f"note has {num_bytes} bytes, the limit is {MAX_NOTE_BYTES}")
 
 
 class Start(Enum):
@@ -52,40 +74,60 @@ class Producer(Protocol):
     async def send(
         self, topic: str, partition: int, value: bytes, *, key: bytes | None = None, headers: Headers = ()
     ) -> int:
-        """Append and return the offset once all in-sync replicas have it (the last one, if it had to be sent again).
+        """Append and return the offset once all in-sync replicas have it (of the copy that was acknowledged).
 
         Waits while the partition's buffer is full or the log is away. Cancelling does not unsend.
+
+        Raises:
+            ValueError: `record_bytes` is over topics.MAX_RECORD_BYTES.
+            BusUnavailable: the producer was closed before the record was acknowledged.
         """
         ...
 
     def post(
         self, topic: str, partition: int, value: bytes, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
-        """Queue for appending, in order with `send`; raises asyncio.QueueFull when the partition's buffer is full."""
+        """Queue for appending, in order with `send`.
+
+        Raises:
+            asyncio.QueueFull: the partition's buffer is full.
+            ValueError, BusUnavailable: as `send`.
+        """
         ...
 
 
 class Reader(Protocol):
-    """Reads chosen partitions of one topic, each in order."""
+    """Reads chosen partitions of one topic, each in order. `assign` and `read` each have one caller at a time."""
 
-    def assign(self, starts: Mapping[int, int | Start]) -> None:
-        """Read exactly these partitions from here on; those read before go on where they are, the value is ignored."""
+    async def assign(self, starts: Mapping[int, int | Start]) -> None:
+        """Read exactly these partitions from here on; those read before go on where they are, the value is ignored.
+
+        On return the starts are settled: nothing that is appended later to a partition started at END is missed. An
+        offset that is no longer (or not yet) in the log reads from the oldest record kept. Waits while the log is away.
+        A reader that is assigned again may get its next records up to 0.1 s late: what must be prompt and what comes
+        and goes belong in readers of their own.
+        """
         ...
 
     async def read(self, timeout_s: float) -> Sequence[Record]:
-        """The next records of all partitions, as soon as there are any; empty after `timeout_s`. One caller at a time."""
+        """The next records of all partitions, as soon as there are any; empty after `timeout_s` or while the log is
+        away. Cancelling loses nothing: the records come with the next call."""
         ...
 
-    async def committed(self, partition: int) -> Committed | None: ...
+    async def committed(self, partition: int) -> Committed | None:
+        """The group's latest commit for the partition, assigned or not. Raises BusUnavailable."""
+        ...
 
-    async def commit(self, commits: Mapping[int, Committed]) -> None: ...
+    async def commit(self, commits: Mapping[int, Committed]) -> None:
+        """Raises ValueError for a partition that is not assigned, BusUnavailable."""
+        ...
 
     async def end_offset(self, partition: int) -> int:
-        """Offset that the next record of the partition will get."""
+        """Offset that the next record of the partition will get. Raises BusUnavailable."""
         ...
 
     async def beginning_offset(self, partition: int) -> int:
-        """Offset of the oldest record kept."""
+        """Offset of the oldest record kept. Raises BusUnavailable."""
         ...
 
 
@@ -93,7 +135,9 @@ class Bus(Protocol):
     """A connection to the log."""
 
     def producer(self) -> AbstractAsyncContextManager[Producer]:
-        """A producer of its own connection; leaving the context waits (bounded) until all is acknowledged."""
+        """A producer of its own connection; leaving the context waits (bounded) until all is acknowledged.
+
+        Entering does not wait for the log."""
         ...
 
     def reader(self, topic: str, *, group: str) -> AbstractAsyncContextManager[Reader]:
@@ -103,3 +147,9 @@ class Bus(Protocol):
     async def reachable(self) -> bool:
         """Whether the log answers now (readiness)."""
         ...
+
+
+def record_bytes(value: bytes, key: bytes | None, headers: Headers) -> int:
+    """Upper bound of what the record takes in the log; at most topics.MAX_RECORD_BYTES may be sent."""
+    header_bytes = sum(len(name.encode()) + len(data) + HEADER_OVERHEAD_BYTES for name, data in headers)
+    return len(value) + (len(key) if key is not None else 0) + header_bytes + RECORD_OVERHEAD_BYTES

@@ -1,0 +1,495 @@
+"""The log on Kafka, by aiokafka.
+
+What the client does not promise is settled here: order through failures (`sending`), consumers that look alive and
+fetch nothing (`KafkaReader`), calls that never return while brokers are away (every one has a deadline).
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata, TopicPartition
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+from shared.bus.port import BusUnavailable, Committed, Producer, Reader, Record, Start
+from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, SendingProducer, Unsent
+from shared.observe.log import Logger
+from shared.wire.topics import MAX_RECORD_BYTES
+
+PRODUCE_TIMEOUT_MS = 10_000
+"""How long aiokafka itself tries a batch: above a change of leader (2-10 s), and then we send again ourselves."""
+
+APPEND_TIMEOUT_S = 30.0
+"""After this an append counts as stuck in the library, whose own limit may stretch to twice PRODUCE_TIMEOUT_MS."""
+
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
+FLUSH_TIMEOUT_S = 10.0
+RECONNECT_BACKOFF_S = 0.2
+RETRY_BACKOFF_MS = 50
+
+FETCH_MAX_WAIT_MS = 100
+"""The broker's long poll. Records end it at once; only a partition that joins a running poll waits for its end."""
+
+STALL_S = 10.0
+"""A partition that shows no sign of life for so long, while it is polled, gets a new consumer."""
+
+WATCH_INTERVAL_S = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class BusCounters:
+    """What went wrong with the log and was mended, since the start of the process."""
+
+    num_failed_appends: int = 0
+    num_producers_replaced: int = 0
+    num_consumers_replaced: int = 0
+
+
+class KafkaBus:
+    """A connection to Kafka; each producer and reader has sockets of its own.
+
+    `address` is "host:port", or several with commas between.
+    """
+
+    def __init__(self, address: str, *, client_id: str, log: Logger) -> None:
+        self.counters = BusCounters()
+        self._address = address
+        self._client_id = client_id
+        self._log = log
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncGenerator[Producer]:
+        connection = KafkaAppender(self._address, self._client_id, self._log, self.counters)
+        producer = SendingProducer(connection.append, connection.note_failure)
+        try:
+            yield producer
+        finally:
+            num_left = await producer.flush(FLUSH_TIMEOUT_S)
+            if num_left:
+                self._log.error("records given up at close", num_records=num_left)
+            await producer.close()
+            await connection.close()
+
+    @asynccontextmanager
+    async def reader(self, topic: str, *, group: str) -> AsyncGenerator[Reader]:
+        reader = KafkaReader(self._address, self._client_id, topic, group, self._log, self.counters)
+        keeper = asyncio.create_task(reader.keep_connected(), name=f"read {topic}")
+        try:
+            yield reader
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+            await reader.close()
+
+    async def reachable(self) -> bool:
+        client: Any = AIOKafkaClient(bootstrap_servers=self._address, client_id=self._client_id)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await client.bootstrap()
+                return bool(client.cluster.brokers())
+        except (KafkaError, OSError, TimeoutError):
+            return False
+        finally:
+            await _closed(client.close(), self._log)
+
+
+class KafkaAppender:
+    """Appends batches through one AIOKafkaProducer, which is thrown away whenever a batch fails.
+
+    No idempotent producer: after a batch that it lost it either leaves a silent hole or fails for ever, and the
+    readers bear second copies anyway. The old producer is closed before the new one sends, so that what it still
+    held cannot come late from this side; what the broker has already taken in still can.
+    """
+
+    def __init__(self, address: str, client_id: str, log: Logger, counters: BusCounters) -> None:
+        self._address = address
+        self._client_id = client_id
+        self._log = log
+        self._counters = counters
+        self._producer: Any = None
+        self._lock = asyncio.Lock()
+
+    async def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
+        """See `sending.Append`."""
+        producer = await self._connected()
+        try:
+            async with asyncio.timeout(APPEND_TIMEOUT_S):
+                return await _append_batch(producer, topic, partition, records)
+        except Exception as error:
+            # Whatever it was (aiokafka also fails by assertion), the records stay in the buffer and go out again.
+            self._log.warning("append failed", topic=topic, partition=partition, error=repr(error))
+            await self._replace(producer)
+            raise AppendFailed(f"{topic}/{partition}: {error!r}") from error
+
+    def note_failure(self, topic: str, partition: int) -> None:  # noqa: ARG002 - the failure is logged where it arises
+        self._counters.num_failed_appends += 1
+
+    async def close(self) -> None:
+        async with self._lock:
+            if self._producer is not None:
+                await _abandon_producer(self._producer, self._log)
+                self._producer = None
+
+    async def _connected(self) -> Any:
+        if self._producer is not None and not _sender_is_dead(self._producer):
+            return self._producer
+        async with self._lock:
+            if self._producer is not None and _sender_is_dead(self._producer):
+                await self._abandon()
+            if self._producer is None:
+                self._producer = await self._start()
+            return self._producer
+
+    async def _start(self) -> Any:
+        producer: Any = AIOKafkaProducer(
+            bootstrap_servers=self._address,
+            client_id=self._client_id,
+            acks="all",
+            linger_ms=0,
+            max_batch_size=MAX_BATCH_BYTES,
+            request_timeout_ms=PRODUCE_TIMEOUT_MS,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
+        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await producer.start()
+        except BaseException as error:
+            await _abandon_producer(producer, self._log)
+            if isinstance(error, KafkaError | OSError | TimeoutError):
+                raise AppendFailed(f"no connection: {error!r}") from error
+            raise
+        return producer
+
+    async def _replace(self, failed: Any) -> None:
+        async with self._lock:
+            if self._producer is failed:
+                await self._abandon()
+
+    async def _abandon(self) -> None:
+        failed, self._producer = self._producer, None
+        self._counters.num_producers_replaced += 1
+        await _abandon_producer(failed, self._log)
+
+
+async def _append_batch(producer: Any, topic: str, partition: int, records: Sequence[Unsent]) -> int:
+    batch: Any = producer.create_batch()
+    for record in records:
+        added = batch.append(timestamp=None, key=record.key, value=record.value, headers=list(record.headers))
+        assert added is not None, "the buffer's batches fit the client's"
+    batch.close()
+    acknowledged: asyncio.Future[Any] = await producer.send_batch(batch, topic, partition=partition)
+    acknowledged.add_done_callback(_mark_retrieved)
+    await asyncio.wait({acknowledged, producer._sender.sender_task}, return_when=asyncio.FIRST_COMPLETED)  # noqa: SLF001
+    if not acknowledged.done():
+        raise KafkaConnectionError("the client's sender task ended")
+    return acknowledged.result().offset
+
+
+def _mark_retrieved(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
+def _sender_is_dead(producer: Any) -> bool:
+    return producer._sender.sender_task.done()  # noqa: SLF001
+
+
+async def _abandon_producer(producer: Any, log: Logger) -> None:
+    """Close so that nothing it still holds is sent any more: empty it, then cut its connections, then stop it."""
+    held: Any = producer._message_accumulator  # noqa: SLF001
+    held.fail_all(KafkaConnectionError("this producer was given up"))
+    held._batches.clear()  # noqa: SLF001
+    await _closed(producer.client.close(), log)
+    await _closed(producer.stop(), log)
+    await _closed(producer.client.close(), log)
+
+
+async def _stop_consumer(consumer: Any, log: Logger) -> None:
+    await _closed(consumer.stop(), log)
+    # stop() gets here by itself only if nothing before it hung.
+    await _closed(consumer._client.close(), log)  # noqa: SLF001
+
+
+async def _closed(closing: Awaitable[None], log: Logger) -> None:
+    """Wait for the end of something that may be broken already, in bounds."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await closing
+    except Exception as error:  # noqa: BLE001 - it is given up in any case, and whatever came is logged
+        log.warning("not closed cleanly", error=repr(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What is seen of one partition.
+
+    Attributes:
+        position: next offset to be handed out.
+        answered_ms: when the broker last answered a fetch of it.
+        behind: the broker has told of records that were not handed out.
+    """
+
+    position: int
+    answered_ms: int | None
+    behind: bool
+
+
+class StallWatch:
+    """Finds partitions that are polled and do not move.
+
+    Only time spent polling counts: a caller may stop reading for as long as it likes.
+    """
+
+    def __init__(self) -> None:
+        self._polled_s = 0.0
+        self._signs: dict[int, Sign] = {}
+        self._silent_s: dict[int, float] = {}
+
+    def is_due(self, polled_s: float) -> bool:
+        """Add a poll; whether it is time to `look` again."""
+        self._polled_s += polled_s
+        return self._polled_s >= WATCH_INTERVAL_S
+
+    def look(self, signs: Mapping[int, Sign]) -> list[int]:
+        """The partitions that have shown no sign of life for STALL_S."""
+        polled_s, self._polled_s = self._polled_s, 0.0
+        for partition, sign in signs.items():
+            silent_s = self._silent_s.get(partition, 0.0) + polled_s
+            self._silent_s[partition] = 0.0 if _lives(self._signs.get(partition), sign) else silent_s
+            self._signs[partition] = sign
+        return [partition for partition in signs if self._silent_s[partition] > STALL_S]
+
+
+def _lives(before: Sign | None, now: Sign) -> bool:
+    if before is None or now.position != before.position:
+        return True
+    return now.answered_ms != before.answered_ms and not now.behind
+
+
+class KafkaReader:
+    """Reads by manual assignment through one AIOKafkaConsumer, which is replaced when it fails or stops moving.
+
+    The positions are kept here and are those of records handed out, so a new consumer, or a new assignment (aiokafka
+    forgets all positions with it), goes on behind the last record that the caller has seen. No pause() and resume():
+    a resumed partition waits out the running long poll.
+    """
+
+    def __init__(
+        self, address: str, client_id: str, topic: str, group: str, log: Logger, counters: BusCounters
+    ) -> None:
+        self._address = address
+        self._client_id = client_id
+        self._topic = topic
+        self._group = group
+        self._log = log
+        self._counters = counters
+        self._positions: dict[int, int] = {}
+        self._assignment = 0
+        self._assigned = asyncio.Event()
+        self._consumer: Any = None
+        self._connected = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._broken.set()
+        self._watch = StallWatch()
+
+    async def assign(self, starts: Mapping[int, int | Start]) -> None:
+        fresh = {partition: start for partition, start in starts.items() if partition not in self._positions}
+        settled = await self._settle(fresh)
+        if settled or starts.keys() != self._positions.keys():
+            self._positions = {partition: (self._positions | settled)[partition] for partition in starts}
+            self._install()
+
+    async def read(self, timeout_s: float) -> Sequence[Record]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - loop.time())
+            if not self._positions:
+                await _happened(self._assigned, left_s)
+            elif not self._connected.is_set():
+                await _happened(self._connected, left_s)
+            elif records := await self._fetched(left_s):
+                return records
+            if loop.time() >= deadline:
+                return ()
+
+    async def committed(self, partition: int) -> Committed | None:
+        async def ask(consumer: Any) -> Committed | None:
+            place = self._place(partition)
+            # AIOKafkaConsumer.committed drops the note.
+            found = (await consumer._coordinator.fetch_committed_offsets([place])).get(place)  # noqa: SLF001
+            return None if found is None or found.offset < 0 else Committed(found.offset, found.metadata)
+
+        return await self._call(ask)
+
+    async def commit(self, commits: Mapping[int, Committed]) -> None:
+        unassigned = commits.keys() - self._positions.keys()
+        if unassigned:
+            raise ValueError(f"partitions {sorted(unassigned)} of {self._topic} are not assigned")
+        offsets = {self._place(p): OffsetAndMetadata(commit.offset, commit.note) for p, commit in commits.items()}
+
+        async def ask(consumer: Any) -> None:
+            await consumer.commit(offsets)
+
+        if offsets:
+            await self._call(ask)
+
+    async def end_offset(self, partition: int) -> int:
+        return (await self._offsets([partition], Start.END))[partition]
+
+    async def beginning_offset(self, partition: int) -> int:
+        return (await self._offsets([partition], Start.BEGINNING))[partition]
+
+    async def keep_connected(self) -> None:
+        """Start a consumer whenever there is none or it was given up, until cancelled."""
+        while True:
+            await self._broken.wait()
+            await self.close()
+            self._consumer = await self._start()
+            if self._consumer is None:
+                await asyncio.sleep(RECONNECT_BACKOFF_S)
+                continue
+            self._broken.clear()
+            self._install()
+            self._connected.set()
+
+    async def close(self) -> None:
+        """Stop the consumer, if there is one."""
+        if self._consumer is not None:
+            await _stop_consumer(self._consumer, self._log)
+            self._consumer = None
+
+    async def _start(self) -> Any:
+        consumer: Any = AIOKafkaConsumer(
+            bootstrap_servers=self._address,
+            client_id=self._client_id,
+            group_id=self._group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
+            max_partition_fetch_bytes=MAX_RECORD_BYTES,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
+            request_timeout_ms=PRODUCE_TIMEOUT_MS,
+        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await consumer.start()
+        except BaseException as error:
+            await _stop_consumer(consumer, self._log)
+            if isinstance(error, KafkaError | OSError | TimeoutError):
+                self._log.warning("no connection for reading", topic=self._topic, error=repr(error))
+                return None
+            raise
+        return consumer
+
+    def _install(self) -> None:
+        """Give the consumer the assignment and the positions; records of an older assignment are void."""
+        self._assignment += 1
+        self._watch = StallWatch()
+        if self._positions:
+            self._assigned.set()
+        else:
+            self._assigned.clear()
+        if self._consumer is None:
+            return
+        if not self._positions:
+            self._consumer.unsubscribe()
+            return
+        self._consumer.assign([self._place(partition) for partition in self._positions])
+        for partition, offset in self._positions.items():
+            self._consumer.seek(self._place(partition), offset)
+
+    async def _fetched(self, timeout_s: float) -> Sequence[Record]:
+        consumer, assignment = self._consumer, self._assignment
+        started_s = asyncio.get_running_loop().time()
+        try:
+            fetched: dict[Any, list[Any]] = await consumer.getmany(timeout_ms=timeout_s * 1000)
+        except KafkaError as error:
+            if assignment == self._assignment:
+                self._give_up(repr(error))
+            return ()
+        if assignment != self._assignment:
+            return ()
+        records = [_record(found) for of_partition in fetched.values() for found in of_partition]
+        for record in records:
+            self._positions[record.partition] = record.offset + 1
+        # A loop that stood still is not the consumer's fault: no poll counts for longer than it was meant to last.
+        polled_s = min(asyncio.get_running_loop().time() - started_s, timeout_s)
+        if self._watch.is_due(polled_s):
+            self._look_for_stall(consumer)
+        return records
+
+    def _look_for_stall(self, consumer: Any) -> None:
+        signs: dict[int, Sign] = {}
+        for partition, position in self._positions.items():
+            place = self._place(partition)
+            end: int | None = consumer.highwater(place)
+            signs[partition] = Sign(position, consumer.last_poll_timestamp(place), end is not None and end > position)
+        stalled = self._watch.look(signs)
+        if stalled:
+            self._give_up(f"partitions {stalled} do not move")
+
+    def _give_up(self, reason: str) -> None:
+        self._log.warning("consumer replaced", topic=self._topic, reason=reason)
+        self._counters.num_consumers_replaced += 1
+        self._connected.clear()
+        self._broken.set()
+
+    async def _settle(self, starts: Mapping[int, int | Start]) -> dict[int, int]:
+        settled = {partition: start for partition, start in starts.items() if isinstance(start, int)}
+        for symbol in Start:
+            partitions = [partition for partition, start in starts.items() if start is symbol]
+            while partitions:
+                try:
+                    settled |= await self._offsets(partitions, symbol)
+                    break
+                except BusUnavailable as error:
+                    self._log.warning("waiting for offsets", topic=self._topic, error=str(error))
+                    await asyncio.sleep(RECONNECT_BACKOFF_S)
+        return settled
+
+    async def _offsets(self, partitions: Sequence[int], symbol: Start) -> dict[int, int]:
+        async def ask(consumer: Any) -> dict[int, int]:
+            places = [self._place(partition) for partition in partitions]
+            query = consumer.end_offsets if symbol is Start.END else consumer.beginning_offsets
+            return {place.partition: offset for place, offset in (await query(places)).items()}
+
+        return await self._call(ask)
+
+    async def _call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._connected.wait()
+                return await ask(self._consumer)
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise BusUnavailable(f"{self._topic}: {error!r}") from error
+
+    def _place(self, partition: int) -> TopicPartition:
+        return TopicPartition(self._topic, partition)
+
+
+def _record(found: Any) -> Record:
+    return Record(
+        topic=found.topic,
+        partition=found.partition,
+        offset=found.offset,
+        key=found.key,
+        value=found.value if found.value is not None else b"",
+        headers=found.headers,
+        timestamp_s=found.timestamp / 1000,
+    )
+
+
+async def _happened(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await event.wait()
+    except TimeoutError:
+        return False
