@@ -19,7 +19,7 @@ from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.low_water import LowWater
 from shared.blocks import TokenIds, hash_chain, root_hash
-from shared.bus.port import Bus, Committed, Producer, Reader, Record, Start
+from shared.bus.port import Bus, BusUnavailable, Committed, Producer, Reader, Record, Start
 from shared.errors import ContextTooLong, RequestError
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
@@ -50,17 +50,6 @@ ROOM_POLL_S = 0.02
 STATE_RETRY_S = 0.1
 MAX_JOBS_IN_HAND = 1024
 """Jobs read and not dispatched; beyond it the log is the buffer."""
-
-
-@dataclass(frozen=True, slots=True)
-class IngestSettings:
-    """What an operator may choose.
-
-    Attributes:
-        default_deadline_s: for jobs that name none.
-    """
-
-    default_deadline_s: float = 600.0
 
 
 @dataclass(slots=True)
@@ -94,7 +83,12 @@ class Waiting:
 
 
 class IngestService:
-    """One ingest process."""
+    """One ingest process.
+
+    Args:
+        default_deadline_s: for jobs that name none.
+        clock_s: unix seconds.
+    """
 
     def __init__(
         self,
@@ -103,7 +97,7 @@ class IngestService:
         state: State,
         admission: Admission,
         incarnation: Incarnation,
-        settings: IngestSettings,
+        default_deadline_s: float,
         metrics: IngestMetrics,
         log: Logger,
         clock_s: Callable[[], float],
@@ -113,7 +107,7 @@ class IngestService:
         self._state = state
         self._admission = admission
         self._incarnation = incarnation
-        self._settings = settings
+        self._default_deadline_s = default_deadline_s
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
@@ -168,21 +162,27 @@ class IngestService:
             except StateUnavailable as error:
                 self._log.warning("partition leases not renewed", error=str(error))
             else:
-                if owned != self._owned:
-                    await self._own(owned, jobs, resumes)
+                await self._own(owned, jobs, resumes)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     async def _own(self, owned: frozenset[int], jobs: Reader, resumes: Reader) -> None:
-        self._log.info("partitions", owned=sorted(owned))
-        for topic, reader in ((INGEST.name, jobs), (INGEST_RESUME.name, resumes)):
-            starts: dict[int, int | Start] = {}
-            for partition in owned:
-                committed = await reader.committed(partition)
-                starts[partition] = committed.offset if committed else Start.BEGINNING
-                if partition not in self._owned:
+        if owned == self._owned:
+            return
+        gained = owned - self._owned
+        self._owned &= owned
+        try:
+            for topic, reader in ((INGEST.name, jobs), (INGEST_RESUME.name, resumes)):
+                starts: dict[int, int | Start] = dict.fromkeys(self._owned, Start.BEGINNING)
+                for partition in gained:
+                    committed = await reader.committed(partition)
+                    starts[partition] = committed.offset if committed else Start.BEGINNING
                     self._low_water[topic, partition] = LowWater(committed.offset if committed else 0)
-            await reader.assign(starts)
+                await reader.assign(starts)
+        except BusUnavailable as error:
+            self._log.warning("partitions not taken", error=str(error))
+            return
         self._owned = owned
+        self._log.info("partitions", owned=sorted(owned))
 
     async def _commit_for_ever(self, jobs: Reader, resumes: Reader) -> None:
         committed: dict[tuple[str, int], int] = {}
@@ -197,8 +197,13 @@ class IngestService:
                 for partition in self._owned
                 if committed.get((topic, partition)) != self._low_water[topic, partition].offset
             }
-            if due:
+            if not due:
+                continue
+            try:
                 await reader.commit(due)
+            except BusUnavailable as error:
+                self._log.warning("not committed; a successor would read more again", error=str(error))
+            else:
                 committed.update({(topic, partition): statement.offset for partition, statement in due.items()})
 
     async def _leave(self, jobs: Reader, resumes: Reader) -> None:
@@ -229,9 +234,9 @@ class IngestService:
 
     async def _admit_job(self, record: Record, in_hand: InHand) -> None:
         try:
-            job = read_job(record, default_deadline_s=self._settings.default_deadline_s)
+            job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
-            job = unreadable_job(record, default_deadline_s=self._settings.default_deadline_s)
+            job = unreadable_job(record, default_deadline_s=self._default_deadline_s)
             await self._refuse(in_hand, job, None, error)
             return
         admitted = await self._admit(in_hand, job)
@@ -250,7 +255,7 @@ class IngestService:
             self._done(in_hand)
             return
         job_record = await self._look_up(resume)
-        job = read_job(job_record, default_deadline_s=self._settings.default_deadline_s)
+        job = read_job(job_record, default_deadline_s=self._default_deadline_s)
         admitted = await self._admit(in_hand, job)
         if admitted is not None:
             self._wait(Waiting(in_hand, admitted, resume.choice, resume.epoch, resume.accepted_ids, self._clock_s()))
@@ -399,7 +404,7 @@ class IngestService:
             await self._state.note_request(
                 message.request_id,
                 RequestHint(partition, offset),
-                keep_ms=int(self._settings.default_deadline_s * 2000),
+                keep_ms=int(self._default_deadline_s * 2000),
             )
         except StateUnavailable as error:
             self._log.warning("request not noted; other edges search the log for it", error=str(error))

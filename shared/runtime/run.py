@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -17,42 +19,46 @@ from starlette.routing import BaseRoute, Route
 
 from shared.errors import BatonError
 from shared.observe import log
+from shared.runtime.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 5
 """HTTP exchanges in progress at the stop get this long."""
+
+S = TypeVar("S", bound=ServiceSettings)
 
 Readiness = Callable[[], Awaitable[dict[str, bool]]]
 """Tells of each thing the service needs whether it is there now."""
 
 
-def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_level: str = "info") -> None:
-    """Run `main` to its end and exit with its outcome.
+def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio.Event], Awaitable[None]]) -> None:
+    """Read the settings, run `main` to its end and exit with its outcome.
 
     `main` gets an event that the first SIGTERM or SIGINT sets (drain and leave); a second one cancels it.
-    A BatonError ends the process with status 1 and one line; any other exception with its traceback.
+    A BatonError or OSError ends the process with status 1 and one line; any other exception with its traceback.
     """
-    log.configure(log_level)
+    log.configure("info")
     logger = log.logger(service)
     try:
-        asyncio.run(_run_until_stopped(main))
+        settings = read_settings()
+        log.configure(settings.log_level)
+        asyncio.run(_run_until_stopped(lambda stop: main(settings, stop)))
     except (BatonError, OSError) as error:
-        logger.error("stopped", error=str(error), kind=type(error).__name__)
+        logger.error("stopped", error=str(error), kind=type(error).__name__)  # noqa: TRY400 - expected: one line is all
         sys.exit(1)
     except BaseExceptionGroup as group:
         expected, unexpected = group.split(BatonError)
-        if unexpected is not None:
+        if expected is None or unexpected is not None:
             raise
-        assert expected is not None
-        logger.error("stopped", errors=[str(error) for error in _leaves(expected)])
+        errors = [str(error) for error in _leaves(expected)]
+        logger.error("stopped", errors=errors)  # noqa: TRY400 - as above
         sys.exit(1)
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    return [
-        leaf
-        for error in group.exceptions
-        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    ]
+def _leaves(group: BaseExceptionGroup[BatonError]) -> list[BatonError]:
+    leaves: list[BatonError] = []
+    for error in group.exceptions:
+        leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return leaves
 
 
 async def _run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
@@ -116,3 +122,8 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+
+def unix_clock_s() -> float:
+    """The host's clock in unix seconds."""
+    return time.time()

@@ -19,8 +19,8 @@ MAX_UNHANDLED_STEPS = 4
 class EngineThread:
     """Runs the engine's steps, and commands between steps in the order in which they were submitted.
 
-    Outputs go to `outputs` in order, each with the seconds its step took; whoever takes one calls `handled` once for it. If the engine raises, `failed` is
-    set and nothing runs any more.
+    Outputs go to `outputs` in order, each with the seconds its step took; whoever takes one calls `handled` once for
+    it. If the engine raises, `failed` is set and nothing runs any more.
 
     Attributes:
         stats: as they were after the newest step or command.

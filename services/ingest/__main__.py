@@ -1,0 +1,46 @@
+"""Wire ingest and run it: `python -m services.ingest`."""
+
+import asyncio
+import uuid
+
+from prometheus_client import CollectorRegistry
+from shared.state.redis import redis_state
+
+from services.ingest.admission import Admission, ModelFacts
+from services.ingest.service import IngestService
+from services.ingest.settings import IngestProcessSettings
+from shared.bus.kafka import KafkaBus
+from shared.observe import log
+from shared.observe.metrics import IngestMetrics
+from shared.request import Incarnation, PlacementId
+from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
+from shared.text.tokeniser import Tokeniser
+
+
+async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
+    """Run ingest on the real log and store until `stop` is set."""
+    registry = CollectorRegistry()
+    incarnation = Incarnation(f"ingest-{uuid.uuid4().hex}")
+    async with redis_state(settings.redis) as state:
+        service = IngestService(
+            bus=KafkaBus(settings.kafka, client_id=incarnation),
+            state=state,
+            admission=Admission(Tokeniser.load(settings.model), ModelFacts.load(settings.model, settings.served_model)),
+            incarnation=incarnation,
+            default_deadline_s=settings.default_deadline_s,
+            metrics=IngestMetrics(registry),
+            log=log.logger("ingest"),
+            clock_s=unix_clock_s,
+            new_placement_id=lambda: PlacementId(uuid.uuid4().hex),
+        )
+        routes = health_routes(registry, service.ready)
+        async with serve_http(routes, host=settings.http_host, port=settings.http_port):
+            await service.run(stop)
+
+
+def main() -> None:
+    run("ingest", IngestProcessSettings.read, serve)
+
+
+if __name__ == "__main__":
+    main()

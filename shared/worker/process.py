@@ -1,0 +1,94 @@
+"""Builds a worker on the real log, store, device and network."""
+
+import asyncio
+import os
+import secrets
+import uuid
+from collections.abc import Callable
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from shared.bus.kafka import KafkaBus
+from shared.engine.engine import PagedEngine
+from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.runner import TorchRunner
+from shared.engine.weights import load_checkpoint
+from shared.observe import log
+from shared.observe.metrics import WorkerMetrics
+from shared.request import Incarnation
+from shared.runtime.run import health_routes, serve_http, unix_clock_s
+from shared.state.port import Role as RoleName
+from shared.state.redis import redis_state
+from shared.text.tokeniser import Tokeniser
+from shared.transfer.staging import Staging
+from shared.transfer.ucx import UcxContext, UcxTransfer
+from shared.worker.host import Worker, WorkerLimits, WorkerParts
+from shared.worker.role import Role, WorkerContext
+from shared.worker.settings import WorkerSettings
+
+
+def build_engine(settings: WorkerSettings) -> PagedEngine:
+    """Load the model and allocate its pages. Raises UnsupportedCheckpoint or StartupError."""
+    checkpoint = load_checkpoint(settings.model, settings.dtype, torch.device(settings.device))
+    return PagedEngine(
+        TorchRunner(checkpoint, settings.num_pages),
+        EngineModel(
+            name=settings.served_model,
+            fingerprint=checkpoint.fingerprint,
+            vocab_size=checkpoint.config.vocab_size,
+            eos_token_ids=checkpoint.config.eos_token_ids,
+            layout=checkpoint.layout,
+        ),
+        EngineLimits(
+            max_context=checkpoint.config.max_context,
+            num_pages=settings.num_pages,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+        ),
+    )
+
+
+async def serve_worker(
+    role_name: RoleName,
+    make_role: Callable[[WorkerContext], Role],
+    settings: WorkerSettings,
+    stop: asyncio.Event,
+) -> None:
+    """Run one worker until `stop` is set."""
+    registry = CollectorRegistry()
+    incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
+    engine = build_engine(settings)
+    async with (
+        redis_state(settings.redis) as state,
+        UcxContext(settings.transfer_net_devices) as context,
+        UcxTransfer(
+            context,
+            Staging(engine.cache, os.environ),
+            incarnation=incarnation,
+            clock=asyncio.get_running_loop().time,
+            host=settings.transfer_host,
+            port=settings.transfer_port,
+        ) as transfer,
+    ):
+        worker = Worker(
+            WorkerParts(
+                role_name=role_name,
+                make_role=make_role,
+                name=settings.name or incarnation[:16],
+                incarnation=incarnation,
+                engine=engine,
+                transfer=transfer,
+                bus=KafkaBus(settings.kafka, client_id=incarnation),
+                state=state,
+                tokeniser=Tokeniser.load(settings.model),
+                metrics=WorkerMetrics(registry, settings.served_model),
+                log=log.logger(role_name, name=settings.name),
+                clock_s=unix_clock_s,
+                random_bytes=secrets.token_bytes,
+                limits=WorkerLimits(drain_s=settings.drain_s, step_s=settings.step_s),
+            )
+        )
+        routes = health_routes(registry, worker.ready)
+        async with serve_http(routes, host=settings.http_host, port=settings.http_port):
+            await worker.run(stop)
