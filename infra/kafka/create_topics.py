@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import TopicAlreadyExistsError, for_code
+from aiokafka.errors import KafkaTimeoutError, TopicAlreadyExistsError, for_code
 
 from shared.errors import StartupError
 from shared.wire.topics import TOPICS, Topic
@@ -18,10 +19,10 @@ LOOK_INTERVAL_S = 0.1
 
 
 async def create_topics(address: str, topics: Sequence[Topic] = TOPICS, *, replication_factor: int = 1) -> None:
-    """Creates what is missing, sets the settings of all, returns when every partition has a leader.
+    """Creates what is missing, sets the settings of all, returns when every partition has a leader that serves it.
 
     Raises:
-        StartupError: a topic exists with another number of partitions, or a partition found no leader in time.
+        StartupError: a topic exists with another number of partitions, or a partition is not served in time.
         aiokafka.errors.KafkaError: the broker refused.
     """
     admin = AIOKafkaAdminClient(bootstrap_servers=address)
@@ -32,6 +33,7 @@ async def create_topics(address: str, topics: Sequence[Topic] = TOPICS, *, repli
         await _until_led(admin, topics)
     finally:
         await admin.close()
+    await _until_served(address, topics)
 
 
 async def _create(admin: AIOKafkaAdminClient, topics: Sequence[Topic], replication_factor: int) -> None:
@@ -78,6 +80,17 @@ async def _leaderless(admin: AIOKafkaAdminClient, topics: Sequence[Topic]) -> li
         else:
             leaderless += [f"{topic.name}-{p['partition']}" for p in partitions if p["leader"] < 0 or p["error_code"]]
     return leaderless
+
+
+async def _until_served(address: str, topics: Sequence[Topic]) -> None:
+    """Returns when every leader knows that it leads; for a moment after a creation only the controller does."""
+    partitions = [TopicPartition(topic.name, n) for topic in topics for n in range(topic.num_partitions)]
+    async with AIOKafkaConsumer(bootstrap_servers=address) as consumer:
+        try:
+            async with asyncio.timeout(LEADERS_WITHIN_S):
+                await consumer.end_offsets(partitions)
+        except (TimeoutError, KafkaTimeoutError) as error:
+            raise StartupError(f"some partitions are not served after {LEADERS_WITHIN_S:g} s") from error
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ DEFAULT_RUN_DIR = Path(".run")
 LOOK_INTERVAL_S = 0.1
 CPU_SAMPLE_S = 0.3
 DOWN_WITHIN_S = 120.0
+PIPE_COLUMNS = 200
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console(soft_wrap=True, highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 RunDir = Annotated[Path, typer.Option(help="Folder of state, logs and data.")]
 

@@ -1,0 +1,23 @@
+from infra.local.composition import SERVICES, Composition, service_spec
+
+
+def test_a_service_is_told_everything_by_its_environment():
+    composition = Composition(counts={"edge": 1}, model="/models/m", dtype="float32", num_pages=9, env={"BATON_X": "1"})
+    edge = next(service for service in SERVICES if service.name == "edge")
+    spec = service_spec(edge, 2, composition, kafka_address="h:1", redis_url="redis://h:2/0", http_port=8002)
+    assert spec.name == "edge-2"
+    assert spec.address == "http://127.0.0.1:8002"
+    assert spec.command[1:] == ("-m", "services.stream_out")
+    assert spec.env == {
+        "BATON_KAFKA": "h:1",
+        "BATON_REDIS": "redis://h:2/0",
+        "BATON_MODEL": "/models/m",
+        "BATON_DEVICE": "cpu",
+        "BATON_DTYPE": "float32",
+        "BATON_NUM_PAGES": "9",
+        "BATON_HTTP_HOST": "127.0.0.1",
+        "BATON_HTTP_PORT": "8002",
+        "BATON_X": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
