@@ -1,0 +1,54 @@
+"""Wire an edge and run it: `python -m services.stream_out`."""
+
+import asyncio
+import uuid
+
+from prometheus_client import CollectorRegistry
+
+from services.stream_out.app import Api, not_found_route
+from services.stream_out.metrics import EdgeMetrics
+from services.stream_out.requests import Requests
+from services.stream_out.service import StreamOut
+from services.stream_out.settings import Settings
+from shared.bus.kafka import KafkaBus
+from shared.observe import log
+from shared.request import Incarnation
+from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
+from shared.state.redis import redis_state
+from shared.text.tokeniser import Tokeniser
+
+SERVICE = "stream_out"
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Run an edge on the real log and store until `stop` is set."""
+    registry = CollectorRegistry()
+    incarnation = Incarnation(f"edge-{uuid.uuid4().hex}")
+    logger = log.logger(SERVICE)
+    async with redis_state(settings.redis) as state:
+        edge = StreamOut(
+            KafkaBus(settings.kafka, client_id=incarnation, log=logger),
+            state,
+            Tokeniser.load(settings.model),
+            settings=settings,
+            incarnation=incarnation,
+            clock_s=unix_clock_s,
+            logger=logger,
+            metrics=EdgeMetrics(registry),
+        )
+        requests = Requests(edge, draw_name=lambda: uuid.uuid4().hex)
+        routes = [*health_routes(registry, edge.readiness), *Api(edge, requests).routes(), not_found_route(edge)]
+        async with (
+            edge.running(),
+            serve_http(routes, host=settings.http_host, port=settings.http_port) as port,
+        ):
+            logger.info("serving", host=settings.http_host, port=port)
+            await stop.wait()
+
+
+def main() -> None:
+    run(SERVICE, Settings.read, serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The edge's HTTP routes: OpenAI's, and our own for a request's events, state and end."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.stream_out.requests import Requests, Submission
+from services.stream_out.results import answer_of, error_json, error_of
+from services.stream_out.service import StreamOut
+from services.stream_out.sse import BEFORE_ALL, DONE, KEEP_ALIVE, MEDIA_TYPE, Cursor, format_event, parse_event_id
+from services.stream_out.streams import Hold, Story
+from shared.errors import (
+    BodyTooLarge,
+    IdempotencyConflict,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestError,
+    RequestNotFound,
+)
+from shared.request import REQUEST_ID_PATTERN, RequestId
+from shared.state.port import StateUnavailable
+from shared.wire.openai import parse_body
+from shared.wire.openai_answers import model_card, model_list
+from shared.wire.to_ingest import body_hash
+from shared.wire.to_stream_out import ErrorBody
+from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
+
+TENANT_HEADER = "x-baton-tenant"
+TIMEOUT_HEADER = "x-baton-timeout-s"
+PRIORITY_HEADER = "x-baton-priority"
+REQUEST_ID_HEADER = "x-request-id"
+
+DEFAULT_TENANT = "default"
+
+MAX_IDEMPOTENCY_KEY_CHARS = 256
+
+MAX_SEND_BYTES = 64 * 1024
+"""Events that a stream is behind by are sent together up to about this size."""
+
+T = TypeVar("T")
+
+Handler = Callable[[Request, Send], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class Endpoint:
+    """An ASGI app of one route: every RequestError becomes an answer in OpenAI's shape."""
+
+    def __init__(self, name: str, handler: Handler, edge: StreamOut) -> None:
+        self._name = name
+        self._handler = handler
+        self._metrics = edge.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting_send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.http_answers.labels(self._name, message["status"]).inc()
+            await send(message)
+
+        try:
+            await self._handler(Request(scope, receive, counting_send), counting_send)
+        except RequestError as error:
+            await _error_answer(error, {})(scope, receive, counting_send)
+        except ClientGone:
+            self._metrics.clients_gone.inc()
+
+
+class Api:
+    """The routes of one edge."""
+
+    def __init__(self, edge: StreamOut, requests: Requests) -> None:
+        self._edge = edge
+        self._requests = requests
+        self._settings = edge.settings
+        self._started_s = int(edge.clock_s())
+
+    def routes(self) -> list[BaseRoute]:
+        """All but health and metrics, which every process has; the last one catches what is no route."""
+
+        def route(path: str, method: str, handler: Handler) -> Route:
+            endpoint: ASGIApp = Endpoint(f"{method} {path}", handler, self._edge)
+            return Route(path, endpoint, methods=[method])
+
+        return [
+            route("/v1/chat/completions", "POST", self._chat_completions),
+            route("/v1/completions", "POST", self._completions),
+            route("/v1/models", "GET", self._models),
+            route("/v1/models/{name:path}", "GET", self._model),
+            route("/v1/requests/{id}", "GET", self._describe),
+            route("/v1/requests/{id}", "DELETE", self._cancel),
+            route("/v1/requests/{id}/events", "GET", self._events),
+        ]
+
+    async def _chat_completions(self, request: Request, send: Send) -> None:
+        await self._generate(request, send, chat=True)
+
+    async def _completions(self, request: Request, send: Send) -> None:
+        await self._generate(request, send, chat=False)
+
+    async def _generate(self, request: Request, send: Send, *, chat: bool) -> None:
+        body = await _read_body(request, self._settings.max_body_bytes)
+        parsed = parse_body(body, chat=chat)
+        self._edge.metrics.unknown_fields.inc(len(parsed.unknown_fields))
+        event_id = request.headers.get("last-event-id")
+        if event_id:
+            await self._resume(request, send, *parse_event_id(event_id), body=body)
+            return
+        submission = self._submission(request, body)
+
+        async def answer() -> None:
+            async with self._requests.submit(submission) as hold:
+                if parsed.spec.stream:
+                    await self._stream_from_the_beginning(hold, request, send)
+                else:
+                    await self._answer(hold, request, send)
+
+        await unless_gone(request.receive, answer())
+
+    def _submission(self, request: Request, body: bytes) -> Submission:
+        key = request.headers.get("idempotency-key")
+        if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
+            raise InvalidRequest(
+                f"header Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key"
+            )
+        return Submission(
+            body,
+            tenant=request.headers.get(TENANT_HEADER, DEFAULT_TENANT),
+            deadline_s=self._edge.clock_s() + self._timeout_s(request),
+            idempotency_key=key,
+            priority=request.headers.get(PRIORITY_HEADER),
+            traceparent=request.headers.get("traceparent"),
+        )
+
+    def _timeout_s(self, request: Request) -> float:
+        text = request.headers.get(TIMEOUT_HEADER)
+        if text is None:
+            return self._settings.default_timeout_s
+        try:
+            timeout_s = float(text)
+        except ValueError:
+            timeout_s = 0.0
+        if not 0 < timeout_s <= MAX_DEADLINE_S:
+            raise InvalidRequest(
+                f"header {TIMEOUT_HEADER} must be seconds, above 0 and at most {MAX_DEADLINE_S}", param=TIMEOUT_HEADER
+            )
+        return timeout_s
+
+    async def _answer(self, hold: Hold, request: Request, send: Send) -> None:
+        story = await hold.wait(lambda story: story.finished)
+        assert story.state is not None
+        error = error_of(story.state)
+        if error is not None:
+            await _send(_error_answer(error, _id_header(story)), request, send)
+            return
+        await _send(_json(answer_of(story.state, self._edge.tokeniser), _id_header(story)), request, send)
+
+    async def _stream_from_the_beginning(self, hold: Hold, request: Request, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._settings.first_record_timeout_s):
+                await hold.wait(lambda story: story.opened or story.finished)
+        except TimeoutError:
+            pass  # no word from ingest yet: the stream begins, and a refusal comes as its error event
+        error = _refusal(hold.story)
+        if error is not None:
+            await _send(_error_answer(error, _id_header(hold.story)), request, send)
+            return
+        await self._stream(hold, BEFORE_ALL, send)
+
+    async def _resume(
+        self, request: Request, send: Send, request_id: RequestId, cursor: Cursor, *, body: bytes | None = None
+    ) -> None:
+        async def answer() -> None:
+            async with self._requests.resume(request_id) as hold:
+                view = hold.story.state.view if hold.story.state is not None else None
+                if body is not None and view is not None and view.body_hash != body_hash(body):
+                    raise IdempotencyConflict("Last-Event-ID names a request with another body", param="Last-Event-ID")
+                self._edge.metrics.resumed.inc()
+                if cursor == BEFORE_ALL:
+                    await self._stream_from_the_beginning(hold, request, send)
+                else:
+                    await self._stream(hold, cursor, send)
+
+        await unless_gone(request.receive, answer())
+
+    async def _stream(self, hold: Hold, cursor: Cursor, send: Send) -> None:
+        headers = {"content-type": MEDIA_TYPE, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        raw_headers = [(k.encode(), v.encode()) for k, v in (headers | _id_header(hold.story)).items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        with self._edge.metrics.streams.track_inprogress():
+            async for chunk in _chunks(hold, cursor, keep_alive_s=self._settings.keep_alive_s):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, request: Request, send: Send) -> None:
+        request_id = _path_id(request)
+        event_id = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
+        cursor = BEFORE_ALL
+        if event_id:
+            named, cursor = parse_event_id(event_id)
+            if named != request_id:
+                raise InvalidRequest(f"Last-Event-ID is of another request than {request_id}", param="Last-Event-ID")
+        await self._resume(request, send, request_id, cursor)
+
+    async def _describe(self, request: Request, send: Send) -> None:
+        await _send(_json(await self._requests.describe(_path_id(request))), request, send)
+
+    async def _cancel(self, request: Request, send: Send) -> None:
+        request_id = _path_id(request)
+        status = await self._requests.cancel(request_id)
+        await _send(_json({"id": request_id, "status": status}), request, send)
+
+    async def _models(self, request: Request, send: Send) -> None:
+        await _send(_json(model_list(await self._model_names(), created=self._started_s)), request, send)
+
+    async def _model(self, request: Request, send: Send) -> None:
+        name = request.path_params["name"]
+        if name not in await self._model_names():
+            raise ModelNotFound(f"no worker serves the model {name}", param="model")
+        await _send(_json(model_card(name, created=self._started_s)), request, send)
+
+    async def _model_names(self) -> list[str]:
+        try:
+            workers = await self._edge.state.workers(num_slots=NUM_SLOTS)
+        except StateUnavailable as error:
+            raise Overloaded("the workers are not known now", retry_after_s=1.0) from error
+        return sorted({worker.card.model for worker in workers})
+
+
+def not_found_route(edge: StreamOut) -> BaseRoute:
+    """Catches every path that no route before it took."""
+
+    async def refuse(request: Request, _: Send) -> None:
+        raise RequestNotFound(f"no such route: {request.method} {request.url.path}", code="unknown_url")
+
+    return Route("/{path:path}", Endpoint("other", refuse, edge))
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The outcome of `work`, or ClientGone if the client hangs up before; then the work is cancelled."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chunks(hold: Hold, cursor: Cursor, *, keep_alive_s: float) -> AsyncGenerator[bytes]:
+    """What goes over the wire behind `cursor`: events, comments in silence, and the end mark of a good end."""
+    request_id = hold.story.request_id
+    while True:
+        story = hold.story
+        finished = story.finished
+        events = story.events_behind(cursor)
+        while events:
+            parts: list[bytes] = []
+            num_bytes = 0
+            for event in events:
+                parts.append(format_event(request_id, event.cursor, event.body))
+                num_bytes += len(parts[-1])
+                cursor = event.cursor
+                if num_bytes >= MAX_SEND_BYTES:
+                    break
+            events = events[len(parts) :]
+            yield b"".join(parts)
+        if finished:
+            break
+        if hold.story is not story or story.events_behind(cursor) or story.finished:
+            continue
+        try:
+            async with asyncio.timeout(keep_alive_s):
+                await story.news()
+        except TimeoutError:
+            yield KEEP_ALIVE
+    assert hold.story.state is not None
+    if error_of(hold.story.state) is None:
+        yield DONE
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is known to be over the limit."""
+    error = BodyTooLarge(f"the body is over the limit of {max_bytes} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
+        raise error
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise error
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _refusal(story: Story) -> ErrorBody | None:
+    """Why nothing will be streamed, if that is known already."""
+    if story.state is None or not story.finished or any(choice.ids for choice in story.state.choices.values()):
+        return None
+    return error_of(story.state)
+
+
+def _path_id(request: Request) -> RequestId:
+    request_id = request.path_params["id"]
+    if not REQUEST_ID_PATTERN.fullmatch(request_id):
+        raise RequestNotFound(f"a request id matches {REQUEST_ID_PATTERN.pattern}")
+    return RequestId(request_id)
+
+
+def _id_header(story: Story) -> dict[str, str]:
+    return {REQUEST_ID_HEADER: story.request_id}
+
+
+def _json(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    content = orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _error_answer(error: RequestError | ErrorBody, headers: Mapping[str, str]) -> Response:
+    retry = {} if error.retry_after_s is None else {"retry-after": str(max(1, round(error.retry_after_s)))}
+    return _json(error_json(error), {**headers, **retry}, error.http_status)
+
+
+async def _send(response: Response, request: Request, send: Send) -> None:
+    await response(request.scope, request.receive, send)

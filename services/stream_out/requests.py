@@ -1,0 +1,260 @@
+"""What clients may ask of an edge: take a request on, follow one, tell of one, cancel one."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from services.stream_out.results import cancelled_error, status_of, timings_of, usage_of
+from services.stream_out.service import StreamOut
+from services.stream_out.streams import Hold, Story
+from shared.bus.port import BusUnavailable
+from shared.errors import IdempotencyConflict, Overloaded, RequestNotFound
+from shared.request import FinishReason, RequestId, keyed_request_id, partition_of
+from shared.wire.openai_answers import usage_body
+from shared.wire.to_ingest import (
+    HEADER_DEADLINE,
+    HEADER_EDGE,
+    HEADER_IDEMPOTENCY_KEY,
+    HEADER_PRIORITY,
+    HEADER_TENANT,
+    HEADER_TRACEPARENT,
+    body_hash,
+)
+from shared.wire.to_stream_out import Attach, Cut, Detach
+from shared.wire.topics import INGEST
+
+LOOK_TIMEOUT_S = 10.0
+"""Finding a request, or cancelling it, takes no longer, or the client is asked to try again."""
+
+RETRY_AFTER_S = 2.0
+
+ACCEPTING_STREAM = ""
+"""Name of the connection that the job itself attaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job as a client handed it in.
+
+    Attributes:
+        body: becomes the record's value unchanged.
+        idempotency_key: jobs of one tenant under one key are one request.
+        deadline_s: unix seconds.
+    """
+
+    body: bytes
+    tenant: str
+    deadline_s: float
+    idempotency_key: str | None = None
+    priority: str | None = None
+    traceparent: str | None = None
+
+
+class Requests:
+    """Args:
+    draw_name: makes random names, for request ids and streams.
+    """
+
+    def __init__(self, edge: StreamOut, *, draw_name: Callable[[], str]) -> None:
+        self._edge = edge
+        self._draw_name = draw_name
+
+    @asynccontextmanager
+    async def submit(self, submission: Submission) -> AsyncGenerator[Hold]:
+        """Accept a job and follow it; under a known idempotency key, follow the request that runs or ran.
+
+        Raises:
+            Overloaded: the log does not take the job now.
+            IdempotencyConflict: the key was used with another body.
+        """
+        key = submission.idempotency_key
+        if key is not None:
+            async with self._join(keyed_request_id(submission.tenant, key), submission) as hold:
+                yield hold
+            return
+        request_id = self._draw_request_id()
+        async with self._present(request_id, ACCEPTING_STREAM, is_new=True) as hold:
+            await self._accept(hold, submission)
+            yield hold
+
+    @asynccontextmanager
+    async def resume(self, request_id: RequestId) -> AsyncGenerator[Hold]:
+        """Follow a request again, perhaps one that another edge accepted. Raises RequestNotFound, Overloaded."""
+        stream = self._draw_name()
+        async with self._present(request_id, stream) as hold:
+            await _known(hold)
+            self._edge.spawn(self._arrive(hold, stream))
+            yield hold
+
+    async def describe(self, request_id: RequestId) -> dict[str, Any]:
+        """Where the request is in its life. Raises RequestNotFound, Overloaded."""
+        async with self._follow(request_id) as hold:
+            await _known(hold)
+            return describe(hold.story)
+
+    async def cancel(self, request_id: RequestId) -> str:
+        """End the request, wherever it is; its status then. Raises RequestNotFound, Overloaded."""
+        async with self._follow(request_id) as hold:
+            await _known(hold)
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    while not hold.story.finished:
+                        offsets = [await self._edge.tell(cut) for cut in _cancellations(hold.story)]
+                        # A cut that lost its race changed nothing: read it, then look again.
+                        await hold.wait(_reached(max(offsets)))
+            except TimeoutError as error:
+                raise _try_again("the request could not be cancelled in time") from error
+            assert hold.story.state is not None
+            return status_of(hold.story.state)
+
+    def _draw_request_id(self) -> RequestId:
+        """An id in a partition that is read here, so that its answer takes the shortest way."""
+        owned = self._edge.owned_partitions
+        while True:
+            request_id = RequestId(f"req-{self._draw_name()}")
+            if not owned or partition_of(request_id) in owned:
+                return request_id
+
+    async def _accept(self, hold: Hold, submission: Submission) -> None:
+        headers = tuple(self._headers(submission))
+        try:
+            async with asyncio.timeout(self._edge.settings.accept_timeout_s):
+                await self._edge.send(INGEST.name, hold.story.request_id, submission.body, headers)
+        except (TimeoutError, BusUnavailable) as error:
+            raise _try_again("the log does not take requests now") from error
+        hold.story.accepted = True
+
+    def _headers(self, submission: Submission) -> Iterator[tuple[str, bytes]]:
+        yield HEADER_TENANT, submission.tenant.encode()
+        yield HEADER_DEADLINE, str(int(submission.deadline_s * 1000)).encode()
+        if submission.idempotency_key is None:
+            yield HEADER_EDGE, self._edge.incarnation.encode()
+        else:
+            yield HEADER_IDEMPOTENCY_KEY, submission.idempotency_key.encode()
+        if submission.priority is not None:
+            yield HEADER_PRIORITY, submission.priority.encode()
+        if submission.traceparent is not None:
+            yield HEADER_TRACEPARENT, submission.traceparent.encode()
+
+    @asynccontextmanager
+    async def _join(self, request_id: RequestId, submission: Submission) -> AsyncGenerator[Hold]:
+        async with self._follow(request_id) as hold:
+            await _look(hold)
+            if not hold.story.decided:
+                await self._accept(hold, submission)
+                timeout_s = max(0.0, submission.deadline_s - self._edge.clock_s())
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        await hold.wait(lambda story: story.decided)
+                except TimeoutError as error:
+                    raise _try_again("the request was not taken on before its deadline") from error
+            _check_same_body(hold.story, submission.body)
+            yield hold
+
+    @asynccontextmanager
+    async def _follow(self, request_id: RequestId, *, is_new: bool = False) -> AsyncGenerator[Hold]:
+        async with AsyncExitStack() as stack:
+            try:
+                hold = await stack.enter_async_context(self._edge.follow(request_id, is_new=is_new))
+            except BusUnavailable as error:
+                raise _try_again("the log is away") from error
+            yield hold
+
+    @asynccontextmanager
+    async def _present(self, request_id: RequestId, stream: str, *, is_new: bool = False) -> AsyncGenerator[Hold]:
+        """Follow a request as a client whose absence counts; its departure is told once the request is open."""
+        async with AsyncExitStack() as stack:
+            hold = await stack.enter_async_context(self._follow(request_id, is_new=is_new))
+            try:
+                yield hold
+            finally:
+                if not hold.story.finished and (hold.story.decided or hold.story.accepted):
+                    self._edge.spawn(self._depart(stack.pop_all(), hold, stream))
+
+    async def _arrive(self, hold: Hold, stream: str) -> None:
+        story = await hold.wait(lambda story: story.decided)
+        if _needs_company(story):
+            await self._edge.tell(Attach(story.request_id, self._edge.incarnation, stream))
+
+    async def _depart(self, stack: AsyncExitStack, hold: Hold, stream: str) -> None:
+        # Before its `open` the request attaches nobody, and the `open` would come behind our Detach and undo it.
+        async with stack:
+            story = await hold.wait(lambda story: story.decided)
+            if _needs_company(story):
+                await self._edge.tell(Detach(story.request_id, self._edge.incarnation, stream))
+
+
+def describe(story: Story) -> dict[str, Any]:
+    """The answer of `GET /v1/requests/{id}`."""
+    state = story.state
+    body: dict[str, Any] = {"id": story.request_id, "object": "baton.request", "status": "queued"}
+    if state is None or state.view is None:
+        return body | ({"status": status_of(state)} if state is not None and state.finished else {})
+    timings = timings_of(state)
+    choices = [
+        {
+            "index": index,
+            "completion_tokens": len(choice.ids),
+            "finish_reason": choice.end.finish if choice.end else None,
+        }
+        for index, choice in sorted(state.choices.items())
+    ]
+    return body | {
+        "status": status_of(state) if state.finished else ("running" if story.opened else "queued"),
+        "model": state.view.model,
+        "last_event": next(reversed(timings), None),
+        "timings": timings,
+        "usage": usage_body(usage_of(state)),
+        "choices": choices,
+        "reason": state.cut_reason,
+    }
+
+
+async def _look(hold: Hold) -> None:
+    """Wait until all that the log held when the client came was read, or enough of it."""
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            await hold.caught_up.wait()
+    except TimeoutError as error:
+        raise _try_again("the request could not be looked up in time") from error
+
+
+async def _known(hold: Hold) -> None:
+    await _look(hold)
+    if not (hold.story.decided or hold.story.accepted):
+        raise RequestNotFound(f"no request {hold.story.request_id}")
+
+
+def _needs_company(story: Story) -> bool:
+    """Whether the request is cancelled when nobody is attached."""
+    state = story.state
+    return state is not None and not state.finished and state.view is not None and state.view.edge is not None
+
+
+def _cancellations(story: Story) -> list[Cut]:
+    reason = "client asked"
+    error = cancelled_error(reason)
+    state = story.state
+    if state is None or state.view is None:
+        epoch = 1 if state is None else state.choice(0).epoch
+        return [Cut(story.request_id, 0, epoch + 1, reason, FinishReason.CANCELLED, error)]
+    return [
+        Cut(story.request_id, index, state.choice(index).epoch + 1, reason, FinishReason.CANCELLED, error)
+        for index in state.open_choices
+    ]
+
+
+def _reached(offset: int) -> Callable[[Story], bool]:
+    return lambda story: story.finished or story.last_offset >= offset
+
+
+def _check_same_body(story: Story, body: bytes) -> None:
+    view = story.state.view if story.state is not None else None
+    if view is not None and view.body_hash != body_hash(body):
+        raise IdempotencyConflict("the idempotency key was used before with another body", param="Idempotency-Key")
+
+
+def _try_again(message: str) -> Overloaded:
+    return Overloaded(message, retry_after_s=RETRY_AFTER_S)

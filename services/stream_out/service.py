@@ -1,0 +1,423 @@
+"""The edge's loops: lease partitions, read them, do what their owner owes, commit what is true.
+
+beat ──> leases ──> take over ──┐                        ┌─> results, ingest-resume, prefill, decode
+                                v                        │
+stream-out ──> read ──> PartitionLog ──changes──> PartitionOwner
+                                └──news──> clients' holds (`requests`)
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from services.stream_out.metrics import EdgeMetrics
+from services.stream_out.owner import Duty, PartitionOwner, WriteResult
+from services.stream_out.results import result_of, timings_of, usage_of
+from services.stream_out.settings import Settings
+from services.stream_out.streams import Hold, PartitionLog
+from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
+from shared.bus.port import Bus, BusUnavailable, Committed, Reader, Record
+from shared.observe.log import Logger
+from shared.policy.fold import Change, RequestState
+from shared.request import NUM_REQUEST_PARTITIONS, Event, Incarnation, RequestId, partition_of
+from shared.state.keys import BEAT_INTERVAL_S, LEASE_MS
+from shared.state.port import RequestHint, State, StateUnavailable
+from shared.text.tokeniser import Tokeniser
+from shared.wire.codec import UndecodableMessage, encode
+from shared.wire.to_ingest import Resume
+from shared.wire.to_stream_out import Attach, Cut, Detach
+from shared.wire.to_worker import Stop
+from shared.wire.topics import DECODE, INGEST_RESUME, PREFILL, RESULTS, STREAM_OUT
+
+COMMIT_INTERVAL_S = 1.0
+
+LEAVE_TIMEOUT_S = 5.0
+"""Duties begun before the end get this long."""
+
+HINT_SLACK_RECORDS = 1000
+"""Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
+
+
+@dataclass(slots=True)
+class _Partition:
+    """A partition that this edge reads; the owner is gone when the lease is, while clients still follow it."""
+
+    log: PartitionLog
+    owner: PartitionOwner | None
+
+
+class StreamOut:
+    """One edge.
+
+    Args:
+        incarnation: of this process start.
+        clock_s: unix seconds.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        state: State,
+        tokeniser: Tokeniser,
+        *,
+        settings: Settings,
+        incarnation: Incarnation,
+        clock_s: Callable[[], float],
+        logger: Logger,
+        metrics: EdgeMetrics,
+    ) -> None:
+        self.bus = bus
+        self.state = state
+        self.tokeniser = tokeniser
+        self.settings = settings
+        self.incarnation = incarnation
+        self.clock_s = clock_s
+        self.logger = logger
+        self.metrics = metrics
+        self._partitions: dict[int, _Partition] = {}
+        self._leased: frozenset[int] = frozenset()
+        self._edges: frozenset[Incarnation] = frozenset()
+        self._prepared: list[TakeOver] = []
+        self._committed: dict[int, Committed] = {}
+        self._duties: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._has_leased = False
+        self._seeing_since_s = clock_s()
+        self._last_beat_s = clock_s()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Serve while the context is open; at its end the partitions are free for others at once."""
+        async with (
+            self.bus.producer() as self._producer,
+            self.bus.reader(STREAM_OUT.name, group=GROUP) as self._reader,
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                loops = [tasks.create_task(loop()) for loop in (self._beat_loop, self._read_loop, self._commit_loop)]
+                try:
+                    yield
+                finally:
+                    await _cancel([*loops, *self._background])
+            await self._leave()
+
+    @property
+    def owned_partitions(self) -> list[int]:
+        """Partitions whose requests this edge accepts best: it reads them anyway."""
+        return sorted(p for p, found in self._partitions.items() if found.owner is not None and p in self._leased)
+
+    async def readiness(self) -> dict[str, bool]:
+        """What the edge needs, and whether it is there."""
+        owners = [self._partitions[p].owner for p in self.owned_partitions]
+        settled = len(owners) == len(self._leased) and all(owner is not None and owner.settled for owner in owners)
+        bus, state = await asyncio.gather(self.bus.reachable(), self.state.reachable())
+        return {"bus": bus, "state": state, "partitions": self._has_leased and settled}
+
+    # What clients' requests need
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something beside the loops; it is cancelled when the edge ends."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background_done)
+        return task
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.logger.error("background task failed", exc_info=error)
+
+    async def send(
+        self, topic: str, request_id: RequestId, value: bytes, headers: Iterable[tuple[str, bytes]] = ()
+    ) -> int:
+        """Append to the request's partition of a topic; its offset."""
+        return await self._producer.send(
+            topic, partition_of(request_id), value, key=request_id.encode(), headers=tuple(headers)
+        )
+
+    async def tell(self, message: Cut | Attach | Detach) -> int:
+        """Append to the request's story."""
+        return await self.send(STREAM_OUT.name, message.request_id, encode(message))
+
+    @asynccontextmanager
+    async def follow(self, request_id: RequestId, *, is_new: bool = False) -> AsyncGenerator[Hold]:
+        """Follow a request from its beginning, on whichever edge it began.
+
+        Args:
+            is_new: it has no record yet.
+
+        Raises:
+            BusUnavailable.
+        """
+        found = self._partitions.get(partition_of(request_id))
+        if found is not None and (is_new or found.log.knows(request_id)):
+            with found.log.hold(request_id) as hold:
+                hold.caught_up.set()
+                yield hold
+            return
+        hint = None if is_new else await self._find(request_id)
+        found = self._partitions.get(partition_of(request_id))
+        if found is not None and found.owner is not None and found.owner.settled and hint is None:
+            with found.log.hold(request_id) as hold:
+                hold.caught_up.set()
+                yield hold
+            return
+        async with self._follower(request_id, hint, is_new=is_new) as hold:
+            yield hold
+
+    async def _find(self, request_id: RequestId) -> RequestHint | None:
+        try:
+            return await self.state.find_request(request_id)
+        except StateUnavailable:
+            return None
+
+    @asynccontextmanager
+    async def _follower(self, request_id: RequestId, hint: RequestHint | None, *, is_new: bool) -> AsyncGenerator[Hold]:
+        """Read one request from a partition that is not read here, or no longer from where it began."""
+        self.metrics.followers.inc()
+        partition = partition_of(request_id)
+        async with self.bus.reader(STREAM_OUT.name, group=GROUP) as reader:
+            end_offset = await reader.end_offset(partition)
+            start = end_offset if is_new else await self._first_possible(reader, partition, hint)
+            log = PartitionLog(partition, start, self.tokeniser, only=request_id)
+            with log.hold(request_id) as hold:
+                await reader.assign({partition: start})
+                task = self.spawn(self._read_follower(reader, hold, end_offset))
+                try:
+                    yield hold
+                finally:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+
+    async def _first_possible(self, reader: Reader, partition: int, hint: RequestHint | None) -> int:
+        """Not behind the request's first record: a request that runs begins behind the commit, an ended one is
+        found by its hint."""
+        committed = await reader.committed(partition)
+        starts = [committed.offset] if committed else [0]
+        if hint is not None:
+            starts.append(hint.offset - HINT_SLACK_RECORDS)
+        return max(min(starts), await reader.beginning_offset(partition))
+
+    async def _read_follower(self, reader: Reader, hold: Hold, end_offset: int) -> None:
+        while not hold.story.finished:
+            if hold.log.position >= end_offset:
+                hold.caught_up.set()
+            for record in await reader.read(READ_TIMEOUT_S):
+                self._take(hold.log, record)
+        hold.caught_up.set()
+
+    # Leases
+
+    async def _beat_loop(self) -> None:
+        while True:
+            await self._beat()
+            await asyncio.sleep(BEAT_INTERVAL_S)
+
+    async def _beat(self) -> None:
+        try:
+            leased = await self.state.lease_partitions(
+                GROUP, self.incarnation, num_partitions=NUM_REQUEST_PARTITIONS, lease_ms=LEASE_MS
+            )
+            self._edges = await self.state.group_members(GROUP)
+        except StateUnavailable as error:
+            self.logger.warning("coordination is away: no verdicts", error=str(error))
+            self._seeing_since_s = self.clock_s()
+            return
+        gained, self._leased, self._has_leased = leased - self._leased, leased, True
+        self.metrics.partitions.set(len(leased))
+        if gained:
+            self.logger.info("partitions leased", partitions=sorted(gained))
+            self.spawn(self._prepare(gained))
+        self._judge()
+
+    async def _prepare(self, partitions: frozenset[int]) -> None:
+        while partitions:
+            try:
+                self._prepared += await prepare(self.bus, self._reader, sorted(partitions))
+            except BusUnavailable as error:
+                self.logger.warning("the log is away: take-over waits", error=str(error))
+                await asyncio.sleep(BEAT_INTERVAL_S)
+                partitions &= self._leased
+            else:
+                return
+
+    def _judge(self) -> None:
+        """Verdicts on requests, unless this edge was blind during the last lease."""
+        now_s = self.clock_s()
+        lease_s = LEASE_MS / 1000
+        if now_s - self._last_beat_s > lease_s:
+            self._seeing_since_s = now_s
+        self._last_beat_s = now_s
+        owners = [(p, found.owner) for p, found in self._partitions.items() if found.owner and p in self._leased]
+        for partition, owner in owners:
+            if now_s - self._seeing_since_s < lease_s:
+                owner.clear_sight()
+            else:
+                self._do_all(partition, owner, owner.judge(now_s, self._edges))
+            owner.tidy(now_s)
+
+    async def _leave(self) -> None:
+        if self._duties:
+            await asyncio.wait(self._duties, timeout=LEAVE_TIMEOUT_S)
+            await _cancel(self._duties)
+        await self._commit()
+        try:
+            await self.state.leave_group(GROUP, self.incarnation)
+        except StateUnavailable as error:
+            self.logger.warning("leases run out by themselves", error=str(error))
+
+    # Reading
+
+    async def _read_loop(self) -> None:
+        while True:
+            await self._settle_assignment()
+            for record in await self._reader.read(READ_TIMEOUT_S):
+                found = self._partitions.get(record.partition)
+                if found is not None:
+                    self._read(found, record)
+
+    def _read(self, found: _Partition, record: Record) -> None:
+        changes = self._take(found.log, record)
+        if found.owner is not None:
+            now_s = self.clock_s()
+            self._do_all(record.partition, found.owner, found.owner.answer(changes, now_s))
+            self._do_all(record.partition, found.owner, found.owner.settle())
+
+    def _take(self, log: PartitionLog, record: Record) -> list[Change]:
+        try:
+            return log.apply(record)
+        except UndecodableMessage as error:
+            self.metrics.undecodable.inc()
+            self.logger.warning(
+                "record skipped", topic=record.topic, partition=record.partition, offset=record.offset, error=str(error)
+            )
+            return []
+
+    async def _settle_assignment(self) -> None:
+        """Begin with the partitions taken over, leave those that nobody here needs any more."""
+        for partition, found in list(self._partitions.items()):
+            if partition not in self._leased:
+                found.owner = None
+                if not found.log.held:
+                    del self._partitions[partition]
+        prepared, self._prepared = self._prepared, []
+        taken = [take_over for take_over in prepared if take_over.partition in self._leased]
+        before = {t.partition: self._partitions.pop(t.partition).log for t in taken if t.partition in self._partitions}
+        if before:
+            # A partition that is read already has to be left for a moment to begin at another offset.
+            await self._assign()
+        for take_over in taken:
+            self._take_over(take_over, before.get(take_over.partition))
+        await self._assign()
+
+    def _take_over(self, take_over: TakeOver, before: PartitionLog | None) -> None:
+        held = before.held if before is not None else []
+        firsts = [story.state.first_offset for story in held if story.state is not None and not story.finished]
+        log = PartitionLog(take_over.partition, min([take_over.start, *firsts]), self.tokeniser)
+        log.adopt(held)
+        owner = PartitionOwner(
+            log,
+            end_offset=take_over.end_offset,
+            done=take_over.done,
+            results_end=take_over.results_end,
+            now_s=self.clock_s(),
+            grace_s=self.settings.grace_s,
+        )
+        self._partitions[take_over.partition] = _Partition(log, owner)
+        self.metrics.take_overs.inc()
+        self._do_all(take_over.partition, owner, owner.settle())
+
+    async def _assign(self) -> None:
+        await self._reader.assign({partition: found.log.start for partition, found in self._partitions.items()})
+
+    # Duties
+
+    def _do_all(self, partition: int, owner: PartitionOwner, duties: Iterable[Duty]) -> None:
+        for duty in duties:
+            task = asyncio.create_task(self._do(partition, owner, duty))
+            self._duties.add(task)
+            task.add_done_callback(self._duty_done)
+
+    def _duty_done(self, task: asyncio.Task[None]) -> None:
+        self._duties.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.logger.error("duty failed", exc_info=error)
+
+    async def _do(self, partition: int, owner: PartitionOwner, duty: Duty) -> None:
+        match duty:
+            case WriteResult(state):
+                await self._write_result(partition, owner, state)
+            case Cut():
+                self.metrics.cuts.labels(duty.reason).inc()
+                await self.tell(duty)
+            case Resume():
+                self.metrics.resumes.inc()
+                await self.send(INGEST_RESUME.name, duty.request_id, encode(duty))
+            case Stop():
+                self.metrics.stops.inc()
+                for topic in (PREFILL.name, DECODE.name):
+                    await self._producer.send(topic, duty.target.slot, encode(duty))
+
+    async def _write_result(self, partition: int, owner: PartitionOwner, state: RequestState) -> None:
+        result = result_of(state, self.tokeniser)
+        offset = await self.send(RESULTS.name, state.request_id, encode(result))
+        now_s = self.clock_s()
+        owner.result_acked(state, offset, now_s)
+        self.metrics.observe_end(state, result.status)
+        self._log_end(partition, state, result.status, now_s)
+
+    def _log_end(self, partition: int, state: RequestState, status: str, now_s: float) -> None:
+        """The one line of a request."""
+        tokens: dict[str, object] = {}
+        if state.view is not None:
+            usage = usage_of(state)
+            self.metrics.observe_usage(usage)
+            tokens = {
+                "tenant": state.view.tenant,
+                "model": state.view.model,
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_tokens": usage.cached_tokens,
+                "answer_tokens": usage.completion_tokens,
+            }
+        finishes = [choice.end.finish for _, choice in sorted(state.choices.items()) if choice.end is not None]
+        timings = {**timings_of(state), Event.DELIVERED: now_s}
+        self.logger.info(
+            "request ended",
+            request_id=state.request_id,
+            status=status,
+            finish=finishes,
+            reason=state.cut_reason,
+            partition=partition,
+            **tokens,
+            timings=timings,
+        )
+
+    # Commits
+
+    async def _commit_loop(self) -> None:
+        while True:
+            await asyncio.sleep(COMMIT_INTERVAL_S)
+            await self._commit()
+
+    async def _commit(self) -> None:
+        now_s = self.clock_s()
+        commits = {
+            p: found.owner.commit(now_s)
+            for p, found in self._partitions.items()
+            if p in self._leased and found.owner is not None and found.owner.settled
+        }
+        changed = {p: commit for p, commit in commits.items() if self._committed.get(p) != commit}
+        try:
+            await self._reader.commit(changed)
+        except BusUnavailable as error:
+            self.logger.warning("commit waits", error=str(error))
+        else:
+            self._committed |= changed
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,28 @@
+"""Settings of an edge, from the environment."""
+
+from pydantic import Field
+
+from shared.runtime.settings import ServiceSettings
+from shared.wire.openai import MAX_BODY_BYTES
+from shared.wire.topics import MAX_DEADLINE_S
+
+
+class Settings(ServiceSettings):
+    """BATON_* variables of an edge.
+
+    Attributes:
+        max_body_bytes: a larger body is refused without being read to its end.
+        default_timeout_s: deadline of a request that names none.
+        first_record_timeout_s: the HTTP status of a stream waits so long for ingest's word.
+        accept_timeout_s: a job that the log does not take in this time is answered with 503.
+        grace_s: a request whose last client went away is cancelled after this.
+        keep_alive_s: silence after which a stream gets a comment.
+    """
+
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1, le=MAX_BODY_BYTES)
+    default_timeout_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
+    first_record_timeout_s: float = Field(default=5.0, gt=0)
+    accept_timeout_s: float = Field(default=5.0, gt=0)
+    grace_s: float = Field(default=5.0, ge=0)
+    keep_alive_s: float = Field(default=15.0, gt=0)

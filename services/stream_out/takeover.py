@@ -1,0 +1,63 @@
+"""What a new owner of `stream-out` partitions must know before it reads them: where to begin, and what is done."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shared.bus.port import Bus, Reader
+from shared.request import RequestId
+from shared.wire.topics import RESULTS
+
+GROUP = "stream-out"
+"""Names the edges' leases and commits."""
+
+READ_TIMEOUT_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """One partition as its owner before left it.
+
+    Attributes:
+        start: all below belongs to requests whose result stands.
+        end_offset: of the partition, now.
+        done: requests whose result stands, with its offset on `results`, from the commit's note on.
+        results_end: offset behind the results read.
+    """
+
+    partition: int
+    start: int
+    end_offset: int
+    done: Mapping[RequestId, int]
+    results_end: int
+
+
+async def prepare(bus: Bus, reader: Reader, partitions: Iterable[int]) -> list[TakeOver]:
+    """Look up the commits through `reader` and read the tails of `results`. Raises BusUnavailable."""
+    starts: dict[int, int] = {}
+    notes: dict[int, int] = {}
+    for partition in partitions:
+        committed = await reader.committed(partition)
+        starts[partition] = max(committed.offset if committed else 0, await reader.beginning_offset(partition))
+        notes[partition] = int(committed.note) if committed and committed.note else 0
+    done, results_ends = await _read_results(bus, notes)
+    return [
+        TakeOver(partition, start, await reader.end_offset(partition), done[partition], results_ends[partition])
+        for partition, start in starts.items()
+    ]
+
+
+async def _read_results(bus: Bus, starts: Mapping[int, int]) -> tuple[dict[int, dict[RequestId, int]], dict[int, int]]:
+    """Offsets of the results from `starts` to the end, by partition and request; and the ends."""
+    done: dict[int, dict[RequestId, int]] = {partition: {} for partition in starts}
+    async with bus.reader(RESULTS.name, group=GROUP) as reader:
+        ends = {partition: await reader.end_offset(partition) for partition in starts}
+        positions = {
+            partition: max(start, await reader.beginning_offset(partition)) for partition, start in starts.items()
+        }
+        await reader.assign({p: position for p, position in positions.items() if position < ends[p]})
+        while any(position < ends[partition] for partition, position in positions.items()):
+            for record in await reader.read(READ_TIMEOUT_S):
+                positions[record.partition] = record.offset + 1
+                if record.key is not None:
+                    done[record.partition].setdefault(RequestId(record.key.decode()), record.offset)
+    return done, ends
