@@ -26,7 +26,12 @@ def config_folder(tmp_path, tiny_checkpoints, family="llama", **changes):
 
 @pytest.mark.parametrize(
     ("family", "qkv_bias", "qk_norm", "head_dim"),
-    [("llama", False, False, 16), ("qwen2", True, False, 16), ("qwen3", False, True, 32), ("mistral", False, False, 16)],
+    [
+        ("llama", False, False, 16),
+        ("qwen2", True, False, 16),
+        ("qwen3", False, True, 32),
+        ("mistral", False, False, 16),
+    ],
 )
 def test_reads_each_family(tmp_path, tiny_checkpoints, family, qkv_bias, qk_norm, head_dim):
     config = read_config(config_folder(tmp_path, tiny_checkpoints, family))
@@ -151,7 +156,7 @@ def test_eos_must_be_an_id(tmp_path, tiny_checkpoints, eos):
 
 
 def test_a_folder_without_config_is_no_checkpoint(tmp_path):
-    with pytest.raises(StartupError, match="config.json"):
+    with pytest.raises(StartupError, match="no config"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(StartupError, match="not JSON"):
