@@ -3,6 +3,7 @@
 What the client does not promise is settled here: order through failures (`sending`), consumers that look alive and
 fetch nothing (`KafkaReader`), calls that never return while brokers are away (every one has a deadline).
 """
+# pyright: reportMissingTypeStubs=false
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from shared.bus.port import BusUnavailable, Committed, Producer, Reader, Record, Start
 from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, SendingProducer, Unsent
-from shared.observe.log import Logger
+from shared.observe.log import Logger, logger
 from shared.wire.topics import MAX_RECORD_BYTES
 
 PRODUCE_TIMEOUT_MS = 10_000
@@ -58,11 +59,11 @@ class KafkaBus:
     `address` is "host:port", or several with commas between.
     """
 
-    def __init__(self, address: str, *, client_id: str, log: Logger) -> None:
+    def __init__(self, address: str, *, client_id: str) -> None:
         self.counters = BusCounters()
         self._address = address
         self._client_id = client_id
-        self._log = log
+        self._log = logger("bus", client_id=client_id)
 
     @asynccontextmanager
     async def producer(self) -> AsyncGenerator[Producer]:

@@ -1,8 +1,11 @@
-"""Every key in Redis and how long it lives. Everything here can be written again by whoever owns it."""
+"""Every key in Redis and how long it lives. Everything here can be written again by whoever owns it.
+
+All keys carry one hash tag, so that a script may touch several of them on a Redis cluster too.
+"""
 
 from shared.request import Incarnation, RequestId
 
-PREFIX = "baton"
+PREFIX = "{baton}"
 
 BEAT_INTERVAL_S = 0.5
 """Leases are renewed this often..."""
@@ -10,38 +13,46 @@ BEAT_INTERVAL_S = 0.5
 LEASE_MS = 2000
 """...and lost after this long without."""
 
+WORKER_TRACES_MS = 60_000
+"""How long a worker's credits and block feed outlast its last beat."""
+
 BLOCK_FEED_LENGTH = 4096
 """Entries kept of each worker's stream of stored and evicted blocks."""
 
 
+def up() -> str:
+    """String "since last" (server ms): the store has been written to without a gap since `since`, lastly at `last`."""
+    return f"{PREFIX}:up"
+
+
 def slot(slot_number: int) -> str:
-    """String: the card (JSON) of the worker that holds the slot; expires with its lease."""
+    """String: the incarnation that holds the slot; expires with its lease."""
     return f"{PREFIX}:slot:{slot_number}"
 
 
-def load(incarnation: Incarnation) -> str:
-    """String: what the worker last said of its load (JSON); expires with its lease."""
-    return f"{PREFIX}:load:{incarnation}"
+def worker(incarnation: Incarnation) -> str:
+    """Hash: card (JSON), load (JSON), num_pages; expires with the slot's lease."""
+    return f"{PREFIX}:worker:{incarnation}"
 
 
-def credits_taken(incarnation: Incarnation) -> str:
-    """Hash: placement -> pages taken on that worker; expires a while after the worker."""
+def worker_credits(incarnation: Incarnation) -> str:
+    """Hash: placement -> pages taken on that worker, and `total`, their sum; outlasts the worker by a while."""
     return f"{PREFIX}:credits:{incarnation}"
 
 
 def block_feed(incarnation: Incarnation) -> str:
-    """Stream: blocks stored and evicted by that worker, numbered without gaps."""
+    """Stream: blocks stored and evicted by that worker; entry n has the id "n+1-0"; outlasts the worker by a while."""
     return f"{PREFIX}:blocks:{incarnation}"
-
-
-def partition_lease(group: str, partition: int) -> str:
-    """String: the member that holds the partition for the group."""
-    return f"{PREFIX}:partition:{group}:{partition}"
 
 
 def members(group: str) -> str:
     """Sorted set: member -> server time (ms) at which its membership ends."""
     return f"{PREFIX}:members:{group}"
+
+
+def partitions(group: str) -> str:
+    """Hash: partition -> the member that holds it, for as long as its membership stands."""
+    return f"{PREFIX}:partitions:{group}"
 
 
 def placement(request_id: RequestId, choice: int, epoch: int) -> str:
@@ -50,5 +61,5 @@ def placement(request_id: RequestId, choice: int, epoch: int) -> str:
 
 
 def request(request_id: RequestId) -> str:
-    """String: where the request's story begins on `stream-out` (JSON), a hint for edges that do not own it."""
+    """String "partition offset": where the request's story begins, a hint for edges that do not own it."""
     return f"{PREFIX}:request:{request_id}"

@@ -1,7 +1,8 @@
 """Coordination: who holds which slot and partition, what each worker has taken on, where a request was placed.
 
 Nothing here is the truth about a request (that is the log). All calls are idempotent, so a call whose answer got lost
-is simply made again; the client does that itself within its deadline and raises StateUnavailable after it.
+is simply made again; the client does that itself within its deadline and raises StateUnavailable after it, when it is
+not known whether the call had its effect. Cancelling a call does not undo it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,12 @@ class State(Protocol):
         ...
 
     async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
-        """Renew the slot's lease and publish the load; False: the lease was lost, whoever holds the slot now."""
+        """Renew the slot's lease and publish the load; False: the lease was lost, whoever holds the slot now.
+
+        One exception: if the store itself was emptied, or out of everybody's reach, less than a lease ago (`up_ms`),
+        a slot that nobody holds is taken again, for its lease ended through no fault of its holder. A worker that
+        stood still together with everybody else is not told; it must watch its own clock.
+        """
         ...
 
     async def release_slot(self, slot: int, incarnation: Incarnation) -> None:
@@ -147,12 +153,23 @@ class State(Protocol):
         """All workers whose lease stands, by slot."""
         ...
 
+    async def up_ms(self, *, lease_ms: int) -> int:
+        """For how long the store has been in use without a loss of its memory or a gap of a lease.
+
+        Below `lease_ms`, that a lease is missing says nothing about its holder: no verdict, no placement. To judge by
+        what another call returned, ask this after it.
+        """
+        ...
+
     # Partitions
     async def lease_partitions(
         self, group: str, member: Incarnation, *, num_partitions: int, lease_ms: int
     ) -> frozenset[int]:
-        """Renew this member's partitions and settle its share: free ones are taken up to ceil(partitions / members),
-        surplus ones given up. Returns what it holds now."""
+        """Renew this member's partitions and settle its share: free ones are taken, surplus ones given up.
+
+        Shares differ by one partition at most. Returns what it holds now; no other member holds any of these before
+        it was told so by a later call, or `lease_ms` have passed without one.
+        """
         ...
 
     async def leave_group(self, group: str, member: Incarnation) -> None:
@@ -171,6 +188,8 @@ class State(Protocol):
 
         Returns the placement that stands for `key` (an earlier one, if this was asked before), or None: one of the
         workers lost its slot or has not enough pages left beside the credits taken (capacity = its card's num_pages).
+        Prefill and decode may be the same worker; it then needs the sum. `keep_ms` must exceed the time within which
+        the call may be made again.
         """
         ...
 
@@ -188,7 +207,7 @@ class State(Protocol):
     async def announce_blocks(
         self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
     ) -> None:
-        """Append to the worker's feed."""
+        """Append to the worker's feed. A sequence number at or below the last one does nothing."""
         ...
 
     async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:

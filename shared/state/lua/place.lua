@@ -1,0 +1,32 @@
+-- Record a placement and take its credits; answers the placement that stands, or false if a worker cannot take it.
+-- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
+-- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
+-- Invariant: `total` of a worker's credits is the sum of the others in that hash and at most its num_pages, and a
+-- placement's credits are taken once, with its record. The operation's name is the key of the record: made again it
+-- finds the record and takes nothing, even if the credits have been given back since.
+
+local standing = redis.call('GET', KEYS[1])
+if standing then
+  return standing
+end
+local num_workers = (#KEYS - 1) / 3
+for i = 0, num_workers - 1 do
+  local slot, worker, credits = KEYS[2 + 3 * i], KEYS[3 + 3 * i], KEYS[4 + 3 * i]
+  local incarnation, need = ARGV[5 + 2 * i], tonumber(ARGV[6 + 2 * i])
+  if redis.call('GET', slot) ~= incarnation then
+    return false
+  end
+  local capacity = tonumber(redis.call('HGET', worker, 'num_pages') or 0)
+  local total = tonumber(redis.call('HGET', credits, 'total') or 0)
+  if total + need > capacity then
+    return false
+  end
+end
+for i = 0, num_workers - 1 do
+  local credits, need = KEYS[4 + 3 * i], tonumber(ARGV[6 + 2 * i])
+  redis.call('HSET', credits, ARGV[2], need)
+  redis.call('HINCRBY', credits, 'total', need)
+  redis.call('PEXPIRE', credits, tonumber(ARGV[4]))
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', tonumber(ARGV[3]))
+return ARGV[1]

@@ -1,0 +1,340 @@
+"""The store's twin: what the Lua scripts do, on dictionaries, by a clock that is given.
+
+Any number of simulated processes share one `MemoryStore`. Every call gives way to the event loop once before it has its
+effect, as a round trip would.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TypeVar
+
+from shared.blocks import BlockHash
+from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
+from shared.state import keys
+from shared.state.port import (
+    BlockFeedEntry,
+    LiveWorker,
+    Placement,
+    PlacementKey,
+    RequestHint,
+    StateUnavailable,
+    WorkerCard,
+    WorkerLoad,
+)
+
+FEED_READ_LENGTH = 512
+
+T = TypeVar("T")
+
+
+class Answer(Enum):
+    """What becomes of a call."""
+
+    GIVEN = auto()
+    LOST = auto()
+    """The call has its effect, and the caller gets StateUnavailable."""
+    REFUSED = auto()
+    """The call has no effect, and the caller gets StateUnavailable."""
+
+
+@dataclass(slots=True)
+class HeldWorker:
+    """A slot's holder."""
+
+    card: WorkerCard
+    load: WorkerLoad
+    ends_ms: int
+
+
+@dataclass(slots=True)
+class Group:
+    """Members (-> end of their membership, ms) and the holders of partitions."""
+
+    members: dict[Incarnation, int] = field(default_factory=dict[Incarnation, int])
+    holders: dict[int, Incarnation] = field(default_factory=dict[int, Incarnation])
+
+
+@dataclass(slots=True)
+class Traces:
+    """What outlasts a worker for a while: its credits and its feed."""
+
+    ends_ms: int
+    credits: dict[PlacementId, int] = field(default_factory=dict[PlacementId, int])
+    feed: list[BlockFeedEntry] = field(default_factory=list[BlockFeedEntry])
+
+
+@dataclass(slots=True)
+class Contents:
+    """All that the store knows; `up_since` and `up_last` as in `keys.up`."""
+
+    up_since_ms: int | None = None
+    up_last_ms: int = 0
+    slots: dict[int, HeldWorker] = field(default_factory=dict[int, HeldWorker])
+    traces: dict[Incarnation, Traces] = field(default_factory=dict[Incarnation, Traces])
+    groups: defaultdict[str, Group] = field(default_factory=lambda: defaultdict[str, Group](Group))
+    placements: dict[PlacementKey, tuple[Placement, int]] = field(
+        default_factory=dict[PlacementKey, tuple[Placement, int]]
+    )
+    requests: dict[RequestId, tuple[RequestHint, int]] = field(default_factory=dict[RequestId, tuple[RequestHint, int]])
+
+
+class MemoryStore:
+    """What the server holds.
+
+    Attributes:
+        away: True: nobody reaches it.
+        answer: decides what becomes of each call, by the call's name; may be exchanged at any time.
+    """
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self.away = False
+        self.answer: Callable[[str], Answer] = lambda _: Answer.GIVEN
+        self.contents = Contents()
+        self._clock = clock
+
+    def now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    def flush(self) -> None:
+        """Forget all."""
+        self.contents = Contents()
+
+    def touch_up(self, now_ms: int, gap_ms: int) -> int:
+        """As in prelude.lua."""
+        contents = self.contents
+        if contents.up_since_ms is None or now_ms - contents.up_last_ms > gap_ms:
+            contents.up_since_ms = now_ms
+        contents.up_last_ms = now_ms
+        return now_ms - contents.up_since_ms
+
+    def holder(self, slot: int) -> HeldWorker | None:
+        """Who holds the slot now."""
+        held = self.contents.slots.get(slot)
+        return held if held is not None and held.ends_ms > self.now_ms() else None
+
+    def traces(self, incarnation: Incarnation) -> Traces | None:
+        found = self.contents.traces.get(incarnation)
+        return found if found is not None and found.ends_ms > self.now_ms() else None
+
+    def renewed_traces(self, incarnation: Incarnation) -> Traces:
+        ends_ms = self.now_ms() + keys.WORKER_TRACES_MS
+        found = self.traces(incarnation) or Traces(ends_ms)
+        found.ends_ms = ends_ms
+        self.contents.traces[incarnation] = found
+        return found
+
+    def live_group(self, name: str) -> Group:
+        """The group without members whose membership has ended."""
+        group = self.contents.groups[name]
+        now_ms = self.now_ms()
+        group.members = {member: ends_ms for member, ends_ms in group.members.items() if ends_ms > now_ms}
+        return group
+
+
+class MemoryState:
+    """One process's connection to the store; see `State`.
+
+    Attributes:
+        cut_off: True: this process does not reach the store.
+    """
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.cut_off = False
+        self._store = store
+
+    async def claim_slot(self, card: WorkerCard, load: WorkerLoad, *, num_slots: int, lease_ms: int) -> int | None:
+        def claim() -> int | None:
+            self._store.touch_up(self._store.now_ms(), lease_ms)
+            free: list[int] = []
+            for slot in range(num_slots):
+                held = self._store.holder(slot)
+                if held is not None and held.card.incarnation == card.incarnation:
+                    return self._hold(slot, card, load, lease_ms)
+                if held is None:
+                    free.append(slot)
+            return self._hold(free[0], card, load, lease_ms) if free else None
+
+        return await self._call("claim_slot", claim)
+
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
+        def renew() -> bool:
+            up_ms = self._store.touch_up(self._store.now_ms(), lease_ms)
+            held = self._store.holder(slot)
+            if held is not None and held.card.incarnation != card.incarnation:
+                return False
+            if held is None and up_ms >= lease_ms:
+                return False
+            self._hold(slot, card, load, lease_ms)
+            return True
+
+        return await self._call("beat", renew)
+
+    async def release_slot(self, slot: int, incarnation: Incarnation) -> None:
+        def release() -> None:
+            if self._holds(WorkerRef(slot, incarnation)):
+                del self._store.contents.slots[slot]
+
+        await self._call("release_slot", release)
+
+    async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
+        def look() -> list[LiveWorker]:
+            found: list[LiveWorker] = []
+            for slot in range(num_slots):
+                held = self._store.holder(slot)
+                if held is not None:
+                    traces = self._store.traces(held.card.incarnation)
+                    taken = list(traces.credits.values()) if traces is not None else []
+                    found.append(LiveWorker(slot, held.card, held.load, sum(taken), len(taken)))
+            return found
+
+        return await self._call("workers", look)
+
+    async def up_ms(self, *, lease_ms: int) -> int:
+        return await self._call("up_ms", lambda: self._store.touch_up(self._store.now_ms(), lease_ms))
+
+    async def lease_partitions(
+        self, group: str, member: Incarnation, *, num_partitions: int, lease_ms: int
+    ) -> frozenset[int]:
+        def lease() -> frozenset[int]:
+            now_ms = self._store.now_ms()
+            self._store.touch_up(now_ms, lease_ms)
+            return _settle(self._store.live_group(group), member, num_partitions, now_ms + lease_ms)
+
+        return await self._call("lease_partitions", lease)
+
+    async def leave_group(self, group: str, member: Incarnation) -> None:
+        def leave() -> None:
+            found = self._store.live_group(group)
+            found.members.pop(member, None)
+            found.holders = {partition: holder for partition, holder in found.holders.items() if holder != member}
+
+        await self._call("leave_group", leave)
+
+    async def group_members(self, group: str) -> frozenset[Incarnation]:
+        return await self._call("group_members", lambda: frozenset(self._store.live_group(group).members))
+
+    async def place(
+        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+    ) -> Placement | None:
+        pages = {placement.prefill: num_prefill_pages}
+        pages[placement.decode] = pages.get(placement.decode, 0) + num_decode_pages
+
+        def take() -> Placement | None:
+            now_ms = self._store.now_ms()
+            standing = self._store.contents.placements.get(key)
+            if standing is not None and standing[1] > now_ms:
+                return standing[0]
+            if not all(self._has_room(worker, num_pages) for worker, num_pages in pages.items()):
+                return None
+            for worker, num_pages in pages.items():
+                self._store.renewed_traces(worker.incarnation).credits[placement.id] = num_pages
+            self._store.contents.placements[key] = (placement, now_ms + keep_ms)
+            return placement
+
+        return await self._call("place", take)
+
+    async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
+        def give() -> None:
+            traces = self._store.traces(worker)
+            if traces is not None:
+                traces.credits.pop(placement, None)
+
+        await self._call("give_back", give)
+
+    async def note_request(self, request_id: RequestId, hint: RequestHint, *, keep_ms: int) -> None:
+        def note() -> None:
+            if self._request(request_id) is None:
+                self._store.contents.requests[request_id] = (hint, self._store.now_ms() + keep_ms)
+
+        await self._call("note_request", note)
+
+    async def find_request(self, request_id: RequestId) -> RequestHint | None:
+        return await self._call("find_request", lambda: self._request(request_id))
+
+    async def announce_blocks(
+        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
+    ) -> None:
+        def add() -> None:
+            feed = self._store.renewed_traces(incarnation).feed
+            if not feed or feed[-1].sequence < sequence:
+                feed.append(
+                    BlockFeedEntry(incarnation, sequence, tuple(stored), tuple(evicted), cursor=f"{sequence + 1}-0")
+                )
+                del feed[: -keys.BLOCK_FEED_LENGTH]
+
+        await self._call("announce_blocks", add)
+
+    async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
+        def read() -> list[BlockFeedEntry]:
+            found: list[BlockFeedEntry] = []
+            for incarnation, cursor in cursors.items():
+                first = int(cursor.partition("-")[0])
+                traces = self._store.traces(incarnation)
+                feed = traces.feed if traces is not None else []
+                found += [entry for entry in feed if entry.sequence >= first][:FEED_READ_LENGTH]
+            return found
+
+        return await self._call("read_block_feeds", read)
+
+    async def reachable(self) -> bool:
+        return not self._store.away and not self.cut_off
+
+    def _hold(self, slot: int, card: WorkerCard, load: WorkerLoad, lease_ms: int) -> int:
+        self._store.contents.slots[slot] = HeldWorker(card, load, self._store.now_ms() + lease_ms)
+        traces = self._store.traces(card.incarnation)
+        if traces is not None:
+            self._store.renewed_traces(card.incarnation)
+        return slot
+
+    def _holds(self, worker: WorkerRef) -> bool:
+        held = self._store.holder(worker.slot)
+        return held is not None and held.card.incarnation == worker.incarnation
+
+    def _has_room(self, worker: WorkerRef, num_pages: int) -> bool:
+        held = self._store.holder(worker.slot)
+        if held is None or held.card.incarnation != worker.incarnation:
+            return False
+        traces = self._store.traces(worker.incarnation)
+        taken = sum(traces.credits.values()) if traces is not None else 0
+        return taken + num_pages <= held.card.num_pages
+
+    def _request(self, request_id: RequestId) -> RequestHint | None:
+        found = self._store.contents.requests.get(request_id)
+        return found[0] if found is not None and found[1] > self._store.now_ms() else None
+
+    async def _call(self, name: str, effect: Callable[[], T]) -> T:
+        await asyncio.sleep(0)
+        answer = Answer.REFUSED if self._store.away or self.cut_off else self._store.answer(name)
+        if answer is Answer.REFUSED:
+            raise StateUnavailable(f"{name}: the store is away")
+        result = effect()
+        if answer is Answer.LOST:
+            raise StateUnavailable(f"{name}: no answer")
+        return result
+
+
+def _settle(group: Group, member: Incarnation, num_partitions: int, ends_ms: int) -> frozenset[int]:
+    """As in lease_partitions.lua; `group` has live members only."""
+    group.members[member] = ends_ms
+    num_held = dict.fromkeys(group.members, 0)
+    mine: list[int] = []
+    free: list[int] = []
+    for partition in range(num_partitions):
+        holder = group.holders.get(partition)
+        if holder == member:
+            mine.append(partition)
+        elif holder is not None and holder in num_held:
+            num_held[holder] += 1
+        else:
+            free.append(partition)
+    smaller, num_larger = divmod(num_partitions, len(group.members))
+    num_larger -= sum(count > smaller for name, count in num_held.items() if name != member)
+    share = smaller + 1 if num_larger > 0 else smaller
+    for partition in mine[share:]:
+        del group.holders[partition]
+    taken = [*mine[:share], *free[: max(0, share - len(mine))]]
+    group.holders |= dict.fromkeys(taken, member)
+    return frozenset(taken)

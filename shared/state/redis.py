@@ -1,0 +1,287 @@
+"""Coordination on Redis (the commands that Redis 7.0 and Valkey 8 share), by redis-py.
+
+A call that changes something is one script, and each script says at its top why it may be made again. So a lost
+connection or answer is dealt with by asking again until the deadline. An await on a connection is never cancelled,
+because a reply that nobody takes would be the next caller's: time limits lie inside the client, and a cancelled caller
+leaves its call to end by itself.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import TypeAdapter
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from shared.blocks import BlockHash
+from shared.request import Incarnation, PlacementId, RequestId
+from shared.state import keys
+from shared.state.port import (
+    BlockFeedEntry,
+    LiveWorker,
+    Placement,
+    PlacementKey,
+    RequestHint,
+    StateUnavailable,
+    WorkerCard,
+    WorkerLoad,
+)
+
+CALL_TIMEOUT_S = 1.0
+"""A call is not tried again after this; with the last try it may take another ATTEMPT_TIMEOUT_S or two."""
+
+ATTEMPT_TIMEOUT_S = 0.5
+"""Limit each of getting a connection from the pool, connecting, and waiting for an answer."""
+
+FIRST_BACKOFF_S = 0.02
+NUM_CONNECTIONS = 16
+FEED_READ_LENGTH = 512
+"""Entries taken of each feed at one read."""
+
+BLOCK_HASH_BYTES = 16
+
+# Its own words, in Redis and Valkey alike, for an XADD whose id is not above the last one.
+STALE_ID_ERROR = "equal or smaller than the target stream top item"
+
+AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and the name by which the server caches it."""
+
+    source: str
+    sha: str
+
+
+def load_script(name: str) -> Script:
+    """The script `lua/<name>.lua` behind the prelude."""
+    folder = files("shared.state").joinpath("lua")
+    source = folder.joinpath("prelude.lua").read_text() + folder.joinpath(f"{name}.lua").read_text()
+    return Script(source, sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+@asynccontextmanager
+async def redis_state(url: str) -> AsyncGenerator["RedisState"]:
+    """A `State` on the Redis at `url`. Entering does not wait for the server."""
+    pool = BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
+        url,
+        max_connections=NUM_CONNECTIONS,
+        timeout=ATTEMPT_TIMEOUT_S,
+        socket_timeout=ATTEMPT_TIMEOUT_S,
+        socket_connect_timeout=ATTEMPT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )
+    state = RedisState(Redis.from_pool(pool))
+    try:
+        yield state
+    finally:
+        await state.close()
+
+
+class RedisState:
+    """See `State`."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._running: set[asyncio.Task[Any]] = set()
+        self._scripts: dict[str, Script] = {}
+        self._card_reader = TypeAdapter(WorkerCard)
+        self._load_reader = TypeAdapter(WorkerLoad)
+        self._placement_reader = TypeAdapter(Placement)
+        self._cards: dict[bytes, WorkerCard] = {}
+
+    async def close(self) -> None:
+        """Let calls end that somebody gave up, then close the connections."""
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._client.aclose(close_connection_pool=True)
+
+    async def claim_slot(self, card: WorkerCard, load: WorkerLoad, *, num_slots: int, lease_ms: int) -> int | None:
+        names = [*_worker_keys(card.incarnation), *(keys.slot(number) for number in range(num_slots))]
+        slot = int(await self._run("claim_slot", names, _worker_args(card, load, lease_ms)))
+        return slot if slot >= 0 else None
+
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
+        names = [*_worker_keys(card.incarnation), keys.slot(slot)]
+        return bool(await self._run("beat", names, _worker_args(card, load, lease_ms)))
+
+    async def release_slot(self, slot: int, incarnation: Incarnation) -> None:
+        await self._run("release_slot", [keys.slot(slot), keys.worker(incarnation)], [incarnation])
+
+    async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
+        nobody = Incarnation("")
+        answer: list[Any] = await self._run(
+            "workers",
+            [keys.slot(number) for number in range(num_slots)],
+            [keys.worker(nobody), keys.worker_credits(nobody)],
+        )
+        rows = [answer[start : start + 5] for start in range(0, len(answer), 5)]
+        # A card does not change while its worker lives, so it is read once.
+        self._cards = {row[1]: self._cards.get(row[1]) or self._card_reader.validate_json(row[1]) for row in rows}
+        return [
+            LiveWorker(
+                slot=slot,
+                card=self._cards[card],
+                load=self._load_reader.validate_json(load),
+                num_credit_pages=num_pages,
+                num_credits=num_credits,
+            )
+            for slot, card, load, num_pages, num_credits in rows
+        ]
+
+    async def up_ms(self, *, lease_ms: int) -> int:
+        return int(await self._run("up", [keys.up()], [lease_ms]))
+
+    async def lease_partitions(
+        self, group: str, member: Incarnation, *, num_partitions: int, lease_ms: int
+    ) -> frozenset[int]:
+        names = [keys.up(), keys.members(group), keys.partitions(group)]
+        return frozenset(await self._run("lease_partitions", names, [member, num_partitions, lease_ms]))
+
+    async def leave_group(self, group: str, member: Incarnation) -> None:
+        await self._run("leave_group", [keys.members(group), keys.partitions(group)], [member])
+
+    async def group_members(self, group: str) -> frozenset[Incarnation]:
+        found: list[bytes] = await self._run("group_members", [keys.members(group)], [])
+        return frozenset(Incarnation(member.decode()) for member in found)
+
+    async def place(
+        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+    ) -> Placement | None:
+        pages = {placement.prefill: num_prefill_pages}
+        pages[placement.decode] = pages.get(placement.decode, 0) + num_decode_pages
+        names = [keys.placement(key.request_id, key.choice, key.epoch)]
+        args: list[Any] = [orjson.dumps(placement), placement.id, keep_ms, keys.WORKER_TRACES_MS]
+        for worker, num_pages in pages.items():
+            names += [keys.slot(worker.slot), keys.worker(worker.incarnation), keys.worker_credits(worker.incarnation)]
+            args += [worker.incarnation, num_pages]
+        standing: bytes | None = await self._run("place", names, args)
+        return None if standing is None else self._placement_reader.validate_json(standing)
+
+    async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
+        await self._run("give_back", [keys.worker_credits(worker)], [placement])
+
+    async def note_request(self, request_id: RequestId, hint: RequestHint, *, keep_ms: int) -> None:
+        value = f"{hint.partition} {hint.offset}"
+        await self._ask(lambda: self._client.set(keys.request(request_id), value, nx=True, px=keep_ms))
+
+    async def find_request(self, request_id: RequestId) -> RequestHint | None:
+        found: bytes | None = await self._ask(lambda: self._client.get(keys.request(request_id)))
+        if found is None:
+            return None
+        partition, offset = found.split()
+        return RequestHint(int(partition), int(offset))
+
+    async def announce_blocks(
+        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
+    ) -> None:
+        """The entry's id is its sequence number, so the server itself refuses a second copy."""
+        feed = keys.block_feed(incarnation)
+        fields = {"stored": b"".join(stored), "evicted": b"".join(evicted)}
+
+        async def add() -> None:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.xadd(feed, fields, id=f"{sequence + 1}-0", maxlen=keys.BLOCK_FEED_LENGTH, approximate=False)
+                pipeline.pexpire(feed, keys.WORKER_TRACES_MS)
+                answers = await pipeline.execute(raise_on_error=False)
+            for answer in answers:
+                if isinstance(answer, Exception) and STALE_ID_ERROR not in str(answer):
+                    raise answer
+
+        await self._ask(add)
+
+    async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
+        if not cursors:
+            return []
+        incarnations = {keys.block_feed(incarnation).encode(): incarnation for incarnation in cursors}
+        streams = {keys.block_feed(incarnation): cursor for incarnation, cursor in cursors.items()}
+        found: list[Any] = await self._ask(lambda: self._client.xread(streams, count=FEED_READ_LENGTH))
+        return [
+            _feed_entry(incarnations[feed], entry_id, fields) for feed, entries in found for entry_id, fields in entries
+        ]
+
+    async def reachable(self) -> bool:
+        try:
+            return bool(await self._ask(self._client.ping))
+        except StateUnavailable:
+            return False
+
+    async def _run(self, name: str, names: Sequence[str], args: Sequence[Any]) -> Any:
+        script = self._scripts.get(name)
+        if script is None:
+            script = self._scripts[name] = load_script(name)
+
+        async def run() -> Any:
+            try:
+                return await self._client.execute_command("EVALSHA", script.sha, len(names), *names, *args)
+            except NoScriptError:
+                return await self._client.execute_command("EVAL", script.source, len(names), *names, *args)
+
+        return await self._ask(run)
+
+    async def _ask(self, command: Callable[[], Awaitable[T]]) -> T:
+        asking = asyncio.create_task(_until_answered(command))
+        self._running.add(asking)
+        asking.add_done_callback(self._running.discard)
+        return await asyncio.shield(asking)
+
+
+async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + CALL_TIMEOUT_S
+    backoff_s = FIRST_BACKOFF_S
+    while True:
+        try:
+            return await command()
+        except AWAY as error:
+            if loop.time() + backoff_s > deadline:
+                raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error
+            await asyncio.sleep(backoff_s)
+            backoff_s *= 2
+
+
+def _worker_keys(incarnation: Incarnation) -> list[str]:
+    return [keys.up(), keys.worker(incarnation), keys.worker_credits(incarnation), keys.block_feed(incarnation)]
+
+
+def _worker_args(card: WorkerCard, load: WorkerLoad, lease_ms: int) -> list[Any]:
+    return [
+        card.incarnation,
+        orjson.dumps(card),
+        orjson.dumps(load),
+        card.num_pages,
+        lease_ms,
+        keys.WORKER_TRACES_MS,
+    ]
+
+
+def _feed_entry(incarnation: Incarnation, entry_id: bytes, fields: Mapping[bytes, bytes]) -> BlockFeedEntry:
+    cursor = entry_id.decode()
+    return BlockFeedEntry(
+        incarnation=incarnation,
+        sequence=int(cursor.partition("-")[0]) - 1,
+        stored=_hashes(fields[b"stored"]),
+        evicted=_hashes(fields[b"evicted"]),
+        cursor=cursor,
+    )
+
+
+def _hashes(joined: bytes) -> tuple[BlockHash, ...]:
+    return tuple(
+        BlockHash(joined[start : start + BLOCK_HASH_BYTES]) for start in range(0, len(joined), BLOCK_HASH_BYTES)
+    )
