@@ -1,0 +1,121 @@
+"""What a worker may ask of the part that moves KV pages between workers.
+
+A pull moves pages from the cache of one worker, the source, into the cache of another, the puller:
+
+    source                                    puller
+    offer ──> ticket ─── (decode topic) ───>  pull(ticket, pages it lacks)
+      │                                         │  pages arrive in its cache
+      │  <──────────── confirmed ───────────────┤
+    on_end(PULLED): free the pages            returns: the pages hold the peer's KV
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+from shared.request import Incarnation
+from shared.wire.to_worker import KvTicket
+
+
+class Outcome(StrEnum):
+    """How an offer ended. In each case nothing reads the offered pages any more."""
+
+    PULLED = "pulled"
+    """The puller confirmed that it has what it wanted."""
+    FAILED = "failed"
+    """A pull began and broke off: the puller died, gave up, or could not be reached."""
+    EXPIRED = "expired"
+    """The hold's time ran out first."""
+    WITHDRAWN = "withdrawn"
+    """The source took the offer back, or closed."""
+
+
+class Refusal(StrEnum):
+    """Why a source sends nothing to a puller that asked."""
+
+    UNKNOWN_KEY = "no such offer here"
+    WRONG_SECRET = "the secret is not that of the offer"
+    WRONG_PULLER = "the offer is for another worker"
+    WRONG_PAGES = "pages outside the offer, or named twice"
+    ALREADY_PULLED = "the offer was pulled before"
+    EXPIRED = "the offer has expired"
+    WITHDRAWN = "the offer was withdrawn"
+    FAILED = "the pull broke off"
+
+
+OnEnd = Callable[[Outcome], None]
+"""Called once, on the event loop, when an offer has ended and its pages may be freed. Must not raise."""
+
+Clock = Callable[[], float]
+"""Seconds since some moment, never going back; in step with the event loop's own waiting."""
+
+
+class Transfer(Protocol):
+    """One worker's end of all its hand-overs: an async context manager, used on one event loop."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Withdraw every offer, break off every pull, stop listening. Every `on_end` has been called after it."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Where peers reach this worker, "host:port"; stands in its tickets."""
+        ...
+
+    @property
+    def num_offers(self) -> int:
+        """Offers that have not ended."""
+        ...
+
+    def offer(
+        self,
+        key: str,
+        pages: Sequence[int],
+        *,
+        num_tokens: int,
+        secret: bytes,
+        puller: Incarnation,
+        hold_s: float,
+        on_end: OnEnd,
+    ) -> KvTicket:
+        """Hold `pages` ready for one pull.
+
+        Args:
+            key: names the offer; unique among those that have not ended.
+            pages: page numbers of positions [0, num_tokens), in order; not written or freed until `on_end`.
+            secret: what the puller must show; random, 16 bytes or more.
+            puller: the only worker that may pull.
+            hold_s: seconds after which the offer expires.
+            on_end: learns how it ended.
+
+        Raises:
+            ValueError: the key is in use, a page is outside the cache, pages and tokens do not match, short secret.
+        """
+        ...
+
+    def withdraw(self, key: str) -> None:
+        """Take an offer back: nothing more is sent, and it ends when nothing is in flight. Unknown keys do nothing."""
+        ...
+
+    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+        """Fetch page `want[i]` of the offer into page `into[i]` of our cache, for each i.
+
+        After a normal return the pages hold the peer's KV and the source has been told; `want` may be empty, which
+        only tells the source. However the call ends, cancellation included, nothing writes to `into` afterwards;
+        for this an ending call may wait for what is in flight, though not beyond `timeout_s`.
+
+        Args:
+            want: indexes of pages in the offer.
+            into: page numbers of our cache, each once.
+
+        Raises:
+            LayoutMismatch: the peer's pages do not fit ours.
+            KvTransferFailed: refused (the message says why), broken off, or not done within `timeout_s`.
+            ValueError: `want` and `into` do not match, or name pages that do not exist.
+        """
+        ...

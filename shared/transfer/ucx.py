@@ -1,0 +1,198 @@
+"""Hand-overs between processes: control messages by TCP, pages by UCX.
+
+    puller                                                     source
+      │── TCP connect ────────────────────────────────────────>│  its address stands in the ticket
+      │── Hello: protocol, layout, incarnation, UCX address ──>│
+      │<── Hello ──────────────────────────────────────────────│  either end hangs up if protocol or layout differ
+      │                                                        │
+      │   for each pull, many at once on one connection:       │
+      │── Pull: key, secret, wanted page indexes ─────────────>│  ticket checked, else Refused(reason)
+      │<── Granted ────────────────────────────────────────────│
+      │                                                        │
+      │   for each message of the plan, two at once:           │
+      │   lease a buffer, post a UCX receive under a new tag   │
+      │── Ready: message, tag, length ────────────────────────>│  lease a buffer, gather the pages into it
+      │<══════════ UCX message under that tag: pages ══════════│
+      │   scatter into our pages                               │
+      │                                                        │
+      │── Confirm ────────────────────────────────────────────>│  the offer ends: PULLED
+      │<── Released ───────────────────────────────────────────│  or Refused: it ended otherwise before
+      │
+      │── GiveUp, in place of Confirm ────────────────────────>│  the offer ends: FAILED
+
+What holds:
+
+- Only `Released` makes a pull a success. What came by UCX is worth nothing without it: a UCX send can succeed though
+  nobody received it, and the source may have freed pages while they were on the wire.
+- Each `Ready` is answered by exactly one UCX message of its tag, or by the end of the connection. If the offer ended
+  meanwhile the message is one byte long, and `Refused` says why. So a posted receive always completes, and no buffer
+  goes back to its pool while UCX might still write to it: ucxx has no call that cancels a single receive, and one that
+  merely timed out takes the next message of its tag.
+- A tag is used once in the life of a process.
+- What cannot be ended otherwise is ended by cutting the connection: the socket is aborted and the UCX endpoint closed,
+  which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream.
+- UCX never sees an address of someone who holds no ticket: the source makes its endpoint at the first grant.
+
+Why two channels: ucxx can only listen on all interfaces (its listener takes a port and no host), a receive that waits
+for control messages would keep UCX busy, and a stream that ends is the quickest news of a dead peer. The TCP listener
+binds `host` alone. UCX itself listens on the devices in UCX_NET_DEVICES, by default `lo`; for peers on other hosts set
+both `host` and `net_devices`.
+
+Which transport UCX picks: between CPU processes TCP, since shared memory does not report a dead peer; between CUDA
+processes of one host CUDA IPC, on each process's own GPU masked by CUDA_VISIBLE_DEVICES (the progress thread opens
+device 0). UCX_TLS in the environment restricts the choice; it must leave in `tcp` or an RDMA transport for the
+wire-up. UCX_PROTO_INFO=y prints what is used.
+"""
+
+# ucxx has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+import ucxx
+
+from shared.request import Incarnation
+from shared.transfer.control import PROTOCOL_VERSION, Hello
+from shared.transfer.offers import Offers, check_pull
+from shared.transfer.port import Clock, OnEnd
+from shared.transfer.puller import Puller
+from shared.transfer.source import Source
+from shared.transfer.staging import Staging
+from shared.wire.to_worker import KvTicket
+
+PROGRESS_TIMEOUT_MS = 20
+"""Longest sleep of UCX's progress thread. Events wake it; ucxx's own 1 ms costs an idle worker 2 to 9% of a core."""
+
+PEER_TIMEOUT_S = 5.0
+"""How long connecting and the exchange of Hello may take."""
+
+
+class UcxContext:
+    """UCX in this process: an async context manager, one at a time (ucxx keeps it in a module variable).
+
+    Attributes:
+        address: this process's UCX worker address.
+    """
+
+    address: bytes
+
+    def __init__(self, net_devices: str = "lo") -> None:
+        """`net_devices`: as UCX_NET_DEVICES, which stands above it where it is set: where UCX may listen."""
+        self._net_devices = net_devices
+        self._tags = count(1)
+
+    async def __aenter__(self) -> Self:
+        # Without futures completed by a thread, each waiting receive would spin a core.
+        ucxx.init(
+            options={"NET_DEVICES": self._net_devices},
+            env_takes_precedence=True,
+            progress_mode="thread",
+            enable_python_future=True,
+        )
+        worker = _worker()
+        worker.stop_progress_thread()
+        worker.start_progress_thread(polling_mode=False, epoll_timeout=PROGRESS_TIMEOUT_MS)
+        self.address = ucxx.get_worker_address().tobytes()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # The process would hang at its exit if the notifier thread still ran; waking it first saves it a second.
+        _worker().stop_request_notifier_thread()
+        await asyncio.to_thread(ucxx.stop_notifier_thread)
+        ucxx.reset()
+
+    def new_tag(self) -> int:
+        """A UCX tag that this process has not received under before."""
+        return next(self._tags)
+
+
+def _worker() -> Any:
+    # ucxx offers no public way to its worker, whose progress thread it starts by itself with a fixed timeout.
+    return ucxx.core._get_ctx().worker  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+
+
+class UcxTransfer:
+    """One worker's end; see `Transfer`. Several may share a context."""
+
+    def __init__(
+        self,
+        context: UcxContext,
+        staging: Staging,
+        *,
+        incarnation: Incarnation,
+        clock: Clock,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
+    ) -> None:
+        """`context` has been entered. `port` 0 takes a free one. `host` is bound, and stands in tickets: peers must be
+        able to reach it."""
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            layout_fingerprint=staging.cache.layout.fingerprint,
+            incarnation=incarnation,
+            message_bytes=staging.message_bytes,
+            ucx_address=context.address,
+        )
+        self._cache = staging.cache
+        self._host = host
+        self._port = port
+        self._tasks = asyncio.TaskGroup()
+        self._lifetime = AsyncExitStack()
+        self._offers = Offers(staging.cache, incarnation, clock, self._tasks)
+        self._source = Source(hello, staging, self._offers, self._tasks, peer_timeout_s)
+        self._puller = Puller(hello, staging, context.new_tag, clock, self._tasks, peer_timeout_s)
+
+    async def __aenter__(self) -> Self:
+        # Left bottom up: no new peers, then no connections, then nothing is in flight and the offers can end.
+        await self._lifetime.enter_async_context(self._tasks)
+        self._lifetime.push_async_callback(self._offers.close)
+        self._lifetime.push_async_callback(self._source.close)
+        self._lifetime.push_async_callback(self._puller.close)
+        server = await asyncio.start_server(self._source.accept, self._host, self._port)
+        self._lifetime.callback(server.close)
+        self._port = server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._lifetime.__aexit__(kind, error, traceback)
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    @property
+    def num_offers(self) -> int:
+        return len(self._offers)
+
+    def offer(
+        self,
+        key: str,
+        pages: Sequence[int],
+        *,
+        num_tokens: int,
+        secret: bytes,
+        puller: Incarnation,
+        hold_s: float,
+        on_end: OnEnd,
+    ) -> KvTicket:
+        return self._offers.add(
+            self.address, key, pages, num_tokens=num_tokens, secret=secret, puller=puller, hold_s=hold_s, on_end=on_end
+        )
+
+    def withdraw(self, key: str) -> None:
+        self._offers.withdraw(key)
+
+    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+        check_pull(self._cache, ticket, want, into)
+        await self._puller.pull(ticket, want, into, timeout_s)
