@@ -34,7 +34,7 @@ from shared.request import (
     partition_of,
 )
 from shared.state import keys
-from shared.state.port import Placement, PlacementKey, RequestHint, State, StateUnavailable
+from shared.state.port import Placement, PlacementKey, State, StateUnavailable
 from shared.wire.codec import UndecodableMessage, encode
 from shared.wire.results import HEADER_ERROR, HEADER_SOURCE_OFFSET, HEADER_SOURCE_PARTITION, HEADER_SOURCE_TOPIC
 from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume, body_hash
@@ -395,19 +395,8 @@ class IngestService:
         self._done(waiting.record)
 
     async def _tell_story(self, message: Open | Cut) -> None:
-        """Write to the request's partition, and note where for edges that do not read it."""
-        partition = partition_of(message.request_id)
-        offset = await self._producer.send(STREAM_OUT.name, partition, encode(message))
-        if message.epoch > 1 and not isinstance(message, Cut):
-            return
-        try:
-            await self._state.note_request(
-                message.request_id,
-                RequestHint(partition, offset),
-                keep_ms=int(self._default_deadline_s * 2000),
-            )
-        except StateUnavailable as error:
-            self._log.warning("request not noted; other edges search the log for it", error=str(error))
+        """Write to the request's partition."""
+        await self._producer.send(STREAM_OUT.name, partition_of(message.request_id), encode(message))
 
     # Ending what was not placed
 

@@ -1,0 +1,196 @@
+"""All of Baton in one event loop, on the twins: real services, real scheduling, a model that can be checked by hand."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import orjson
+import structlog
+from prometheus_client import CollectorRegistry
+
+from services.decode.role import DecodeRole
+from services.ingest.admission import Admission, ModelFacts
+from services.ingest.service import IngestService
+from services.prefill.role import PrefillRole
+from shared.bus.memory import MemoryBus, MemoryLog
+from shared.engine.engine import PagedEngine
+from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
+from shared.observe.metrics import IngestMetrics, WorkerMetrics
+from shared.request import Incarnation, PlacementId, RequestId, partition_of
+from shared.state.memory import MemoryState, MemoryStore
+from shared.state.port import Role
+from shared.text.tokeniser import Tokeniser
+from shared.transfer.local import LocalNetwork, LocalTransfer
+from shared.wire.results import RESULT_DECODER, Result
+from shared.wire.topics import INGEST, RESULTS
+from shared.worker.host import Worker, WorkerLimits, WorkerParts
+from tests.fake_tokeniser import fake_tokeniser
+
+MODEL = "fake"
+@dataclass
+class Running:
+    """One service in the loop."""
+
+    name: str
+    stop: asyncio.Event
+    task: asyncio.Task
+    bus: MemoryBus
+    incarnation: Incarnation
+    engine: PagedEngine | None = None
+    transfer: LocalTransfer | None = None
+    service: object = None
+
+    async def leave(self) -> None:
+        """SIGTERM."""
+        self.stop.set()
+        await self.task
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        self.bus.kill()
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+@dataclass
+class System:
+    """The twins that all services share, and what runs on them."""
+
+    make_engine: Callable[[], PagedEngine] = fake_engine
+    tokeniser: Tokeniser = field(default_factory=fake_tokeniser)
+    facts: ModelFacts = field(default_factory=lambda: ModelFacts(MODEL, 4096, FAKE_VOCAB_SIZE))
+    seed: int = 0
+    drain_s: float = 5.0
+    hold_s: float = 5.0
+    ingests: list[Running] = field(default_factory=list)
+    workers: list[Running] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.clock_s = loop.time
+        self.random = random.Random(self.seed)
+        self.log = MemoryLog(clock=self.clock_s, random=self.random)
+        self.store = MemoryStore(clock=self.clock_s)
+        self.network = LocalNetwork()
+        self.numbers = itertools.count()
+        self.logger = structlog.get_logger()
+
+    def _name(self, kind: str) -> Incarnation:
+        return Incarnation(f"{kind}-{next(self.numbers)}")
+
+    async def start_ingest(self) -> Running:
+        incarnation = self._name("ingest")
+        bus = MemoryBus(self.log, client_id=incarnation)
+        service = IngestService(
+            bus=bus,
+            state=MemoryState(self.store),
+            admission=Admission(self.tokeniser, self.facts),
+            incarnation=incarnation,
+            default_deadline_s=60.0,
+            metrics=IngestMetrics(CollectorRegistry()),
+            log=self.logger,
+            clock_s=self.clock_s,
+            new_placement_id=lambda: PlacementId(self._name("placement")),
+        )
+        stop = asyncio.Event()
+        running = Running(incarnation, stop, asyncio.create_task(service.run(stop)), bus, incarnation, service=service)
+        self.ingests.append(running)
+        return running
+
+    async def start_worker(self, role: Role) -> Running:
+        incarnation = self._name(role)
+        bus = MemoryBus(self.log, client_id=incarnation)
+        engine = self.make_engine()
+        transfer = LocalTransfer(
+            self.network,
+            engine.cache,
+            address=f"{incarnation}:1",
+            incarnation=incarnation,
+            clock=self.clock_s,
+            message_bytes=8 * engine.model.layout.page_bytes,
+        )
+        make_role = (
+            (lambda context: PrefillRole(context, hold_s=self.hold_s))
+            if role is Role.PREFILL
+            else (lambda context: DecodeRole(context, pull_timeout_s=self.hold_s))
+        )
+        worker = Worker(
+            WorkerParts(
+                role_name=role,
+                make_role=make_role,
+                name=incarnation,
+                incarnation=incarnation,
+                engine=engine,
+                transfer=transfer,
+                bus=bus,
+                state=MemoryState(self.store),
+                tokeniser=self.tokeniser,
+                metrics=WorkerMetrics(CollectorRegistry(), MODEL),
+                log=self.logger,
+                clock_s=self.clock_s,
+                random_bytes=self.random.randbytes,
+                limits=WorkerLimits(drain_s=self.drain_s),
+            )
+        )
+
+        async def run(stop: asyncio.Event) -> None:
+            async with transfer:
+                await worker.run(stop)
+
+        stop = asyncio.Event()
+        running = Running(
+            incarnation, stop, asyncio.create_task(run(stop)), bus, incarnation, engine, transfer, service=worker
+        )
+        self.workers.append(running)
+        return running
+
+    async def submit(self, body: dict | bytes, *, request_id: str | None = None, headers=()) -> RequestId:
+        """Write a job as an application does."""
+        request_id = RequestId(request_id or self._name("job"))
+        async with MemoryBus(self.log, client_id="application").producer() as producer:
+            await producer.send(
+                INGEST.name,
+                partition_of(request_id),
+                body if isinstance(body, bytes) else orjson.dumps(body),
+                key=request_id.encode(),
+                headers=tuple(headers),
+            )
+        return request_id
+
+    def results(self) -> list[Result]:
+        """All results so far."""
+        return [
+            RESULT_DECODER.decode(record.value)
+            for partition in range(RESULTS.num_partitions)
+            for record in self.log.records(RESULTS.name, partition)
+        ]
+
+    async def result(self, request_id: RequestId, timeout_s: float = 10.0) -> Result:
+        """The request's one result, when it is there."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                found = [result for result in self.results() if result.request_id == request_id]
+                if found:
+                    assert len(found) == 1
+                    return found[0]
+                await asyncio.sleep(0.01)
+
+    async def quiet(self, timeout_s: float = 10.0) -> None:
+        """Wait until every worker has all its pages back, and check the accounting."""
+        async with asyncio.timeout(timeout_s):
+            while any(w.engine.stats().num_free_pages != w.engine.stats().num_pages for w in self.live_workers()):
+                await asyncio.sleep(0.01)
+        for worker in self.live_workers():
+            worker.engine.check()
+
+    def live_workers(self) -> list[Running]:
+        return [worker for worker in self.workers if not worker.task.done()]
+
+    async def close(self) -> None:
+        for running in [*self.ingests, *self.workers]:
+            if not running.task.done():
+                await running.kill()

@@ -1,0 +1,103 @@
+"""Placement: who has room, who is least loaded, who holds the prefix."""
+
+import dataclasses
+
+from shared.blocks import BlockHash
+from shared.policy.holders import Holders
+from shared.policy.placement import EXPECTED_OUTPUT_TOKENS, Chosen, NeverFits, NoRoomNow, capacity_tokens, place
+from shared.policy.views import ClusterView, RequestView, WorkerView
+from shared.request import Incarnation, RequestId, WorkerRef
+
+BLOCKS = tuple(BlockHash(bytes([n]) * 16) for n in range(8))
+
+
+def a_worker(slot, **changes):
+    view = WorkerView(
+        ref=WorkerRef(slot, Incarnation(f"w{slot}")),
+        model="m",
+        num_pages=100,
+        num_credit_pages=0,
+        num_credits=0,
+        max_running=8,
+        max_context=4096,
+        layout_fingerprint="l",
+    )
+    return dataclasses.replace(view, **changes)
+
+
+def a_request(num_tokens=512, max_new_tokens=64):
+    return RequestView(RequestId("r"), 0, "m", num_tokens, max_new_tokens, BLOCKS[: num_tokens // 64])
+
+
+def decide(prefill, decode, request=None, holders=None, tie_break=0):
+    return place(
+        request or a_request(), ClusterView(tuple(prefill), tuple(decode)), holders or Holders(), tie_break=tie_break
+    )
+
+
+def slots(decision):
+    assert isinstance(decision, Chosen)
+    return decision.prefill.slot, decision.decode.slot
+
+
+def test_the_least_loaded_are_chosen():
+    prefill = [a_worker(0, num_credit_pages=9, num_credits=1), a_worker(1)]
+    decode = [a_worker(2, num_credits=3), a_worker(3, num_credits=2)]
+    assert slots(decide(prefill, decode)) == (1, 3)
+
+
+def test_credits_are_those_of_the_prompt_and_of_the_expected_answer():
+    decision = decide([a_worker(0)], [a_worker(1)], a_request(num_tokens=65, max_new_tokens=2000))
+    assert decision.num_prefill_pages == 2
+    assert decision.num_decode_pages == -(-(65 + EXPECTED_OUTPUT_TOKENS) // 64)
+
+
+def test_a_held_prefix_outweighs_a_little_load():
+    holders = Holders()
+    holders.update(Incarnation("w0"), 0, BLOCKS[:6], ())
+    prefill = [a_worker(0, num_credit_pages=4, num_credits=1), a_worker(1)]
+    assert slots(decide(prefill, [a_worker(2)], holders=holders)) == (0, 2)
+
+
+def test_ties_are_spread():
+    decode = [a_worker(1), a_worker(2), a_worker(3)]
+    chosen = {slots(decide([a_worker(0)], decode, tie_break=number))[1] for number in range(3)}
+    assert chosen == {1, 2, 3}
+
+
+def test_full_draining_and_foreign_workers_are_passed_over():
+    full = a_worker(1, num_credit_pages=99)
+    busy = a_worker(2, num_credits=8)
+    draining = a_worker(3, draining=True)
+    other_model = a_worker(4, model="x")
+    assert decide([a_worker(0)], [full, busy, draining, other_model]) == NoRoomNow()
+
+
+def test_kv_moves_only_between_equal_layouts():
+    decode = [a_worker(2, layout_fingerprint="x"), a_worker(3, num_credits=1)]
+    assert slots(decide([a_worker(0)], decode)) == (0, 3)
+    assert decide([a_worker(0)], decode[:1]) == NoRoomNow()
+
+
+def test_what_no_worker_could_ever_hold_is_told_with_the_limit():
+    decision = decide([a_worker(0)], [a_worker(1, num_pages=4)], a_request(num_tokens=200, max_new_tokens=57))
+    assert decision == NeverFits(256)
+
+
+def test_capacity_is_unknown_while_a_role_is_missing():
+    assert capacity_tokens("m", ClusterView((a_worker(0),), ())) is None
+    assert capacity_tokens("m", ClusterView((a_worker(0),), (a_worker(1, max_context=128),))) == 128
+    assert decide([a_worker(0)], []) == NoRoomNow()
+
+
+def test_holders_forget_after_a_gap_and_count_from_the_first_block():
+    holders = Holders()
+    holder = Incarnation("w")
+    assert holders.update(holder, 0, BLOCKS[:4], ())
+    assert holders.overlap(holder, BLOCKS) == 4
+    assert holders.update(holder, 1, (), BLOCKS[1:2])
+    assert holders.overlap(holder, BLOCKS) == 1
+    assert not holders.update(holder, 3, BLOCKS[5:6], ())
+    assert holders.overlap(holder, BLOCKS) == 0
+    holders.keep_only(())
+    assert holders.overlap(holder, BLOCKS[5:6]) == 0
