@@ -20,17 +20,22 @@ from shared.bus.memory import MemoryBus, MemoryLog
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
 from shared.observe.metrics import IngestMetrics, WorkerMetrics
+from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
 from shared.state.memory import MemoryState, MemoryStore
 from shared.state.port import Role
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.local import LocalNetwork, LocalTransfer
+from shared.transfer.port import Transfer
 from shared.wire.results import RESULT_DECODER, Result
-from shared.wire.topics import INGEST, RESULTS
+from shared.wire.to_stream_out import STREAM_OUT_DECODER
+from shared.wire.topics import INGEST, RESULTS, STREAM_OUT
 from shared.worker.host import Worker, WorkerLimits, WorkerParts
 from tests.fake_tokeniser import fake_tokeniser
 
 MODEL = "fake"
+
+
 @dataclass
 class Running:
     """One service in the loop."""
@@ -41,7 +46,7 @@ class Running:
     bus: MemoryBus
     incarnation: Incarnation
     engine: PagedEngine | None = None
-    transfer: LocalTransfer | None = None
+    transfer: Transfer | None = None
     service: object = None
 
     async def leave(self) -> None:
@@ -61,6 +66,7 @@ class System:
     """The twins that all services share, and what runs on them."""
 
     make_engine: Callable[[], PagedEngine] = fake_engine
+    make_transfer: Callable[[PagedEngine, Incarnation], Transfer] | None = None
     tokeniser: Tokeniser = field(default_factory=fake_tokeniser)
     facts: ModelFacts = field(default_factory=lambda: ModelFacts(MODEL, 4096, FAKE_VOCAB_SIZE))
     seed: int = 0
@@ -105,14 +111,7 @@ class System:
         incarnation = self._name(role)
         bus = MemoryBus(self.log, client_id=incarnation)
         engine = self.make_engine()
-        transfer = LocalTransfer(
-            self.network,
-            engine.cache,
-            address=f"{incarnation}:1",
-            incarnation=incarnation,
-            clock=self.clock_s,
-            message_bytes=8 * engine.model.layout.page_bytes,
-        )
+        transfer = self.make_transfer(engine, incarnation) if self.make_transfer else self._local(engine, incarnation)
         make_role = (
             (lambda context: PrefillRole(context, hold_s=self.hold_s))
             if role is Role.PREFILL
@@ -148,6 +147,16 @@ class System:
         self.workers.append(running)
         return running
 
+    def _local(self, engine: PagedEngine, incarnation: Incarnation) -> LocalTransfer:
+        return LocalTransfer(
+            self.network,
+            engine.cache,
+            address=f"{incarnation}:1",
+            incarnation=incarnation,
+            clock=self.clock_s,
+            message_bytes=8 * engine.model.layout.page_bytes,
+        )
+
     async def submit(self, body: dict | bytes, *, request_id: str | None = None, headers=()) -> RequestId:
         """Write a job as an application does."""
         request_id = RequestId(request_id or self._name("job"))
@@ -160,6 +169,22 @@ class System:
                 headers=tuple(headers),
             )
         return request_id
+
+    def folded(self, request_id: RequestId) -> RequestState | None:
+        """What the log says of the request."""
+        fold = PartitionFold()
+        for record in self.log.records(STREAM_OUT.name, partition_of(request_id)):
+            fold.apply(record.offset, record.timestamp_s, STREAM_OUT_DECODER.decode(record.value))
+        return fold.requests.get(request_id)
+
+    async def ended(self, request_id: RequestId, timeout_s: float = 20.0) -> RequestState:
+        """What the log says of the request when it has ended."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                state = self.folded(request_id)
+                if state is not None and state.finished:
+                    return state
+                await asyncio.sleep(0.02)
 
     def results(self) -> list[Result]:
         """All results so far."""

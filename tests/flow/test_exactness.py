@@ -1,0 +1,120 @@
+"""Tokens through the whole disaggregated path equal those of transformers' generate, in fp32.
+
+Ingest, prefill and decode are the real services, KV goes through real UCX; log and store are the twins.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.ingest.admission import ModelFacts
+from shared.engine.engine import PagedEngine
+from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.runner import TorchRunner
+from shared.engine.weights import load_checkpoint
+from shared.state.port import Role
+from shared.transfer.staging import Staging
+from shared.transfer.ucx import UcxContext, UcxTransfer
+from tests.flow.system import MODEL, System
+from tests.tiny_checkpoints import FAMILIES, VOCAB_SIZE, TinyCheckpoint, write_tiny_checkpoint
+
+CHUNK = 128
+BORDER_LENGTHS = (1, 2, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1)
+NUM_NEW = 12
+
+
+def a_prompt(length, seed=0):
+    rng = random.Random(f"{seed} {length}")
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+
+
+class Oracle:
+    """transformers, one prompt at a time."""
+
+    def __init__(self, folder):
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def answer(self, ids, num_new):
+        with torch.inference_mode():
+            output = self._model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=num_new,
+                min_new_tokens=num_new,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return output[0, len(ids) :].tolist()
+
+
+@contextlib.asynccontextmanager
+async def a_system(folder, *, num_pages=64, num_decode=2):
+    def engine():
+        checkpoint = load_checkpoint(folder, "float32", torch.device("cpu"))
+        config = checkpoint.config
+        model = EngineModel(MODEL, checkpoint.fingerprint, config.vocab_size, config.eos_token_ids, checkpoint.layout)
+        limits = EngineLimits(config.max_context, num_pages, max_running=16, max_batch_tokens=CHUNK)
+        return PagedEngine(TorchRunner(checkpoint, num_pages), model, limits)
+
+    async with UcxContext() as context:
+
+        def transfer(engine, incarnation):
+            staging = Staging(engine.cache, os.environ, message_bytes=4 * engine.model.layout.page_bytes)
+            return UcxTransfer(context, staging, incarnation=incarnation, clock=asyncio.get_running_loop().time)
+
+        system = System(make_engine=engine, make_transfer=transfer, facts=ModelFacts(MODEL, 1024, VOCAB_SIZE))
+        try:
+            await system.start_ingest()
+            await system.start_worker(Role.PREFILL)
+            for _ in range(num_decode):
+                await system.start_worker(Role.DECODE)
+            yield system
+        finally:
+            await system.close()
+
+
+async def answers(system, prompts, num_new):
+    """All prompts at once."""
+    bodies = [
+        {"model": MODEL, "prompt": ids, "max_tokens": num_new, "temperature": 0, "ignore_eos": True} for ids in prompts
+    ]
+    requests = [await system.submit(body) for body in bodies]
+    states = [await system.ended(request, timeout_s=60) for request in requests]
+    return states, [list(state.choice(0).ids) for state in states]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family_alone_mixed_and_with_a_cached_prefix(family, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint(family=family, tied=family == "qwen3"))
+    oracle = Oracle(folder)
+    prompts = [a_prompt(length) for length in BORDER_LENGTHS]
+    expected = [oracle.answer(ids, NUM_NEW) for ids in prompts]
+    async with a_system(folder) as system:
+        for ids, answer in list(zip(prompts, expected, strict=True))[4:7]:
+            assert (await answers(system, [ids], NUM_NEW))[1] == [answer]
+        fresh, together = await answers(system, prompts, NUM_NEW)
+        assert together == expected
+        again, cached = await answers(system, prompts, NUM_NEW)
+        assert cached == expected
+        hits = [state.choice(0).num_cached_tokens for state in again]
+        assert hits == [64 * ((length - 1) // 64) for length in BORDER_LENGTHS]
+        assert sum(state.choice(0).num_cached_tokens for state in fresh) < sum(hits)
+        await system.quiet()
+
+
+async def test_tokens_survive_preemption_on_the_decode_worker(tmp_path):
+    folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint())
+    oracle = Oracle(folder)
+    prompts = [a_prompt(65, seed) for seed in range(2)]
+    async with a_system(folder, num_pages=12, num_decode=1) as system:
+        _, found = await answers(system, prompts, 400)
+        decode = system.workers[-1].engine
+        assert decode.stats().num_preemptions > 0
+        assert found == [oracle.answer(ids, 400) for ids in prompts]
+        await system.quiet()
