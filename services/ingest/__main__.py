@@ -21,6 +21,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
     """Run ingest on the real log and store until `stop` is set."""
     registry = CollectorRegistry()
     incarnation = Incarnation(f"ingest-{uuid.uuid4().hex}")
+    logger = log.logger("ingest")
     async with redis_state(settings.redis) as state:
         service = IngestService(
             bus=KafkaBus(settings.kafka, client_id=incarnation),
@@ -29,7 +30,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
             incarnation=incarnation,
             default_deadline_s=settings.default_deadline_s,
             metrics=IngestMetrics(registry),
-            log=log.logger("ingest"),
+            log=logger,
             clock_s=unix_clock_s,
             new_placement_id=lambda: PlacementId(uuid.uuid4().hex),
         )

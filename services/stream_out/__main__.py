@@ -27,7 +27,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     logger = log.logger(SERVICE)
     async with redis_state(settings.redis) as state:
         edge = StreamOut(
-            KafkaBus(settings.kafka, client_id=incarnation, log=logger),
+            KafkaBus(settings.kafka, client_id=incarnation),
             state,
             Tokeniser.load(settings.model),
             settings=settings,

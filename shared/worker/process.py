@@ -58,6 +58,7 @@ async def serve_worker(
     """Run one worker until `stop` is set."""
     registry = CollectorRegistry()
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
+    logger = log.logger(role_name, name=settings.name)
     engine = build_engine(settings)
     async with (
         redis_state(settings.redis) as state,
@@ -83,7 +84,7 @@ async def serve_worker(
                 state=state,
                 tokeniser=Tokeniser.load(settings.model),
                 metrics=WorkerMetrics(registry, settings.served_model),
-                log=log.logger(role_name, name=settings.name),
+                log=logger,
                 clock_s=unix_clock_s,
                 random_bytes=secrets.token_bytes,
                 limits=WorkerLimits(drain_s=settings.drain_s, step_s=settings.step_s),
