@@ -232,7 +232,8 @@ async def open_http(base_url: str) -> AsyncIterator[httpx.AsyncClient]:
 
     Proxies of the environment are left out: a proxy's latency would be reported as the server's.
     """
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # Idle connections go sooner than common servers close theirs (5 s): a request on one that closes fails.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
     headers = {"accept": "text/event-stream", "accept-encoding": "identity"}
     async with httpx.AsyncClient(
         base_url=base_url,

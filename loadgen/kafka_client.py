@@ -149,11 +149,10 @@ async def open_kafka(bootstrap_servers: str, headers: Mapping[str, str], clock: 
 
 
 async def _go_to_end_of_results(consumer: AIOKafkaConsumer) -> None:
-    await consumer.topics()
-    partitions = consumer.partitions_for_topic(RESULTS.name)
-    if not partitions:
-        raise StartupError(f"the broker has no topic {RESULTS.name!r}; create Baton's topics first")
-    assigned = [TopicPartition(RESULTS.name, number) for number in sorted(partitions)]
+    missing = {INGEST.name, RESULTS.name} - await consumer.topics()
+    if missing:
+        raise StartupError(f"the broker has no topic {' nor '.join(sorted(missing))}; create Baton's topics first")
+    assigned = [TopicPartition(RESULTS.name, number) for number in range(RESULTS.num_partitions)]
     consumer.assign(assigned)
     await consumer.seek_to_end(*assigned)
     for partition in assigned:
