@@ -5,7 +5,8 @@
 #
 # The environment lives outside the checkout, in $BATON_CACHE (default ~/.cache/baton), named after the Python version
 # and the hash of what is locked, so that every checkout with the same lock shares it. Its last written file is `whole`:
-# an environment without that file was interrupted and is made again.
+# an environment without that file was interrupted and is made again. $BATON_PYTHON names the Python to use; by default
+# it is the first of python3.11, python3.12 and python3 that fits.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -18,9 +19,11 @@ fail() { say "$*"; exit 1; }
 
 lock_hash() { cat "$bootstrap" "$lock" | sha256sum | cut -c1-12; }
 
+# Prints the environment of the hash $1, if a whole one of a fitting version is there.
 whole_environment() {
-    local version
-    for version in 3.11 3.12; do
+    local version versions='3.11 3.12'
+    [[ -z "${BATON_PYTHON:-}" ]] || versions="$(version_of "$BATON_PYTHON")"
+    for version in $versions; do
         if [[ -e "$BATON_CACHE/venv-$version-$1/whole" && -x "$BATON_CACHE/venv-$version-$1/bin/python" ]]; then
             printf '%s\n' "$BATON_CACHE/venv-$version-$1"
             return
@@ -28,10 +31,12 @@ whole_environment() {
     done
 }
 
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
 # Prints the first Python of a fitting version that can make environments. A name on PATH may be a shim that fails.
 fitting_python() {
     local name
-    for name in python3.11 python3.12 python3; do
+    for name in ${BATON_PYTHON:-python3.11 python3.12 python3}; do
         if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
             >/dev/null 2>&1; then
             printf '%s\n' "$name"
@@ -53,11 +58,12 @@ make_environment() {
     local python version venv
     python="$(fitting_python)"
     if [[ -z "$python" ]]; then
+        [[ -z "${BATON_PYTHON:-}" ]] || fail "BATON_PYTHON=$BATON_PYTHON is no Python 3.11 or 3.12 with venv and pip"
         install_python
         python="$(fitting_python)"
         [[ -n "$python" ]] || fail 'the python3 of this system is neither 3.11 nor 3.12; install one of them'
     fi
-    version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    version="$(version_of "$python")"
     venv="$BATON_CACHE/venv-$version-$1"
     say "making the Python environment $venv (once; a few minutes, 5 GB)"
     rm -rf "$venv"

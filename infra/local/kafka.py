@@ -50,7 +50,7 @@ def kafka_jars() -> Path:
     Raises:
         StartupError: Maven is missing or failed, or a jar is not the one that was locked.
     """
-    name = f"kafka-jars-{sha256(PROJECT.read_bytes() + JAR_HASHES.read_bytes()).hexdigest()[:12]}"
+    name = f"kafka-jars-{sha256(JAR_HASHES.read_bytes()).hexdigest()[:12]}"
     return make_once(cache_root() / name, _fetch_jars)
 
 
