@@ -60,6 +60,8 @@ class Requests:
     def __init__(self, edge: StreamOut, *, draw_name: Callable[[], str]) -> None:
         self._edge = edge
         self._draw_name = draw_name
+        self._accepted: set[RequestId] = set()
+        """Jobs written here whose client stays, or left before the first record: they exist, whatever the log says."""
 
     @asynccontextmanager
     async def submit(self, submission: Submission) -> AsyncGenerator[Hold]:
@@ -84,20 +86,20 @@ class Requests:
         """Follow a request again, perhaps one that another edge accepted. Raises RequestNotFound, Overloaded."""
         stream = self._draw_name()
         async with self._present(request_id, stream) as hold:
-            await _known(hold)
+            await self._known(hold)
             self._edge.spawn(self._arrive(hold, stream))
             yield hold
 
     async def describe(self, request_id: RequestId) -> dict[str, Any]:
         """Where the request is in its life. Raises RequestNotFound, Overloaded."""
         async with self._follow(request_id) as hold:
-            await _known(hold)
+            await self._known(hold)
             return describe(hold.story)
 
     async def cancel(self, request_id: RequestId) -> str:
         """End the request, wherever it is; its status then. Raises RequestNotFound, Overloaded."""
         async with self._follow(request_id) as hold:
-            await _known(hold)
+            await self._known(hold)
             try:
                 async with asyncio.timeout(LOOK_TIMEOUT_S):
                     while not hold.story.finished:
@@ -108,6 +110,11 @@ class Requests:
                 raise _try_again("the request could not be cancelled in time") from error
             assert hold.story.state is not None
             return status_of(hold.story.state)
+
+    async def _known(self, hold: Hold) -> None:
+        await _look(hold)
+        if not (hold.story.decided or hold.story.request_id in self._accepted):
+            raise RequestNotFound(f"no request {hold.story.request_id}")
 
     def _draw_request_id(self) -> RequestId:
         """An id in a partition that is read here, so that its answer takes the shortest way."""
@@ -124,7 +131,7 @@ class Requests:
                 await self._edge.send(INGEST.name, hold.story.request_id, submission.body, headers)
         except (TimeoutError, BusUnavailable) as error:
             raise _try_again("the log does not take requests now") from error
-        hold.story.accepted = True
+        self._accepted.add(hold.story.request_id)
 
     def _headers(self, submission: Submission) -> Iterator[tuple[str, bytes]]:
         yield HEADER_TENANT, submission.tenant.encode()
@@ -140,7 +147,9 @@ class Requests:
 
     @asynccontextmanager
     async def _join(self, request_id: RequestId, submission: Submission) -> AsyncGenerator[Hold]:
-        async with self._follow(request_id) as hold:
+        async with AsyncExitStack() as stack:
+            hold = await stack.enter_async_context(self._follow(request_id))
+            stack.callback(self._accepted.discard, request_id)
             await _look(hold)
             if not hold.story.decided:
                 await self._accept(hold, submission)
@@ -170,7 +179,9 @@ class Requests:
             try:
                 yield hold
             finally:
-                if not hold.story.finished and (hold.story.decided or hold.story.accepted):
+                if is_new:
+                    stack.callback(self._accepted.discard, request_id)
+                if not hold.story.finished and (hold.story.decided or request_id in self._accepted):
                     self._edge.spawn(self._depart(stack.pop_all(), hold, stream))
 
     async def _arrive(self, hold: Hold, stream: str) -> None:
@@ -219,12 +230,6 @@ async def _look(hold: Hold) -> None:
             await hold.caught_up.wait()
     except TimeoutError as error:
         raise _try_again("the request could not be looked up in time") from error
-
-
-async def _known(hold: Hold) -> None:
-    await _look(hold)
-    if not (hold.story.decided or hold.story.accepted):
-        raise RequestNotFound(f"no request {hold.story.request_id}")
 
 
 def _needs_company(story: Story) -> bool:

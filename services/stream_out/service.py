@@ -109,9 +109,9 @@ class StreamOut:
 
     async def readiness(self) -> dict[str, bool]:
         """What the edge needs, and whether it is there."""
+        bus, state = await asyncio.gather(self.bus.reachable(), self.state.reachable())
         owners = [self._partitions[p].owner for p in self.owned_partitions]
         settled = len(owners) == len(self._leased) and all(owner is not None and owner.settled for owner in owners)
-        bus, state = await asyncio.gather(self.bus.reachable(), self.state.reachable())
         return {"bus": bus, "state": state, "partitions": self._has_leased and settled}
 
     # What clients' requests need

@@ -25,7 +25,6 @@ class Story:
 
     Attributes:
         state: None until its first record was read.
-        accepted: this edge wrote its job, so it exists even before its first record.
         last_offset: of the last record about it, -1 before the first.
         holds: the clients that follow it.
     """
@@ -33,7 +32,6 @@ class Story:
     def __init__(self, request_id: RequestId, tokeniser: Tokeniser) -> None:
         self.request_id = request_id
         self.state: RequestState | None = None
-        self.accepted = False
         self.last_offset = -1
         self.holds: set[Hold] = set()
         self._untold: list[tuple[int, list[Change]]] = []
@@ -141,7 +139,7 @@ class PartitionLog:
     def knows(self, request_id: RequestId) -> bool:
         """Whether the request can be followed here from its beginning."""
         story = self.stories.get(request_id)
-        return story is not None and (story.decided or story.accepted)
+        return story is not None and story.decided
 
     @contextmanager
     def hold(self, request_id: RequestId) -> Iterator[Hold]:
@@ -169,7 +167,6 @@ class PartitionLog:
             for hold in old.holds:
                 hold.log, hold.story = self, mine
             mine.holds |= old.holds
-            mine.accepted = old.accepted
             old.wake()
 
     def forget(self, request_id: RequestId, now_s: float) -> None:

@@ -1,0 +1,413 @@
+import asyncio
+import json
+
+import pytest
+
+from shared.request import FinishReason, keyed_request_id, partition_of
+from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER
+from shared.wire.to_stream_out import Attach, Cut, Detach
+from tests.flow.edges import CHAT, COMPLETION, DECODE, IDS, PREFILL, TEXT, run_virtually, scenario, texts, world
+
+STREAM = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
+
+
+async def whole_stream(world, edge):
+    """A finished stream of two choices, some of its records making several events and some none."""
+    exchange = edge.call("POST", "/v1/chat/completions", STREAM)
+    job = await world.job()
+    job.open()
+    job.serve(IDS[:6], choice=1, step=2, finish=FinishReason.LENGTH)
+    job.serve(IDS)
+    await exchange.done()
+    return job, exchange.events
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_resumed_stream_has_exactly_the_remaining_events(other):
+    async def live():
+        async with world() as made:
+            a = await made.owner("a")
+            job, events = await whole_stream(made, a)
+            edge = await made.node("b") if other else a
+            if other:
+                await asyncio.sleep(10)
+            for num_seen in range(len(events)):
+                headers = {"last_event_id": events[num_seen - 1][0]} if num_seen else {}
+                resumed = await edge.call("GET", f"/v1/requests/{job.id}/events", **headers).done()
+                assert events[:num_seen] + resumed.events == events
+            by_query = edge.call("GET", f"/v1/requests/{job.id}/events?last_event_id={events[3][0]}")
+            assert (await by_query.done()).events == events[4:]
+            posted = edge.call("POST", "/v1/chat/completions", STREAM, last_event_id=events[3][0])
+            assert (await posted.done()).events == events[4:]
+            wrong = edge.call("POST", "/v1/chat/completions", STREAM | {"n": 1}, last_event_id=events[3][0])
+            assert (await wrong.done()).status == 409
+
+    run_virtually(live())
+
+
+@scenario
+async def test_a_stream_cut_in_the_middle_goes_on_at_another_edge(world):
+    a, b = await world.node("a"), await world.node("b")
+    await asyncio.sleep(5)
+    await world.ready(a)
+    await world.ready(b)
+    assert len(a.edge.owned_partitions) == len(b.edge.owned_partitions) == 8
+    exchange = a.call("POST", "/v1/chat/completions", STREAM | {"n": 1})
+    job = await world.job()
+    assert partition_of(job.id) in a.edge.owned_partitions
+    job.open()
+    job.serve(IDS[:4], finish=None)
+    seen = (await exchange.events_until(4))[:4]
+    exchange.leave()
+    resumed = b.call("GET", f"/v1/requests/{job.id}/events", last_event_id=seen[-1][0])
+    await asyncio.sleep(30)
+    job.serve(IDS, start=4)
+    await resumed.done()
+    assert texts(seen + resumed.events) == TEXT
+    assert len(world.story(job.id, Attach)) == 1
+    assert not world.story(job.id, Cut)
+    assert [result.status for result in world.results()] == ["completed"]
+
+
+@scenario
+async def test_an_edge_dies_in_mid_stream(world):
+    a, b = await world.node("a"), await world.node("b")
+    await asyncio.sleep(5)
+    exchange = a.call("POST", "/v1/chat/completions", STREAM | {"n": 1})
+    job = await world.job()
+    done = a.call("POST", "/v1/chat/completions", CHAT)
+    other_job = await world.job()
+    other_job.open()
+    other_job.serve()
+    await done.done()
+    job.open()
+    job.serve(IDS[:4], finish=None)
+    seen = (await exchange.events_until(4))[:4]
+    a.kill()
+    job.serve(IDS[:6], start=4, finish=None)
+    await asyncio.sleep(1)
+    resumed = b.call("GET", f"/v1/requests/{job.id}/events", last_event_id=seen[-1][0])
+    await asyncio.sleep(20)
+    assert len(b.edge.owned_partitions) == 16
+    job.serve(IDS, start=6)
+    await resumed.done()
+    assert texts(seen + resumed.events) == TEXT
+    assert (await world.result(job.id)).status == "completed"
+    await asyncio.sleep(20)
+    assert sorted(result.request_id for result in world.results()) == sorted([job.id, other_job.id])
+
+
+@scenario
+async def test_what_the_dead_owner_left_undone_is_done_once(world):
+    """It dies with requests finished, vacated and running in its partitions; some of them without any commit."""
+    a = await world.owner("a")
+    jobs = []
+    for _ in range(4):
+        a.call("POST", "/v1/completions", COMPLETION, idempotency_key=f"k{len(jobs)}")
+        jobs.append(await world.job())
+        jobs[-1].open()
+    finished, written, vacated, running = jobs
+    written.serve()
+    await world.result(written.id)
+    a.kill()
+    finished.serve()
+    vacated.frame(0, IDS[:3])
+    world.write(Cut(vacated.id, 0, 2, "drain"))
+    b = await world.node("b")
+    await world.result(finished.id)
+    await asyncio.sleep(5)
+    assert len(b.edge.owned_partitions) == 16
+    assert sorted(result.request_id for result in world.results()) == sorted([finished.id, written.id])
+    records = world.log.records("ingest-resume", partition_of(vacated.id))
+    resume = RESUME_DECODER.decode(records[0].value)
+    assert len(records) == 1
+    assert (resume.request_id, resume.choice, resume.epoch) == (vacated.id, 0, 2)
+    assert resume.accepted_ids == IDS[:3]
+    assert resume.job == vacated.view.job
+    running.serve()
+    vacated.open(epoch=2)
+    vacated.serve(IDS, start=3, epoch=2)
+    await world.result(running.id)
+    result = await world.result(vacated.id)
+    assert result.response["choices"][0]["text"] == TEXT
+
+
+@scenario
+async def test_a_restart_from_the_commit_writes_no_second_result(world):
+    a = await world.owner("a")
+    jobs = []
+    for index in range(12):
+        exchange = a.call("POST", "/v1/completions", COMPLETION, idempotency_key=f"k{index}")
+        jobs.append(await world.job())
+        jobs[-1].open()
+        if index % 3:
+            jobs[-1].serve()
+            await exchange.done()
+    await asyncio.sleep(3)
+    commits = {p: world.log.committed("stream-out", "stream-out", p) for p in range(16)}
+    for job in jobs[::3]:
+        first = min(
+            record.offset
+            for record in world.log.records("stream-out", partition_of(job.id))
+            if job.id in record.value.decode()
+        )
+        assert commits[partition_of(job.id)].offset <= first
+    assert any(commit and commit.offset for commit in commits.values())
+    a.kill()
+    b = await world.node("b")
+    await asyncio.sleep(5)
+    # A late copy of an open that is below the commit: its request must not begin again.
+    jobs[1].open()
+    await asyncio.sleep(1)
+    assert len(b.edge.owned_partitions) == 16
+    assert len(world.results()) == 8
+    for job in jobs[::3]:
+        job.serve()
+        await world.result(job.id)
+    assert len(world.results()) == 12
+
+
+@scenario
+async def test_clients_of_a_lost_partition_are_served_on(world):
+    """Twelve requests at an edge that gives half of its partitions to a second one, and gets them back."""
+    a = await world.owner("a")
+    exchanges = []
+    jobs = []
+    for _ in range(12):
+        exchanges.append(a.call("POST", "/v1/completions", COMPLETION | {"stream": True}))
+        jobs.append(await world.job())
+        jobs[-1].open()
+        jobs[-1].serve(IDS[:3], finish=None)
+    b = await world.node("b")
+    await asyncio.sleep(5)
+    assert len(a.edge.owned_partitions) == 8
+    for job in jobs[:6]:
+        job.serve(IDS, start=3)
+    for exchange in exchanges[:6]:
+        await exchange.done()
+    b.kill()
+    for job in jobs[6:9]:
+        job.serve(IDS, start=3)
+    await asyncio.sleep(5)
+    assert len(a.edge.owned_partitions) == 16
+    for job in jobs[9:]:
+        job.serve(IDS, start=3)
+    for exchange in exchanges:
+        await exchange.done()
+        assert texts(exchange.events) == TEXT
+        assert exchange.events[-1][1] == "[DONE]"
+    await asyncio.sleep(3)
+    assert sorted(result.request_id for result in world.results()) == sorted(job.id for job in jobs)
+    assert not any(world.story(job.id, Cut) for job in jobs)
+
+
+@scenario
+async def test_delete_before_the_open_at_work_and_after(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION)
+    job = await world.job()
+    await asyncio.sleep(0.1)
+    deleted = edge.call("DELETE", f"/v1/requests/{job.id}")
+    assert await deleted.json() == {"id": job.id, "status": "cancelled"}
+    assert (await exchange.done()).status == 499
+    job.open()
+    await asyncio.sleep(1)
+    assert set(world.stops()) == {
+        ("prefill", PREFILL.slot),
+        ("decode", PREFILL.slot),
+        ("prefill", DECODE.slot),
+        ("decode", DECODE.slot),
+    }
+    assert (await world.result(job.id)).error.message == "the request was cancelled: client asked"
+
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True, "n": 2})
+    job = await world.job()
+    job.open()
+    job.serve(IDS[:3], finish=None)
+    job.serve(choice=1)
+    await exchange.events_until(2)
+    assert (await edge.call("DELETE", f"/v1/requests/{job.id}").json())["status"] == "cancelled"
+    await exchange.done()
+    assert json.loads(exchange.events[-1][1])["error"]["code"] == "request_cancelled"
+    assert (await world.result(job.id)).status == "cancelled"
+
+    exchange = edge.call("POST", "/v1/completions", COMPLETION)
+    job = await world.job()
+    job.open()
+    job.serve()
+    await exchange.done()
+    assert (await edge.call("DELETE", f"/v1/requests/{job.id}").json())["status"] == "completed"
+    assert len(world.results()) == 3
+
+
+@scenario
+async def test_a_cancel_that_lost_its_race_looks_again(world):
+    edge = await world.owner("a")
+    edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    await asyncio.sleep(0.1)
+    # Written before the edge can have read it: the drain's cut wins the epoch that the cancel aims at.
+    world.write(Cut(job.id, 0, 2, "drain"))
+    deleted = edge.call("DELETE", f"/v1/requests/{job.id}")
+    assert (await deleted.json())["status"] == "cancelled"
+    cuts = [(cut.epoch, cut.outcome) for cut in world.story(job.id, Cut)]
+    assert cuts[0] == (2, None)
+    assert cuts[-1] == (3, FinishReason.CANCELLED)
+
+
+@scenario
+async def test_a_client_that_is_gone_is_waited_for_and_then_cancelled(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    await asyncio.sleep(0.1)
+    exchange.leave()
+    await exchange.task
+    await asyncio.sleep(20)
+    assert not world.story(job.id, Cut)
+    job.open()
+    await asyncio.sleep(4)
+    assert len(world.story(job.id, Detach)) == 1
+    assert not world.story(job.id, Cut)
+    await asyncio.sleep(2.5)
+    cut = world.story(job.id, Cut)[0]
+    assert (cut.outcome, cut.reason) == (FinishReason.CANCELLED, "client gone")
+    assert (await world.result(job.id)).status == "cancelled"
+    job.frame(0, IDS[:1])
+    await asyncio.sleep(1)
+    assert ("decode", DECODE.slot) in world.stops()
+    assert edge.metric("baton_cuts_written_total", reason="client gone") == 1
+
+
+@scenario
+async def test_a_client_of_a_dead_edge_is_not_attached(world):
+    a, b = await world.node("a"), await world.node("b")
+    await asyncio.sleep(5)
+    a.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    job.open()
+    await asyncio.sleep(0.5)
+    a.kill()
+    result = await world.result(job.id)
+    assert result.status == "cancelled"
+    assert len(b.edge.owned_partitions) == 16
+
+
+@scenario
+async def test_keyed_requests_and_kafka_jobs_need_nobody(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    assert HEADER_EDGE not in job.headers
+    assert job.headers[HEADER_IDEMPOTENCY_KEY] == b"k"
+    job.open()
+    exchange.leave()
+    await asyncio.sleep(60)
+    job.serve()
+    assert (await world.result(job.id)).status == "completed"
+
+
+@scenario
+async def test_a_passed_deadline_ends_the_request(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"n": 2}, x_baton_timeout_s="20")
+    job = await world.job()
+    job.open()
+    job.serve(choice=1)
+    await asyncio.sleep(19)
+    assert not exchange.task.done()
+    await exchange.done()
+    assert exchange.status == 504
+    assert [cut.choice for cut in world.story(job.id, Cut)] == [0]
+    assert (await world.result(job.id)).status == "expired"
+
+
+@scenario
+async def test_no_verdict_while_blind(world):
+    edge = await world.owner("a")
+    edge.call("POST", "/v1/completions", COMPLETION, x_baton_timeout_s="20")
+    job = await world.job()
+    job.open()
+    world.store.away = True
+    await asyncio.sleep(60)
+    assert not world.story(job.id, Cut)
+    world.store.away = False
+    await asyncio.sleep(1.5)
+    assert not world.story(job.id, Cut)
+    assert (await world.result(job.id)).status == "expired"
+
+
+@scenario
+async def test_a_key_meets_the_running_request_and_refuses_another_body(world):
+    a, b = await world.node("a"), await world.node("b")
+    await asyncio.sleep(5)
+    for key in ("k1", "k2", "k3", "k4"):
+        first = a.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key=key)
+        job = await world.job()
+        assert job.id == keyed_request_id("default", key)
+        job.open()
+        job.serve(IDS[:3], finish=None)
+        await first.events_until(2)
+        again = b.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key=key)
+        other = b.call("POST", "/v1/completions", COMPLETION | {"n": 2}, idempotency_key=key)
+        assert (await other.done()).status == 409
+        assert (await other.json())["error"]["code"] == "idempotency_conflict"
+        job.serve(IDS, start=3)
+        assert (await first.done()).events == (await again.done()).events
+        late = a.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key=key)
+        assert (await late.done()).events == first.events
+    assert sum(world.log.end_offset("ingest", p) for p in range(16)) == 4
+    other_tenant = a.call("POST", "/v1/completions", COMPLETION, idempotency_key="k1", x_baton_tenant="t")
+    assert (await world.job()).id == keyed_request_id("t", "k1")
+    other_tenant.leave()
+
+
+@scenario
+async def test_void_frames_are_answered_by_one_stop_for_a_while(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    job.serve()
+    await exchange.done()
+    for _ in range(50):
+        job.frame(0, IDS[:1], epoch=7)
+    await asyncio.sleep(1)
+    assert sorted(world.stops()) == [("decode", DECODE.slot), ("prefill", DECODE.slot)]
+    await asyncio.sleep(10)
+    job.frame(0, IDS[:1], epoch=7)
+    await asyncio.sleep(1)
+    assert len(world.stops()) == 4
+    assert edge.metric("baton_stops_total") == 2
+
+
+@scenario
+async def test_a_record_that_nobody_understands_is_skipped(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION)
+    job = await world.job()
+    job.open()
+    from shared.bus.sending import Unsent
+
+    world.log.append("stream-out", partition_of(job.id), [Unsent(b"{}", None, (), 2, None)])
+    job.serve()
+    assert (await exchange.done()).status == 200
+    assert edge.metric("baton_undecodable_records_total") == 1
+
+
+@scenario
+async def test_an_edge_that_leaves_hands_over_at_once(world):
+    a = await world.owner("a")
+    exchange = a.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    await asyncio.sleep(0.1)
+    exchange.task.cancel()
+    await asyncio.gather(exchange.task, return_exceptions=True)
+    await world.close()
+    b = await world.node("b")
+    await asyncio.sleep(1)
+    assert len(b.edge.owned_partitions) == 16
+    job.serve()
+    assert (await world.result(job.id)).status == "completed"
