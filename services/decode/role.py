@@ -52,7 +52,7 @@ class DecodeRole:
     def num_queued_tokens(self) -> int:
         return 0
 
-    async def handle(self, output: StepOutput) -> None:
+    async def handle(self, output: StepOutput, seconds: float) -> None:  # noqa: ARG002 - prefill needs it
         now_s = self._context.clock_s()
         entries = [entry for token in output.tokens if (entry := self._entry(token, now_s)) is not None]
         await self._context.frames.post(entries)

@@ -70,12 +70,12 @@ class PrefillRole:
     def num_queued_tokens(self) -> int:
         return sum(len(p.work.ids) for p in self._prefills.values() if p.stage is Stage.COMPUTING)
 
-    async def handle(self, output: StepOutput) -> None:
+    async def handle(self, output: StepOutput, seconds: float) -> None:
         now_s = self._context.clock_s()
         for key in output.started:
             prefill = self._prefills.get(PlacementId(key))
             if prefill is not None:
-                prefill.stamps.setdefault(Event.PREFILLING, now_s)
+                prefill.stamps.setdefault(Event.PREFILLING, now_s - seconds)
         for token in output.tokens:
             prefill = self._prefills.get(PlacementId(token.key))
             if prefill is not None:

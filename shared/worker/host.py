@@ -255,7 +255,7 @@ class Worker:
         metrics = self._parts.metrics
         while True:
             output, seconds = await engine.outputs.get()
-            await role.handle(output)
+            await role.handle(output, seconds)
             engine.handled()
             metrics.step_seconds.observe(seconds)
             metrics.step_tokens.observe(output.num_batch_tokens)

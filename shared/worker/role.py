@@ -57,8 +57,8 @@ class Role(Protocol):
         """A record for this incarnation has arrived. Does not wait."""
         ...
 
-    async def handle(self, output: StepOutput) -> None:
-        """A step has run."""
+    async def handle(self, output: StepOutput, seconds: float) -> None:
+        """A step has run, and took so long."""
         ...
 
     def unfinished(self) -> Sequence[Assignment]:
