@@ -124,7 +124,8 @@ class PagedSdpa:
         longest = int(lengths.max())
         mask = None
         if int(lengths.min()) < longest:
-            mask = self._mask(torch.arange(longest) >= lengths[:, None])[:, None, None]
+            hidden = torch.arange(longest) >= lengths[:, None]
+            mask = self._mask(hidden.to(self._cache.device))[:, None, None]
         pages = torch.tensor(list(chain.from_iterable(table)), device=self._cache.device)
         return _Decode(first, first + len(runs), pages, longest, mask)
 
@@ -132,13 +133,13 @@ class PagedSdpa:
         last = first + run.num_rows
         if run.start == 0:
             return _Prefill(first, last, table=None, length=run.end, mask=None)
-        hidden = torch.ones((run.num_rows, run.end), dtype=torch.bool).triu(run.start + 1)
-        pages = torch.tensor(run.pages, device=self._cache.device)
+        device = self._cache.device
+        hidden = torch.ones((run.num_rows, run.end), dtype=torch.bool, device=device).triu(run.start + 1)
+        pages = torch.tensor(run.pages, device=device)
         return _Prefill(first, last, pages, run.end, self._mask(hidden))
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
-        return mask.to(self._cache.device)
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def _grouped(runs: Sequence[Run]) -> list[tuple[int, list[Run]]]:

@@ -182,6 +182,17 @@ def test_a_row_with_nan_fails_alone_and_leaves_no_trace_in_its_pages(tiny_checkp
     assert healthy.answer == expected[129]
 
 
+def test_sequences_of_unlike_length_read_no_foreign_page(tiny_checkpoints, expected):
+    """They are padded to one shape; what pads them is not a page that may hold anything."""
+    runner = make_runner(tiny_checkpoints, TinyCheckpoint(), num_pages=12)
+    used = {65: (4, 7), 127: (2, 9), 129: (11, 3, 8)}
+    runner.cache.pages[[page for page in range(12) if page not in sum(used.values(), ())]] = float("nan")
+    sequences = [Sequence(prompt(length), pages) for length, pages in used.items()]
+    for _ in range(NUM_NEW):
+        step(runner, sequences)
+    assert [sequence.answer for sequence in sequences] == [expected[length] for length in used]
+
+
 def test_only_the_pages_of_the_rows_are_written(runner):
     runner.cache.pages.fill_(7.0)
     answer_alone(runner, prompt(PAGE_TOKENS + 3), pages=(11, 13), num_new=2)
