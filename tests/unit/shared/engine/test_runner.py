@@ -185,7 +185,7 @@ def test_a_row_with_nan_fails_alone_and_leaves_no_trace_in_its_pages(tiny_checkp
 def test_sequences_of_unlike_length_read_no_foreign_page(tiny_checkpoints, expected):
     """They are padded to one shape; what pads them is not a page that may hold anything."""
     runner = make_runner(tiny_checkpoints, TinyCheckpoint(), num_pages=12)
-    used = {65: (4, 7), 127: (2, 9), 129: (11, 3, 8)}
+    used = {65: (4, 7), 127: (2, 9, 5), 129: (11, 3, 8)}
     runner.cache.pages[[page for page in range(12) if page not in sum(used.values(), ())]] = float("nan")
     sequences = [Sequence(prompt(length), pages) for length, pages in used.items()]
     for _ in range(NUM_NEW):
