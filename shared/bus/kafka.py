@@ -229,9 +229,9 @@ async def _closed(closing: Coroutine[Any, Any, None], log: Logger) -> None:
     if not done:
         task.cancel()
         await asyncio.wait({task}, timeout=CLOSE_TIMEOUT_S)
-        log.warning("not closed in time", what=repr(closing))
-    elif not task.cancelled() and task.exception() is not None:
-        log.warning("not closed cleanly", error=repr(task.exception()))
+    error = task.exception() if task.done() and not task.cancelled() else None
+    if error is not None or not done:
+        log.warning("not closed cleanly", what=repr(closing), in_time=bool(done), error=repr(error))
 
 
 @dataclass(frozen=True, slots=True)

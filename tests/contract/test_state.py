@@ -1,0 +1,460 @@
+"""What every coordination store does: the real Redis and the twin in memory."""
+
+import asyncio
+import socket
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from shared.blocks import BlockHash
+from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
+from shared.state import keys, redis
+from shared.state.port import LiveWorker, RequestHint, StateUnavailable
+from shared.state.redis import redis_state
+from tests.contract.state_worlds import MemoryWorld, a_card, a_key, a_load, a_placement, own_database, redis_world
+
+NUM_SLOTS = 4
+NUM_PARTITIONS = 16
+KEEP_MS = 60_000
+
+
+@pytest.fixture(params=["memory", "redis"])
+def server(request):
+    """URL of the real server, or None for the twin."""
+    return None if request.param == "memory" else request.getfixturevalue("redis_url")
+
+
+@pytest.fixture
+async def world(server):
+    if server is None:
+        yield MemoryWorld()
+        return
+    async with redis_world(server) as world:
+        yield world
+
+
+@pytest.fixture
+def state(world):
+    return world.state
+
+
+async def claim(world, name, **card):
+    """The worker's ref; its slot is the lowest free one."""
+    slot = await world.state.claim_slot(
+        a_card(name, **card), a_load(), num_slots=NUM_SLOTS, lease_ms=10 * world.lease_ms
+    )
+    return None if slot is None else WorkerRef(slot, Incarnation(name))
+
+
+async def lease(world, member, num_partitions=NUM_PARTITIONS, group="g"):
+    return await world.state.lease_partitions(
+        group, Incarnation(member), num_partitions=num_partitions, lease_ms=world.lease_ms
+    )
+
+
+async def place(world, prefill, decode, name="p", key=None, need=(10, 20)):
+    return await world.state.place(
+        key or a_key(),
+        a_placement(name, prefill, decode),
+        num_prefill_pages=need[0],
+        num_decode_pages=need[1],
+        keep_ms=KEEP_MS,
+    )
+
+
+async def credits_of(world):
+    """Incarnation -> (pages, placements) taken."""
+    return {
+        found.card.incarnation: (found.num_credit_pages, found.num_credits)
+        for found in await world.state.workers(num_slots=NUM_SLOTS)
+    }
+
+
+# Workers
+
+
+async def test_workers_take_the_lowest_free_slot_and_keep_it(world):
+    assert [await claim(world, name) for name in "abcd"] == [WorkerRef(i, Incarnation(n)) for i, n in enumerate("abcd")]
+    assert await claim(world, "e") is None, "all are taken"
+    assert await claim(world, "c") == WorkerRef(2, Incarnation("c")), "asked again"
+
+    await world.state.release_slot(1, Incarnation("b"))
+    assert await claim(world, "e") == WorkerRef(1, Incarnation("e"))
+
+
+async def test_only_its_holder_releases_a_slot(world):
+    await claim(world, "a")
+    await world.state.release_slot(0, Incarnation("b"))
+    assert await claim(world, "b") == WorkerRef(1, Incarnation("b"))
+    await world.state.release_slot(0, Incarnation("a"))
+    await world.state.release_slot(0, Incarnation("a"))
+    assert await claim(world, "c") == WorkerRef(0, Incarnation("c"))
+
+
+async def test_workers_show_card_and_latest_load(world, state):
+    await claim(world, "a")
+    await claim(world, "b", num_pages=7)
+    drained = a_load(5, draining=True)
+    assert await state.beat(1, a_card("b", num_pages=7), drained, lease_ms=world.lease_ms)
+
+    assert await state.workers(num_slots=NUM_SLOTS) == [
+        LiveWorker(0, a_card("a"), a_load(), 0, 0),
+        LiveWorker(1, a_card("b", num_pages=7), drained, 0, 0),
+    ]
+    await state.release_slot(0, Incarnation("a"))
+    assert [found.slot for found in await state.workers(num_slots=NUM_SLOTS)] == [1]
+
+
+async def test_a_beat_renews_the_lease(world, state):
+    card = a_card("a")
+    await state.claim_slot(card, a_load(), num_slots=NUM_SLOTS, lease_ms=world.lease_ms)
+    for _ in range(3):
+        await world.pass_time(world.lease_ms * 2 // 3)
+        assert await state.beat(0, card, a_load(), lease_ms=world.lease_ms)
+    assert len(await state.workers(num_slots=NUM_SLOTS)) == 1
+
+
+async def test_a_worker_that_does_not_beat_loses_its_slot(world, state):
+    card = a_card("a")
+    await state.claim_slot(card, a_load(), num_slots=NUM_SLOTS, lease_ms=world.lease_ms)
+    for _ in range(3):
+        await lease(world, "an edge that lives on")
+        await world.pass_time(world.lease_ms // 2)
+
+    assert await state.workers(num_slots=NUM_SLOTS) == []
+    await lease(world, "an edge that lives on")
+    assert not await state.beat(0, card, a_load(), lease_ms=world.lease_ms), "though nobody has taken the slot"
+    assert await claim(world, "b") == WorkerRef(0, Incarnation("b"))
+    assert not await state.beat(0, card, a_load(), lease_ms=world.lease_ms)
+    assert await state.beat(0, a_card("b"), a_load(), lease_ms=world.lease_ms)
+
+
+async def test_a_worker_takes_its_slot_again_after_the_store_lost_its_memory(world, state):
+    await claim(world, "a")
+    await claim(world, "b")
+    await world.pass_time(world.lease_ms // 2)
+    await world.flush()
+
+    assert await claim(world, "c") == WorkerRef(0, Incarnation("c")), "a is too late"
+    assert not await state.beat(0, a_card("a"), a_load(), lease_ms=world.lease_ms)
+    assert await state.beat(1, a_card("b"), a_load(), lease_ms=world.lease_ms)
+    assert {found.slot: found.card.incarnation for found in await state.workers(num_slots=NUM_SLOTS)} == {
+        0: "c",
+        1: "b",
+    }
+
+
+async def test_a_worker_takes_its_slot_again_after_nobody_reached_the_store(world, state):
+    card = a_card("a")
+    await state.claim_slot(card, a_load(), num_slots=NUM_SLOTS, lease_ms=world.lease_ms)
+    await world.pass_time(2 * world.lease_ms)
+    assert await state.workers(num_slots=NUM_SLOTS) == []
+    assert await state.beat(0, card, a_load(), lease_ms=world.lease_ms)
+
+
+async def test_the_store_tells_since_when_its_word_counts(world, state):
+    gap_ms = world.lease_ms
+    assert await state.up_ms(lease_ms=gap_ms) == 0
+    for _ in range(3):
+        await world.pass_time(gap_ms // 2)
+        await lease(world, "a")
+    assert gap_ms * 3 // 2 <= await state.up_ms(lease_ms=gap_ms) < gap_ms * 4
+
+    await world.pass_time(gap_ms * 5 // 4)
+    assert await state.up_ms(lease_ms=gap_ms) == 0, "nobody was here for a whole lease"
+    await world.pass_time(gap_ms // 2)
+    assert await state.up_ms(lease_ms=gap_ms) >= gap_ms // 2
+    await world.flush()
+    assert await state.up_ms(lease_ms=gap_ms) == 0
+
+
+# Partitions
+
+
+async def test_a_lone_member_holds_all(world):
+    assert await lease(world, "a") == set(range(NUM_PARTITIONS))
+    assert await lease(world, "a") == set(range(NUM_PARTITIONS))
+    assert await world.state.group_members("g") == {"a"}
+
+
+async def test_groups_are_apart(world):
+    assert await lease(world, "a", group="g") == await lease(world, "b", group="h") == set(range(NUM_PARTITIONS))
+
+
+async def test_members_share_evenly_once_each_has_been_told(world):
+    await lease(world, "a")
+    assert await lease(world, "b") == frozenset(), "nothing is free yet"
+    assert len(await lease(world, "a")) == 8
+    assert len(await lease(world, "b")) == 8
+    assert await lease(world, "a") | await lease(world, "b") == set(range(NUM_PARTITIONS))
+
+
+@pytest.mark.parametrize("num_members", [3, 5, 16, 17])
+async def test_shares_differ_by_one_at_most(world, num_members):
+    members = [f"m{number}" for number in range(num_members)]
+    for _ in range(2):
+        for member in members:
+            await lease(world, member)
+    held = [await lease(world, member) for member in members]
+
+    assert sorted(partition for share in held for partition in share) == list(range(NUM_PARTITIONS))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    assert [await lease(world, member) for member in members] == held, "and then nothing moves"
+
+
+async def test_who_leaves_gives_up_all(world, state):
+    await lease(world, "a")
+    await lease(world, "b")
+    await lease(world, "a")
+    await lease(world, "b")
+
+    await state.leave_group("g", Incarnation("a"))
+    await state.leave_group("g", Incarnation("a"))
+
+    assert await state.group_members("g") == {"b"}
+    assert await lease(world, "b") == set(range(NUM_PARTITIONS))
+
+
+async def test_who_does_not_renew_loses_all(world, state):
+    await lease(world, "a")
+    await lease(world, "b")
+    await lease(world, "a")
+    await world.pass_time(world.lease_ms * 3 // 5)
+    await lease(world, "b")
+    await world.pass_time(world.lease_ms * 3 // 5)
+
+    assert await state.group_members("g") == {"b"}
+    assert await lease(world, "b") == set(range(NUM_PARTITIONS))
+    assert await lease(world, "a") == frozenset(), "back, and told that it holds nothing"
+
+
+async def test_no_partition_ever_has_two_holders(world):
+    """Members come, go and stop; each believes what it was last told, for one lease."""
+    random = Random(3)
+    members = [f"m{number}" for number in range(4)]
+    told: dict[str, frozenset[int]] = {}
+    for _ in range(120):
+        member = random.choice(members)
+        if random.random() < 0.1:
+            await world.state.leave_group("g", Incarnation(member))
+            told.pop(member, None)
+        else:
+            told[member] = await lease(world, member)
+        held = [partition for share in told.values() for partition in share]
+        assert len(held) == len(set(held))
+    for _ in range(2):
+        for member in told:
+            told[member] = await lease(world, member)
+    assert set().union(*told.values()) == set(range(NUM_PARTITIONS))
+
+
+# Placement
+
+
+async def test_a_placement_takes_credits_on_both_workers_and_gives_them_back(world, state):
+    prefill, decode = await claim(world, "a"), await claim(world, "b")
+    placed = await place(world, prefill, decode)
+
+    assert placed == a_placement("p", prefill, decode)
+    assert await credits_of(world) == {"a": (10, 1), "b": (20, 1)}
+
+    await state.give_back(PlacementId("p"), Incarnation("a"))
+    await state.give_back(PlacementId("p"), Incarnation("a"))
+    await state.give_back(PlacementId("unknown"), Incarnation("b"))
+    assert await credits_of(world) == {"a": (0, 0), "b": (20, 1)}
+
+
+async def test_asked_again_a_placement_stands(world, state):
+    a, b, c = [await claim(world, name) for name in "abc"]
+    first = await place(world, a, b, "p")
+    await state.give_back(PlacementId("p"), Incarnation("a"))
+
+    assert await place(world, a, b, "p") == first
+    assert await place(world, c, b, "another") == first, "the first answer to the same question"
+    assert await credits_of(world) == {"a": (0, 0), "b": (20, 1), "c": (0, 0)}, "nothing is taken twice"
+
+    assert await place(world, c, b, "q", key=a_key(epoch=2)) == a_placement("q", c, b)
+    assert await place(world, c, b, "s", key=a_key(choice=1)) == a_placement("s", c, b)
+    assert await credits_of(world) == {"a": (0, 0), "b": (60, 3), "c": (20, 2)}
+
+
+async def test_a_worker_is_never_overbooked(world):
+    a, b = await claim(world, "a", num_pages=30), await claim(world, "b", num_pages=50)
+    assert await place(world, a, b, "p1", a_key("r1"), need=(10, 30))
+    assert await place(world, a, b, "p2", a_key("r2"), need=(10, 21)) is None, "b has 20 left"
+    assert await credits_of(world) == {"a": (10, 1), "b": (30, 1)}, "and nothing was taken on a"
+    assert await place(world, a, b, "p3", a_key("r2"), need=(20, 20)), "to the last page"
+    assert await place(world, a, b, "p4", a_key("r4"), need=(0, 1)) is None
+    assert await place(world, a, b, "p5", a_key("r5"), need=(0, 0)), "nothing needs nothing"
+
+
+async def test_concurrent_placements_never_overbook(world):
+    a, b = await claim(world, "a", num_pages=55), await claim(world, "b", num_pages=1000)
+    placed = await asyncio.gather(*(place(world, a, b, f"p{n}", a_key(f"r{n}")) for n in range(20)))
+    assert sum(found is not None for found in placed) == 5
+    assert await credits_of(world) == {"a": (50, 5), "b": (100, 5)}
+
+
+async def test_one_worker_may_do_both(world, state):
+    a = await claim(world, "a", num_pages=30)
+    assert await place(world, a, a, "p1", need=(10, 21)) is None
+    assert await place(world, a, a, "p2", need=(10, 20)) == a_placement("p2", a, a)
+    assert await credits_of(world) == {"a": (30, 1)}
+    await state.give_back(PlacementId("p2"), Incarnation("a"))
+    assert await credits_of(world) == {"a": (0, 0)}
+
+
+async def test_nothing_is_placed_on_a_worker_that_lost_its_slot(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    assert await place(world, replace(a, incarnation=Incarnation("older")), b) is None
+    assert await place(world, replace(a, slot=3), b) is None
+    await state.release_slot(b.slot, b.incarnation)
+    assert await place(world, a, b) is None
+    assert await credits_of(world) == {"a": (0, 0)}
+
+    c = await claim(world, "c")
+    assert c.slot == b.slot
+    assert await place(world, a, c) is not None
+
+
+async def test_credits_belong_to_an_incarnation_and_outlast_a_lost_lease(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    await place(world, a, b)
+    await state.release_slot(a.slot, a.incarnation)
+    await claim(world, "a2")
+    assert (await credits_of(world))["a2"] == (0, 0)
+
+    await state.release_slot(0, Incarnation("a2"))
+    await claim(world, "a")
+    assert (await credits_of(world))["a"] == (10, 1)
+
+
+async def test_a_placement_is_forgotten_after_its_time(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    wanted = a_placement("p", a, b)
+    await state.place(a_key(), wanted, num_prefill_pages=1, num_decode_pages=1, keep_ms=world.lease_ms)
+    await world.pass_time(world.lease_ms + 20)
+    assert await place(world, b, a, "q") == a_placement("q", b, a)
+
+
+async def test_the_first_note_of_a_request_stands(world, state):
+    name = RequestId("r")
+    assert await state.find_request(name) is None
+    await state.note_request(name, RequestHint(3, 17), keep_ms=world.lease_ms)
+    await state.note_request(name, RequestHint(3, 99), keep_ms=world.lease_ms)
+    assert await state.find_request(name) == RequestHint(3, 17)
+
+    await world.pass_time(world.lease_ms + 20)
+    assert await state.find_request(name) is None
+
+
+# Blocks
+
+
+def block(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16, "big"))
+
+
+async def test_block_feeds_are_read_from_a_cursor(state):
+    a, b = Incarnation("a"), Incarnation("b")
+    await state.announce_blocks(a, 0, [block(1), block(2)], [])
+    await state.announce_blocks(b, 0, [block(9)], [])
+    await state.announce_blocks(a, 1, [block(3)], [block(1)])
+
+    entries = await state.read_block_feeds({a: "0", b: "0", Incarnation("unknown"): "0"})
+    of_a = [entry for entry in entries if entry.incarnation == a]
+    assert [(entry.sequence, entry.stored, entry.evicted) for entry in of_a] == [
+        (0, (block(1), block(2)), ()),
+        (1, (block(3),), (block(1),)),
+    ]
+    assert len(entries) == 3
+
+    assert await state.read_block_feeds({a: of_a[0].cursor}) == [of_a[1]]
+    assert list(await state.read_block_feeds({a: of_a[1].cursor})) == []
+    assert list(await state.read_block_feeds({})) == []
+    await state.announce_blocks(a, 2, [], [block(3)])
+    assert [entry.sequence for entry in await state.read_block_feeds({a: of_a[1].cursor})] == [2]
+
+
+async def test_an_announcement_made_again_stands_once(state):
+    a = Incarnation("a")
+    for sequence in (0, 1, 1, 0):
+        await state.announce_blocks(a, sequence, [block(sequence)], [])
+    assert [entry.sequence for entry in await state.read_block_feeds({a: "0"})] == [0, 1]
+
+
+async def test_a_long_feed_forgets_its_start(state, monkeypatch):
+    monkeypatch.setattr(keys, "BLOCK_FEED_LENGTH", 5)
+    a = Incarnation("a")
+    for sequence in range(8):
+        await state.announce_blocks(a, sequence, [block(sequence)], [])
+    assert [entry.sequence for entry in await state.read_block_feeds({a: "0"})] == [3, 4, 5, 6, 7]
+
+
+async def test_after_a_loss_a_feed_goes_on_with_a_gap(world, state):
+    a = Incarnation("a")
+    await state.announce_blocks(a, 0, [block(0)], [])
+    (first,) = await state.read_block_feeds({a: "0"})
+    await state.announce_blocks(a, 1, [block(1)], [])
+    await world.flush()
+    await state.announce_blocks(a, 2, [block(2)], [])
+    assert [entry.sequence for entry in await state.read_block_feeds({a: first.cursor})] == [2]
+
+
+async def test_traces_of_a_worker_end_a_while_after_its_last_beat(world, state, monkeypatch):
+    monkeypatch.setattr(keys, "WORKER_TRACES_MS", world.lease_ms)
+    a, b = await claim(world, "a"), await claim(world, "b")
+    await place(world, a, b)
+    await state.announce_blocks(a.incarnation, 0, [block(0)], [])
+    for _ in range(3):
+        await world.pass_time(world.lease_ms // 2)
+        assert await state.beat(a.slot, a_card("a"), a_load(), lease_ms=10 * world.lease_ms)
+
+    assert await credits_of(world) == {"a": (10, 1), "b": (0, 0)}
+    assert len(await state.read_block_feeds({a.incarnation: "0"})) == 1
+    await world.pass_time(world.lease_ms + 20)
+    assert await credits_of(world) == {"a": (0, 0), "b": (0, 0)}
+    assert list(await state.read_block_feeds({a.incarnation: "0"})) == []
+
+
+async def test_reachable(state):
+    assert await state.reachable()
+
+
+# What only a real connection can do
+
+
+async def test_a_server_that_does_not_answer_is_unavailable(monkeypatch):
+    monkeypatch.setattr(redis, "CALL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(redis, "ATTEMPT_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with redis_state(f"redis://127.0.0.1:{silent.getsockname()[1]}/0") as state:
+            with pytest.raises(StateUnavailable):
+                await state.workers(num_slots=1)
+            assert not await state.reachable()
+    async with redis_state("redis://127.0.0.1:1/0") as state:
+        with pytest.raises(StateUnavailable):
+            await state.group_members("g")
+
+
+async def test_calls_survive_cut_connections_and_forgotten_scripts(redis_url):
+    async with redis_world(redis_url) as world, redis_state(own_database(redis_url)) as other:
+        for number in range(10):
+            await other._client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            if number % 3 == 0:
+                await other._client.script_flush()
+            assert await lease(world, "a", num_partitions=number + 1) == set(range(number + 1))
+
+
+async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
+    async with redis_world(redis_url) as world:
+        for number in range(50):
+            await world.state.note_request(RequestId(f"r{number}"), RequestHint(0, number), keep_ms=KEEP_MS)
+        for number in range(50):
+            call = asyncio.create_task(world.state.find_request(RequestId(f"r{number}")))
+            for _ in range(number % 5):
+                await asyncio.sleep(0)
+            call.cancel()
+            following = (number + 7) % 50
+            assert await world.state.find_request(RequestId(f"r{following}")) == RequestHint(0, following)
