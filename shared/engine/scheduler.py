@@ -255,6 +255,7 @@ class Scheduler:
         assert self._active == sorted(self._active, key=arrival_of), "active sequences are out of order"
         for sequence in self._sequences.values():
             assert len(sequence.pages) * PAGE_TOKENS >= sequence.num_computed, "more is computed than pages hold"
+            assert sequence.num_published <= len(sequence.pages), "more is published than the pages there are"
             assert sequence.pages or sequence.state is not SequenceState.PREFILLING, "prefilling without pages"
             assert not sequence.pages or sequence.state is not SequenceState.WAITING, "waiting with pages"
         for sequence in self._computing.values():
@@ -350,7 +351,6 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_published = 0
         sequence.is_preempted = True
-        sequence.awaited = None
         insort(self._line, sequence, key=line_rank_of)
         self._num_preemptions += 1
 

@@ -137,7 +137,7 @@ def test_stats_count():
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (200, 64)
 
 
-def test_started_is_said_once_in_spite_of_preemption():
+def test_a_request_is_started_and_counted_once_in_spite_of_preemption():
     driver = Driver(fake_engine(num_pages=3, max_batch_tokens=200))
     driver.serve(
         request("a", prompt(62, 100), greedy(70, ignore_eos=True)),
@@ -146,3 +146,4 @@ def test_started_is_said_once_in_spite_of_preemption():
     assert driver.engine.stats().num_preemptions > 0
     assert driver.started == ["a", "b"]
     assert driver.engine.stats().num_prompt_tokens == 124
+    assert driver.engine.stats().num_prefix_queries == 124

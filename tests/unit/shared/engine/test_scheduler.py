@@ -163,6 +163,23 @@ def test_the_youngest_is_preempted_and_served_first_afterwards():
     assert run(engine) == [("young", 64, 103), ("new", 0, 3)]
 
 
+def test_a_preempted_import_goes_before_an_older_request_that_is_new():
+    engine = scheduler(num_pages=4, max_running=3)
+    engine.add(request("old", prompt(62), greedy(70)))
+    run(engine)
+    engine.add(request("first", prompt(3, 300), greedy(9)))
+    engine.add(request("second", prompt(3, 400), greedy(9)))
+    assert engine.reserve(request("import", prompt(66, 200), greedy(9), prompt_len=65)) is not None
+    engine.imported("import")
+    assert run(engine) == [("old", 62, 63), ("import", 65, 66), ("first", 0, 3)]
+    assert run(engine) == [("old", 63, 64), ("first", 3, 4), ("import", 66, 67)]
+    # Old takes a page from the import. Second would fit into the seat and the page that are left.
+    assert run(engine) == [("old", 64, 65), ("first", 4, 5)]
+    assert (engine.num_preemptions, engine.num_waiting) == (1, 2)
+    engine.abort("old")
+    assert run(engine) == [("first", 5, 6), ("import", 64, 68), ("second", 0, 3)]
+
+
 def test_who_is_alone_with_held_pages_gives_up_its_own_and_waits():
     engine = scheduler(num_pages=3)
     engine.add(request("held", prompt(100), greedy(9), hold_kv=True))
