@@ -20,7 +20,7 @@ def gather_pages(cache: PagedCache, pages: Sequence[int], out: torch.Tensor) -> 
         ValueError: a page outside the cache, or `out` of the wrong size.
     """
     index = _page_index(cache, pages, out)
-    torch.index_select(_page_words(cache), 0, index, out=out.view(torch.int64).view(len(pages), -1))
+    torch.index_select(_words(cache, cache.pages), 0, index, out=_words(cache, out))
 
 
 def scatter_pages(cache: PagedCache, source: torch.Tensor, pages: Sequence[int]) -> None:
@@ -36,12 +36,12 @@ def scatter_pages(cache: PagedCache, source: torch.Tensor, pages: Sequence[int])
     if len(set(pages)) != len(pages):
         raise ValueError("a page is named twice as the destination of a copy")
     index = _page_index(cache, pages, source)
-    _page_words(cache).index_copy_(0, index, source.view(torch.int64).view(len(pages), -1))
+    _words(cache, cache.pages).index_copy_(0, index, _words(cache, source))
 
 
-def _page_words(cache: PagedCache) -> torch.Tensor:
-    """The pages as int64 `[num_pages, words]`: a copy needs no dtype, and wide words make it fast."""
-    return cache.pages.view(cache.num_pages, -1).view(torch.int64)
+def _words(cache: PagedCache, run: torch.Tensor) -> torch.Tensor:
+    """A run of pages as int64 `[num_pages, words]`: a copy needs no dtype, and wide words make it fast."""
+    return run.view(-1).view(torch.int64).view(-1, cache.layout.page_bytes // 8)
 
 
 def _page_index(cache: PagedCache, pages: Sequence[int], run: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,9 @@ What holds:
   nobody received it, and the source may have freed pages while they were on the wire.
 - Each `Ready` is answered by exactly one UCX message of its tag, or by the end of the connection. If the offer ended
   meanwhile the message is one byte long, and `Refused` says why. So a posted receive always completes, and no buffer
-  goes back to its pool while UCX might still write to it: ucxx has no call that cancels a single receive, and one that
-  merely timed out takes the next message of its tag.
-- A tag is used once in the life of a process.
+  goes back to its pool while UCX might still write to it: ucxx has no call that cancels a single receive and says when
+  that is done.
+- A tag is used once in the life of a process: the next receive after one that was given up would get the old bytes.
 - What cannot be ended otherwise is ended by cutting the connection: the socket is aborted and the UCX endpoint closed,
   which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream.
 - UCX never sees an address of someone who holds no ticket: the source makes its endpoint at the first grant.

@@ -1,0 +1,268 @@
+"""`UcxTransfer` between processes, with the deaths and stops that only processes have."""
+
+import asyncio
+import json
+import os
+import signal
+import struct
+import sys
+from contextlib import asynccontextmanager, suppress
+
+import psutil
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from shared.errors import KvTransferFailed
+from shared.request import Incarnation
+from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Confirm, Hello, Pull, Ready, to_frame
+from shared.transfer.port import Outcome
+from shared.transfer.staging import Staging
+from shared.transfer.ucx import UcxContext, UcxTransfer
+from shared.wire.codec import encode
+from shared.wire.to_worker import KvTicket
+from tests.contract.transfer_worlds import SECRET, UcxWorld, a_cache
+from tests.contract.ucx_peer import NUM_PAGES, PAGES_PER_MESSAGE, SEED, a_large_cache
+
+TIMEOUT_S = 30.0
+
+
+class Here:
+    """This process's end."""
+
+    def __init__(self, context, cache):
+        self.cache = cache
+        self.staging = Staging(cache, {}, message_bytes=PAGES_PER_MESSAGE * cache.layout.page_bytes)
+        self.asked_twice = asyncio.Event()
+        self._context = context
+        self._new_tag = context.new_tag
+        context.new_tag = self._count_tag
+        self.transfer = UcxTransfer(
+            context, self.staging, incarnation=Incarnation("here"), clock=asyncio.get_running_loop().time
+        )
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def _count_tag(self):
+        tag = self._new_tag()
+        if tag == 2:
+            self.asked_twice.set()
+        return tag
+
+    def offer(self, hold_s=60.0):
+        return self.transfer.offer(
+            "k",
+            range(NUM_PAGES),
+            num_tokens=64 * NUM_PAGES,
+            secret=SECRET,
+            puller="peer",
+            hold_s=hold_s,
+            on_end=self.ended.set_result,
+        )
+
+    async def pull(self, ticket, timeout_s=TIMEOUT_S):
+        await self.transfer.pull(ticket, want=range(NUM_PAGES), into=range(NUM_PAGES), timeout_s=timeout_s)
+
+    async def is_sending(self):
+        async with asyncio.timeout(TIMEOUT_S):
+            while self.staging.outgoing.num_free == 2:
+                await asyncio.sleep(0)
+
+    async def all_buffers_back(self):
+        async with asyncio.timeout(TIMEOUT_S):
+            while not self.staging.outgoing.num_free == self.staging.incoming.num_free == 2:
+                await asyncio.sleep(0.01)
+
+
+class Peer:
+    """The other process."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def tell(self, **command):
+        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+
+    async def hear(self, event):
+        async with asyncio.timeout(TIMEOUT_S):
+            said = json.loads(await self.process.stdout.readline())
+        assert said["event"] == event
+        return said
+
+    def tell_to_pull(self, ticket):
+        self.tell(do="pull", ticket=json.loads(encode(ticket)))
+
+    async def ticket(self):
+        self.tell(do="offer")
+        return TypeAdapter(KvTicket).validate_python((await self.hear("offered"))["ticket"])
+
+
+@asynccontextmanager
+async def here(seed=None):
+    async with UcxContext() as context:
+        end = Here(context, a_large_cache(seed=seed))
+        async with end.transfer:
+            yield end
+
+
+@asynccontextmanager
+async def a_peer():
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.contract.ucx_peer", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        peer = Peer(process)
+        await peer.hear("ready")
+        yield peer
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        process._transport.close()
+
+
+def addresses_listened_on(*pids):
+    return [
+        connection.laddr
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+async def test_pages_arrive_over_loopback_alone_and_the_process_leaves_when_its_input_ends():
+    async with here() as end, a_peer() as peer:
+        await end.pull(await peer.ticket())
+        listening = addresses_listened_on(os.getpid(), peer.process.pid)
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert end.transfer.address in {f"{address.ip}:{address.port}" for address in listening}
+        assert torch.equal(end.cache.pages, a_large_cache(seed=SEED).pages)
+        assert (await peer.hear("ended"))["outcome"] == Outcome.PULLED
+        peer.process.stdin.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await peer.process.wait() == 0
+
+
+async def test_a_source_killed_in_the_middle_fails_the_pull_at_once():
+    async with here() as end, a_peer() as peer:
+        pull = asyncio.create_task(end.pull(await peer.ticket(), timeout_s=1000.0))
+        await end.asked_twice.wait()
+        peer.process.kill()
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(KvTransferFailed):
+                await pull
+        await end.all_buffers_back()
+
+
+async def test_a_puller_killed_in_the_middle_ends_the_hold():
+    async with here(seed=1) as end, a_peer() as peer:
+        peer.tell_to_pull(end.offer(hold_s=1000.0))
+        await end.is_sending()
+        peer.process.kill()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await end.ended is Outcome.FAILED
+        await end.all_buffers_back()
+
+
+async def test_a_puller_that_stands_still_is_cut_off_when_the_hold_ends():
+    async with here(seed=1) as end, a_peer() as peer:
+        peer.tell_to_pull(end.offer(hold_s=1.0))
+        await end.is_sending()
+        peer.process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await end.ended is Outcome.EXPIRED
+        await end.all_buffers_back()
+
+
+async def test_a_source_that_stands_still_fails_the_pull_at_its_deadline():
+    async with here() as end, a_peer() as peer:
+        pull = asyncio.create_task(end.pull(await peer.ticket(), timeout_s=1.0))
+        await end.asked_twice.wait()
+        peer.process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(KvTransferFailed, match=r"within 1\.0 s"):
+                await pull
+        await end.all_buffers_back()
+
+
+def a_hello(cache, **changes):
+    fields = {
+        "protocol": PROTOCOL_VERSION,
+        "layout_fingerprint": cache.layout.fingerprint,
+        "incarnation": Incarnation("stranger"),
+        "message_bytes": 2**30,
+        "ucx_address": b"not an address",
+    }
+    return to_frame(Hello(**fields | changes))
+
+
+def framed(body):
+    return struct.pack("!I", len(body)) + body
+
+
+NONSENSE = {
+    "not a hello": lambda hello: to_frame(Confirm(1)),
+    "no JSON": lambda hello: framed(b"\xff{}{"),
+    "a hello without fields": lambda hello: framed(b'{"type":"hello"}'),
+    "too long": lambda hello: struct.pack("!I", MAX_CONTROL_BYTES + 1),
+    "half a message": lambda hello: hello()[:-5],
+    "two hellos": lambda hello: hello() * 2,
+    "a confirmation of nothing": lambda hello: hello() + to_frame(Confirm(1)),
+    "ready for nothing": lambda hello: hello() + to_frame(Ready(1, 0, 1, 5)),
+    "messages that hold no page": lambda hello: hello(message_bytes=1),
+    "an answer instead of a question": lambda hello: hello() + framed(b'{"type":"granted","pull":1}'),
+    "another protocol, and on it goes": lambda hello: hello(protocol=99) + to_frame(Confirm(1)),
+}
+
+
+async def test_nonsense_ends_the_connection_it_came_by_and_no_other():
+    world = UcxWorld()
+    cache = a_cache(seed=1)
+    async with (
+        world,
+        world.transfer(cache, "source") as source,
+        world.transfer(a_cache(), "puller") as puller,
+    ):
+
+        async def pull_something(key):
+            ticket = source.offer(
+                key, (1,), num_tokens=64, secret=SECRET, puller="puller", hold_s=60.0, on_end=lambda outcome: None
+            )
+            await puller.pull(ticket, want=(0,), into=(0,), timeout_s=TIMEOUT_S)
+
+        await pull_something("before")
+        links = set(source._source._links)
+        assert len(links) == 1
+        for name, nonsense in NONSENSE.items():
+            host, port = source.address.split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(nonsense(lambda **changes: a_hello(cache, **changes)))
+            writer.write_eof()
+            async with asyncio.timeout(TIMEOUT_S):
+                with suppress(ConnectionResetError):
+                    while await reader.read(2**16):
+                        pass
+                while set(source._source._links) != links:
+                    await asyncio.sleep(0.01)
+            writer.transport.abort()
+            await pull_something(name)
+        assert set(source._source._links) == links
+
+
+async def test_a_message_with_another_plan_behind_it_ends_the_pull():
+    """The only way to get a source to send what the puller has no room for."""
+    world = UcxWorld()
+    cache = a_cache(seed=1)
+    ended = asyncio.get_running_loop().create_future()
+    async with world, world.transfer(cache, "source") as source:
+        source.offer(
+            "k", (1, 2), num_tokens=128, secret=SECRET, puller="stranger", hold_s=60.0, on_end=ended.set_result
+        )
+        host, port = source.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(a_hello(cache, ucx_address=world._context.address))
+        writer.write(to_frame(Pull(1, "k", SECRET, (0, 1))) + to_frame(Ready(1, 0, 1, 1024)))
+        async with asyncio.timeout(TIMEOUT_S):
+            while await reader.read(2**16):
+                pass
+            assert await ended is Outcome.FAILED
+        writer.transport.abort()

@@ -1,0 +1,172 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from shared.transfer.offers import TRANSITIONS, Offer, Offers, OfferState, PullRefused
+from shared.transfer.port import Outcome, Refusal
+from tests.contract.transfer_worlds import SECRET, a_cache
+
+
+def an_offer(on_end=lambda outcome: None):
+    return Offer(pages=(1, 2), secret=SECRET, puller="puller", deadline_s=1.0, on_end=on_end)
+
+
+class Book:
+    def __init__(self, offers):
+        self.offers = offers
+        self.outcomes = []
+        self.num_cuts = 0
+        self.cut_lets_go = asyncio.Event()
+
+    def add(self, hold_s=60.0):
+        self.offers.add(
+            "h:1",
+            "k",
+            (1, 2),
+            num_tokens=100,
+            secret=SECRET,
+            puller="puller",
+            hold_s=hold_s,
+            on_end=self.outcomes.append,
+        )
+
+    def begin(self, **changes):
+        arguments = {"key": "k", "secret": SECRET, "puller": "puller", "want": (0, 1), "cut": self._cut} | changes
+        return self.offers.begin(**arguments)
+
+    async def _cut(self):
+        self.num_cuts += 1
+        self.cut_lets_go.set()
+
+    async def ended(self):
+        async with asyncio.timeout(10):
+            while not self.outcomes:
+                await asyncio.sleep(0.001)
+        return self.outcomes
+
+
+@asynccontextmanager
+async def a_book():
+    async with asyncio.TaskGroup() as tasks:
+        offers = Offers(a_cache(8), "source", asyncio.get_running_loop().time, tasks)
+        yield Book(offers)
+        await offers.close()
+
+
+def reason_of(error):
+    return error.value.reason
+
+
+@pytest.mark.parametrize("state", list(OfferState))
+def test_every_state_says_what_may_follow(state):
+    assert state in TRANSITIONS
+    assert (TRANSITIONS[state] == frozenset()) is (state is OfferState.ENDED)
+
+
+async def test_the_first_to_settle_decides():
+    ends = []
+    offer = an_offer(ends.append)
+    assert offer.settle(Outcome.EXPIRED)
+    assert not offer.settle(Outcome.PULLED)
+    offer.end()
+    assert ends == [Outcome.EXPIRED]
+
+
+async def test_an_offer_ends_once():
+    offer = an_offer()
+    offer.settle(Outcome.WITHDRAWN)
+    offer.end()
+    with pytest.raises(AssertionError):
+        offer.end()
+
+
+async def test_nothing_is_sent_from_an_offer_that_is_not_being_pulled():
+    offer = an_offer()
+    with pytest.raises(AssertionError), offer.sending():
+        pass
+
+
+async def test_the_secret_does_not_show():
+    async with a_book() as book:
+        book.add()
+        with pytest.raises(PullRefused) as error:
+            book.begin(secret=bytes(16))
+        assert SECRET.hex() not in str(error.value)
+        assert repr(SECRET) not in repr(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"key": "other"}, Refusal.UNKNOWN_KEY),
+        ({"secret": bytes(16)}, Refusal.WRONG_SECRET),
+        ({"secret": b""}, Refusal.WRONG_SECRET),
+        ({"puller": "other"}, Refusal.WRONG_PULLER),
+        ({"want": (2,)}, Refusal.WRONG_PAGES),
+        ({"want": (-1,)}, Refusal.WRONG_PAGES),
+        ({"want": (0, 0)}, Refusal.WRONG_PAGES),
+    ],
+)
+async def test_a_refused_pull_leaves_the_offer_as_it_was(changes, reason):
+    async with a_book() as book:
+        book.add()
+        with pytest.raises(PullRefused) as error:
+            book.begin(**changes)
+        assert reason_of(error) is reason
+        assert book.begin().state is OfferState.PULLING
+
+
+async def test_who_has_no_secret_does_not_learn_what_became_of_an_offer():
+    async with a_book() as book:
+        book.add()
+        book.offers.withdraw("k")
+        await book.ended()
+        for secret, reason in ((SECRET, Refusal.WITHDRAWN), (bytes(16), Refusal.WRONG_SECRET)):
+            with pytest.raises(PullRefused) as error:
+                book.begin(secret=secret)
+            assert reason_of(error) is reason
+
+
+async def test_an_offer_waits_for_what_is_in_flight():
+    async with a_book() as book:
+        book.add()
+        offer = book.begin()
+        with offer.sending():
+            book.offers.withdraw("k")
+            await asyncio.sleep(0.02)
+            assert book.outcomes == []
+            assert len(book.offers) == 1
+        assert await book.ended() == [Outcome.WITHDRAWN]
+        assert len(book.offers) == 0
+        assert book.num_cuts == 0
+
+
+async def test_a_hold_that_runs_out_cuts_the_connection_and_then_ends():
+    async with a_book() as book:
+        book.add(hold_s=0.02)
+        offer = book.begin()
+        with offer.sending():
+            await book.cut_lets_go.wait()
+            assert offer.state is OfferState.CLOSING
+            await asyncio.sleep(0.01)
+            assert book.outcomes == []
+        assert await book.ended() == [Outcome.EXPIRED]
+        assert book.num_cuts == 1
+
+
+async def test_a_send_that_outlives_a_withdrawal_is_cut_at_the_end_of_the_hold():
+    async with a_book() as book:
+        book.add(hold_s=0.05)
+        offer = book.begin()
+        with offer.sending():
+            book.offers.withdraw("k")
+            await book.cut_lets_go.wait()
+        assert await book.ended() == [Outcome.WITHDRAWN]
+
+
+async def test_closing_waits_for_every_end():
+    async with a_book() as book:
+        book.add()
+        await book.offers.close()
+        assert book.outcomes == [Outcome.WITHDRAWN]
