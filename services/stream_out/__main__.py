@@ -37,7 +37,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             metrics=EdgeMetrics(registry),
         )
         requests = Requests(edge, draw_name=lambda: uuid.uuid4().hex)
-        routes = [*health_routes(registry, edge.readiness), *Api(edge, requests).routes(), not_found_route(edge)]
+        routes = [*health_routes(registry, edge.ready), *Api(edge, requests).routes(), not_found_route(edge)]
         async with (
             edge.running(),
             serve_http(routes, host=settings.http_host, port=settings.http_port) as port,

@@ -107,7 +107,7 @@ class StreamOut:
         """Partitions whose requests this edge accepts best: it reads them anyway."""
         return sorted(p for p, found in self._partitions.items() if found.owner is not None and p in self._leased)
 
-    async def readiness(self) -> dict[str, bool]:
+    async def ready(self) -> dict[str, bool]:
         """What the edge needs, and whether it is there."""
         bus, state = await asyncio.gather(self.bus.reachable(), self.state.reachable())
         owners = [self._partitions[p].owner for p in self.owned_partitions]
@@ -222,7 +222,6 @@ class StreamOut:
             self._edges = await self.state.group_members(GROUP)
         except StateUnavailable as error:
             self.logger.warning("coordination is away: no verdicts", error=str(error))
-            self._seeing_since_s = self.clock_s()
             return
         gained, self._leased, self._has_leased = leased - self._leased, leased, True
         self.metrics.partitions.set(len(leased))
@@ -243,7 +242,7 @@ class StreamOut:
                 return
 
     def _judge(self) -> None:
-        """Verdicts on requests, unless this edge was blind during the last lease."""
+        """Verdicts on requests, unless this edge was blind (no beat for a lease) until less than a lease ago."""
         now_s = self.clock_s()
         lease_s = LEASE_MS / 1000
         if now_s - self._last_beat_s > lease_s:

@@ -35,7 +35,7 @@ from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
 from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_EDGE, HEADER_TENANT, LogPosition, body_hash
-from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Detach, Frame, FrameEntry, Open, View
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Frame, FrameEntry, Open, View
 from tests.unit.loadgen.virtual_loop import run_virtually
 from tests.unit.shared.text.tiny_tokenizers import byte_level
 
@@ -159,7 +159,7 @@ class Node:
             metrics=EdgeMetrics(self.registry),
         )
         api = Api(self.edge, Requests(self.edge, draw_name=lambda: f"{names.getrandbits(64):016x}"))
-        routes = [*health_routes(self.registry, self.edge.readiness), *api.routes(), not_found_route(self.edge)]
+        routes = [*health_routes(self.registry, self.edge.ready), *api.routes(), not_found_route(self.edge)]
         self.app = Starlette(routes=routes)
         self.exchanges = []
 
@@ -274,6 +274,7 @@ class Job:
         self.id = record.key.decode()
         self.body = json.loads(record.value)
         self.headers = dict(record.headers)
+        self.notes = []
         self.num_choices = self.body.get("n") or 1
 
     @property
@@ -309,11 +310,9 @@ class Job:
             opening = Open(self.id, index, epoch, placement, PREFILL, DECODE, view, stamps)
             offset = self.world.write(opening)
             if note:
-                asyncio.ensure_future(
-                    MemoryState(self.world.store).note_request(
-                        self.id, RequestHint(partition_of(self.id), offset), keep_ms=10**7
-                    )
-                )
+                hint = RequestHint(partition_of(self.id), offset)
+                noting = MemoryState(self.world.store).note_request(self.id, hint, keep_ms=10**7)
+                self.notes.append(asyncio.ensure_future(noting))
 
     def frame(self, index, ids, *, choice=0, epoch=1, finish=None, **fields):
         """New tokens of one choice."""
@@ -380,7 +379,3 @@ def texts(events, choice=0):
     chunks = [json.loads(data) for _, data in events if data != "[DONE]"]
     found = [c for chunk in chunks for c in chunk.get("choices", ()) if c["index"] == choice]
     return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in found)
-
-
-def attachments(world, request_id):
-    return world.story(request_id, Detach)

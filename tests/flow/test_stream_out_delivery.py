@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from services.stream_out.takeover import TakeOver
+from shared.bus.sending import Unsent
 from shared.request import FinishReason, keyed_request_id, partition_of
 from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER
 from shared.wire.to_stream_out import Attach, Cut, Detach
@@ -156,15 +158,74 @@ async def test_a_restart_from_the_commit_writes_no_second_result(world):
     a.kill()
     b = await world.node("b")
     await asyncio.sleep(5)
+    assert len(b.edge.owned_partitions) == 16
+    assert len(world.results()) == 8
     # A late copy of an open that is below the commit: its request must not begin again.
     jobs[1].open()
     await asyncio.sleep(1)
-    assert len(b.edge.owned_partitions) == 16
-    assert len(world.results()) == 8
+    assert world.stops()
     for job in jobs[::3]:
         job.serve()
         await world.result(job.id)
+    await asyncio.sleep(3)
+    b.kill()
+    await world.node("c")
+    await asyncio.sleep(5)
+    jobs[1].open()
+    jobs[1].serve()
+    await asyncio.sleep(1)
     assert len(world.results()) == 12
+
+
+@scenario
+async def test_an_old_request_keeps_what_came_behind_it_from_being_done_twice(world):
+    """The commit stands still before a long request, while others behind it end and are forgotten."""
+    a = await world.owner("a")
+    long_one = None
+    num_behind = 0
+    index = 0
+    while num_behind < 3:
+        index += 1
+        exchange = a.call("POST", "/v1/completions", COMPLETION, idempotency_key=f"k{index}")
+        job = await world.job()
+        job.open()
+        if long_one is None:
+            long_one = job
+            continue
+        num_behind += partition_of(job.id) == partition_of(long_one.id)
+        job.serve()
+        await exchange.done()
+    await asyncio.sleep(300)
+    num_results = len(world.results())
+    assert num_results == index - 1
+    a.kill()
+    await world.node("b")
+    await asyncio.sleep(5)
+    long_one.serve()
+    await world.result(long_one.id)
+    assert len(world.results()) == num_results + 1
+
+
+@scenario
+async def test_a_request_is_found_elsewhere_from_frames_before_its_open_on(world):
+    a = await world.owner("a")
+    for note in (True, False):
+        exchange = a.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+        job = await world.job()
+        job.frame(0, IDS[:2])
+        job.open(note=note)
+        job.serve(IDS[:6], start=2, finish=None)
+        await exchange.events_until(2)
+        if note:
+            job.serve(IDS, start=6)
+            await exchange.done()
+            await asyncio.sleep(10)
+        b = await world.node(f"b{note}")
+        resumed = b.call("GET", f"/v1/requests/{job.id}/events")
+        await resumed.events_until(2)
+        if not note:
+            job.serve(IDS, start=6)
+        assert (await resumed.done()).events == (await exchange.done()).events
 
 
 @scenario
@@ -174,7 +235,7 @@ async def test_clients_of_a_lost_partition_are_served_on(world):
     exchanges = []
     jobs = []
     for _ in range(12):
-        exchanges.append(a.call("POST", "/v1/completions", COMPLETION | {"stream": True}))
+        exchanges.append(a.call("POST", "/v1/completions", COMPLETION | {"stream": len(jobs) % 2 == 0}))
         jobs.append(await world.job())
         jobs[-1].open()
         jobs[-1].serve(IDS[:3], finish=None)
@@ -194,11 +255,35 @@ async def test_clients_of_a_lost_partition_are_served_on(world):
         job.serve(IDS, start=3)
     for exchange in exchanges:
         await exchange.done()
+    for exchange in exchanges[::2]:
         assert texts(exchange.events) == TEXT
         assert exchange.events[-1][1] == "[DONE]"
+    for exchange in exchanges[1::2]:
+        assert json.loads(exchange.body)["choices"][0]["text"] == TEXT
     await asyncio.sleep(3)
     assert sorted(result.request_id for result in world.results()) == sorted(job.id for job in jobs)
     assert not any(world.story(job.id, Cut) for job in jobs)
+
+
+@scenario
+async def test_a_take_over_begins_where_the_oldest_local_client_needs_it(world):
+    """The request ended and its result stands, all below the commit, before this edge has read its end."""
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    job.open()
+    job.serve(IDS[:3], finish=None)
+    await exchange.events_until(1)
+    partition = partition_of(job.id)
+    end = world.log.end_offset("stream-out", partition)
+    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: 0}, 1))
+    await asyncio.sleep(1)
+    assert edge.edge._partitions[partition].log.start == 0
+    job.serve(IDS, start=3)
+    await exchange.done()
+    assert texts(exchange.events) == TEXT
+    await asyncio.sleep(1)
+    assert not world.results()
 
 
 @scenario
@@ -388,8 +473,6 @@ async def test_a_record_that_nobody_understands_is_skipped(world):
     exchange = edge.call("POST", "/v1/completions", COMPLETION)
     job = await world.job()
     job.open()
-    from shared.bus.sending import Unsent
-
     world.log.append("stream-out", partition_of(job.id), [Unsent(b"{}", None, (), 2, None)])
     job.serve()
     assert (await exchange.done()).status == 200
