@@ -34,7 +34,7 @@ from shared.request import (
     partition_of,
 )
 from shared.state import keys
-from shared.state.port import Placement, PlacementKey, State, StateUnavailable
+from shared.state.port import Placement, PlacementKey, RequestHint, State, StateUnavailable
 from shared.wire.codec import UndecodableMessage, encode
 from shared.wire.results import HEADER_ERROR, HEADER_SOURCE_OFFSET, HEADER_SOURCE_PARTITION, HEADER_SOURCE_TOPIC
 from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume, body_hash
@@ -48,6 +48,7 @@ COMMIT_INTERVAL_S = 1.0
 FEED_INTERVAL_S = 0.2
 ROOM_POLL_S = 0.02
 STATE_RETRY_S = 0.1
+HINT_KEEP_S = 3600
 MAX_JOBS_IN_HAND = 1024
 """Jobs read and not dispatched; beyond it the log is the buffer."""
 
@@ -390,13 +391,23 @@ class IngestService:
             view=request_view_of(waiting) if waiting.epoch == 1 else None,
             stamps={Event.PLACED: placed_s},
         )
-        await self._tell_story(opening)
+        await self._tell_story(opening, job)
         self._metrics.place_seconds.observe(self._clock_s() - waiting.admitted_s)
         self._done(waiting.record)
 
-    async def _tell_story(self, message: Open | Cut) -> None:
-        """Write to the request's partition."""
-        await self._producer.send(STREAM_OUT.name, partition_of(message.request_id), encode(message))
+    async def _tell_story(self, message: Open | Cut, job: Job) -> None:
+        """Write to the request's partition; where a story begins is noted for edges that do not read it."""
+        partition = partition_of(message.request_id)
+        offset = await self._producer.send(STREAM_OUT.name, partition, encode(message))
+        if message.view is None:
+            return
+        keep_s = max(job.deadline_s - self._clock_s(), 0) + HINT_KEEP_S
+        try:
+            await self._state.note_request(
+                message.request_id, RequestHint(partition, offset), keep_ms=int(keep_s * 1000)
+            )
+        except StateUnavailable as error:
+            self._log.warning("request not noted; other edges search the log for it", error=str(error))
 
     # Ending what was not placed
 
@@ -421,7 +432,7 @@ class IngestService:
         choice, epoch = (waiting.choice, waiting.epoch) if waiting else (0, 1)
         view = refused_view(job) if waiting is None else request_view_of(waiting)
         cut = Cut(job.request_id, choice, epoch + 1, reason, outcome, error, view if epoch == 1 else None)
-        await self._tell_story(cut)
+        await self._tell_story(cut, job)
 
     async def _bury(self, in_hand: InHand, job: Job, error: RequestError) -> None:
         """Keep the original bytes where an operator finds them."""

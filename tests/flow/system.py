@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import httpx
 import orjson
 import structlog
 from prometheus_client import CollectorRegistry
@@ -16,12 +16,18 @@ from services.decode.role import DecodeRole
 from services.ingest.admission import Admission, ModelFacts
 from services.ingest.service import IngestService
 from services.prefill.role import PrefillRole
+from services.stream_out.app import Api, not_found_route
+from services.stream_out.metrics import EdgeMetrics
+from services.stream_out.requests import Requests
+from services.stream_out.service import StreamOut
+from services.stream_out.settings import Settings as EdgeSettings
 from shared.bus.memory import MemoryBus, MemoryLog
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
 from shared.observe.metrics import IngestMetrics, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
+from shared.runtime.run import serve_http
 from shared.state.memory import MemoryState, MemoryStore
 from shared.state.port import Role
 from shared.text.tokeniser import Tokeniser
@@ -35,6 +41,9 @@ from tests.fake_tokeniser import fake_tokeniser
 
 MODEL = "fake"
 
+SLOWDOWN = 5
+"""The services' clock runs this much slower than the loop's: a busy machine that stalls the loop costs no lease."""
+
 
 @dataclass
 class Running:
@@ -47,7 +56,12 @@ class Running:
     incarnation: Incarnation
     engine: PagedEngine | None = None
     transfer: Transfer | None = None
-    service: object = None
+    service: Any = None
+    url: str = ""
+
+    async def until_ready(self) -> None:
+        while not all((await self.service.ready()).values()):
+            await asyncio.sleep(0.01)
 
     async def leave(self) -> None:
         """SIGTERM."""
@@ -74,16 +88,18 @@ class System:
     hold_s: float = 5.0
     ingests: list[Running] = field(default_factory=list)
     workers: list[Running] = field(default_factory=list)
+    edges: list[Running] = field(default_factory=list)
+    grace_s: float = 5.0
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.clock_s = loop.time
+        self.clock_s = lambda: loop.time() / SLOWDOWN
         self.random = random.Random(self.seed)
         self.log = MemoryLog(clock=self.clock_s, random=self.random)
         self.store = MemoryStore(clock=self.clock_s)
         self.network = LocalNetwork()
         self.numbers = itertools.count()
-        self.logger = structlog.get_logger()
+        self.logger = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
 
     def _name(self, kind: str) -> Incarnation:
         return Incarnation(f"{kind}-{next(self.numbers)}")
@@ -106,6 +122,48 @@ class System:
         running = Running(incarnation, stop, asyncio.create_task(service.run(stop)), bus, incarnation, service=service)
         self.ingests.append(running)
         return running
+
+    async def start_edge(self) -> Running:
+        incarnation = self._name("edge")
+        bus = MemoryBus(self.log, client_id=incarnation)
+        edge = StreamOut(
+            bus,
+            MemoryState(self.store),
+            self.tokeniser,
+            settings=EdgeSettings(model=Path("unused"), grace_s=self.grace_s),
+            incarnation=incarnation,
+            clock_s=self.clock_s,
+            logger=self.logger,
+            metrics=EdgeMetrics(CollectorRegistry()),
+        )
+        requests = Requests(edge, draw_name=lambda: self._name("req"))
+        ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def run(stop: asyncio.Event) -> None:
+            routes = [*Api(edge, requests).routes(), not_found_route(edge)]
+            async with edge.running(), serve_http(routes, host="127.0.0.1", port=0) as port:
+                ready.set_result(port)
+                await stop.wait()
+
+        stop = asyncio.Event()
+        running = Running(incarnation, stop, asyncio.create_task(run(stop)), bus, incarnation, service=edge)
+        self.edges.append(running)
+        running.url = f"http://127.0.0.1:{await ready}"
+        return running
+
+    async def start(self, *, ingests: int = 1, prefills: int = 1, decodes: int = 2, edges: int = 1) -> None:
+        """Start that many of each, and wait until all are ready."""
+        for _ in range(ingests):
+            await self.start_ingest()
+        for _ in range(prefills):
+            await self.start_worker(Role.PREFILL)
+        for _ in range(decodes):
+            await self.start_worker(Role.DECODE)
+        for _ in range(edges):
+            await self.start_edge()
+        async with asyncio.timeout(10):
+            for running in [*self.workers, *self.edges]:
+                await running.until_ready()
 
     async def start_worker(self, role: Role) -> Running:
         incarnation = self._name(role)
@@ -198,14 +256,19 @@ class System:
         """The request's one result, when it is there."""
         async with asyncio.timeout(timeout_s):
             while True:
-                found = [result for result in self.results() if result.request_id == request_id]
+                await asyncio.sleep(0)
+                records = self.log.records(RESULTS.name, partition_of(request_id))
+                found = [record.value for record in records if record.key == request_id.encode()]
                 if found:
                     assert len(found) == 1
-                    return found[0]
+                    return RESULT_DECODER.decode(found[0])
                 await asyncio.sleep(0.01)
 
     async def quiet(self, timeout_s: float = 10.0) -> None:
-        """Wait until every worker has all its pages back, and check the accounting."""
+        """Wait until every worker has all its pages back, and check the accounting. No worker may have died."""
+        for worker in self.workers:
+            if worker.task.done() and not worker.stop.is_set():
+                worker.task.result()
         async with asyncio.timeout(timeout_s):
             while any(w.engine.stats().num_free_pages != w.engine.stats().num_pages for w in self.live_workers()):
                 await asyncio.sleep(0.01)
@@ -216,6 +279,6 @@ class System:
         return [worker for worker in self.workers if not worker.task.done()]
 
     async def close(self) -> None:
-        for running in [*self.ingests, *self.workers]:
+        for running in [*self.edges, *self.ingests, *self.workers]:
             if not running.task.done():
                 await running.kill()
