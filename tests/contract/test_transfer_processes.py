@@ -84,7 +84,11 @@ class Peer:
 
     async def hear(self, event):
         async with asyncio.timeout(TIMEOUT_S):
-            said = json.loads(await self.process.stdout.readline())
+            line = b""
+            while not line.startswith(b"{"):  # UCX writes its warnings to stdout
+                line = await self.process.stdout.readline()
+                assert line, "the peer ended"
+            said = json.loads(line)
         assert said["event"] == event
         return said
 
