@@ -4,7 +4,6 @@ import asyncio
 import uuid
 
 from prometheus_client import CollectorRegistry
-from shared.state.redis import redis_state
 
 from services.ingest.admission import Admission, ModelFacts
 from services.ingest.service import IngestService
@@ -14,6 +13,7 @@ from shared.observe import log
 from shared.observe.metrics import IngestMetrics
 from shared.request import Incarnation, PlacementId
 from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
+from shared.state.redis import redis_state
 from shared.text.tokeniser import Tokeniser
 
 

@@ -4,6 +4,7 @@ from shared.observe.metrics import IngestMetrics
 from shared.policy.holders import Holders
 from shared.policy.views import ClusterView, WorkerView
 from shared.request import Incarnation
+from shared.state import keys
 from shared.state.port import LiveWorker, Role, State
 from shared.wire.topics import NUM_SLOTS
 
@@ -22,8 +23,14 @@ class Cluster:
         self.fingerprints: dict[str, str] = {}
 
     async def refresh(self) -> ClusterView:
-        """Read registry, loads and credits. Raises StateUnavailable."""
+        """Read registry, loads and credits. Raises StateUnavailable.
+
+        A store that came up less than a lease ago may not know all workers and credits yet: then nobody is there.
+        """
         workers = await self._state.workers(num_slots=NUM_SLOTS)
+        if await self._state.up_ms(lease_ms=keys.LEASE_MS) < keys.LEASE_MS:
+            self.view = ClusterView((), ())
+            return self.view
         alive = {worker.card.incarnation for worker in workers}
         self._cursors = {incarnation: self._cursors.get(incarnation, FEED_START) for incarnation in alive}
         self.holders.keep_only(alive)

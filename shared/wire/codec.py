@@ -8,8 +8,9 @@ before KV moves between them is not here but in `KvLayout.fingerprint`.
 import re
 from array import array
 from base64 import b64decode, b64encode
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import orjson
 from pydantic import PlainValidator, TypeAdapter, ValidationError
@@ -66,7 +67,7 @@ def _to_jsonable(value: object) -> object:
             if not _is_default(field, getattr(value, field.name))
         }
     if isinstance(value, tuple | list):
-        return [_to_jsonable(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_to_jsonable(item) for item in cast("Iterable[object]", value)]
     return value
 
 
@@ -74,7 +75,7 @@ def encode(message: Any) -> bytes:
     """The record value of a message (a dataclass of `shared.wire`)."""
     body = _to_jsonable(message)
     assert isinstance(body, dict)
-    return orjson.dumps({"v": VERSION, "type": type_name(type(message)), **body}, option=orjson.OPT_NON_STR_KEYS)
+    return orjson.dumps({"v": VERSION, "type": type_name(message.__class__), **body}, option=orjson.OPT_NON_STR_KEYS)
 
 
 M = TypeVar("M")

@@ -28,6 +28,7 @@ from shared.observe.metrics import IngestMetrics, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
 from shared.runtime.run import serve_http
+from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
 from shared.state.port import Role
 from shared.text.tokeniser import Tokeniser
@@ -97,6 +98,7 @@ class System:
         self.random = random.Random(self.seed)
         self.log = MemoryLog(clock=self.clock_s, random=self.random)
         self.store = MemoryStore(clock=self.clock_s)
+        self.store.touch_up(self.store.now_ms() - keys.LEASE_MS, keys.LEASE_MS)  # it came up a lease ago
         self.network = LocalNetwork()
         self.numbers = itertools.count()
         self.logger = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))

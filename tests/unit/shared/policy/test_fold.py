@@ -1,5 +1,6 @@
 """The fold under random schedules: zombies, duplicates, delays, competing placements and cuts."""
 
+import itertools
 import random
 
 from hypothesis import given, settings
@@ -17,15 +18,25 @@ DECODE = WorkerRef(1, Incarnation("d"))
 
 
 def a_view(num_choices=1, edge=None):
-    return View("t", "m", "h", False, num_choices, 3, 100.0, LogPosition(0, 0), edge=edge)
+    return View(
+        tenant="t",
+        model="m",
+        body_hash="h",
+        chat=False,
+        num_choices=num_choices,
+        num_prompt_tokens=3,
+        deadline_s=100.0,
+        job=LogPosition(0, 0),
+        edge=edge,
+    )
 
 
 def an_open(placement, epoch=1, choice=0, **view):
     return Open(REQUEST, choice, epoch, PlacementId(placement), PREFILL, DECODE, a_view(**view) if epoch == 1 else None)
 
 
-def a_frame(placement, index, ids, finish=None, choice=0, worker=DECODE):
-    return Frame(worker, (FrameEntry(REQUEST, choice, PlacementId(placement), index, token_ids(ids), finish=finish),))
+def a_frame(placement, index, ids, finish=None):
+    return Frame(DECODE, (FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish),))
 
 
 def a_cut(epoch, outcome=None, choice=0):
@@ -75,6 +86,11 @@ def test_a_cut_makes_the_old_placement_void_and_the_next_epoch_goes_on():
     assert list(state.choice(0).ids) == [1, 2]
     assert Vacated in kinds(changes)
     assert state.finished
+
+
+def test_a_cut_voids_placements_that_never_opened():
+    _, changes = fold_all(a_frame("z", 0, [1]), a_cut(2))
+    assert [change.placement for change in changes if isinstance(change, Voided)] == ["z"]
 
 
 def test_a_cut_at_the_wrong_epoch_does_nothing():
@@ -166,62 +182,68 @@ def interleave(rng, queues):
             queue[0][:0] = [record]
 
 
+class History:
+    """A log that is folded as it is written, with what a client and a result writer saw."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.log = []
+        self.answer = []
+        self.num_ends = 0
+        self.fold = PartitionFold()
+        self.names = (f"p{number}" for number in itertools.count())
+
+    @property
+    def state(self):
+        return self.fold.requests[REQUEST]
+
+    @property
+    def prefix(self):
+        return list(self.state.choice(0).ids) if REQUEST in self.fold.requests else []
+
+    def write(self, messages):
+        for message in messages:
+            self.log.append(message)
+            for change in self.fold.apply(len(self.log) - 1, float(len(self.log)), message):
+                if isinstance(change, Grew):
+                    assert change.index == len(self.answer)
+                    self.answer.extend(change.ids)
+                self.num_ends += isinstance(change, Finished)
+
+    def rival_placements(self, epoch, count):
+        """Sends of `count` placements of one epoch and of those that opened them."""
+        for name in itertools.islice(self.names, count):
+            yield [write_placement(name, epoch, self.prefix)]
+            yield [[an_open(name, epoch)]]
+
+
 @settings(max_examples=400, deadline=None)
 @given(seed=st.integers(0, 2**32), num_epochs=st.integers(1, 4), rivals=st.integers(1, 3), cancel=st.booleans())
 def test_any_schedule_gives_one_unspliced_answer(seed, num_epochs, rivals, cancel):
-    rng = random.Random(seed)
-    fold = PartitionFold()
-    log, grown, ends = [], [], []
-
-    def write(message):
-        log.append(message)
-        for change in fold.apply(len(log) - 1, float(len(log)), message):
-            if isinstance(change, Grew):
-                assert change.index == len(grown)
-                grown.extend(change.ids)
-            elif isinstance(change, Finished):
-                ends.append(change)
-
-    number = 0
-    leftovers = []
-    for epoch in range(1, num_epochs + 1):
-        state = fold.requests.get(REQUEST)
-        if state is not None and state.finished:
-            break
-        prefix = list(state.choice(0).ids) if state else []
-        queues = leftovers
-        for _ in range(rivals):
-            name = f"p{number}"
-            number += 1
-            frames = write_placement(name, epoch, prefix)
-            queues.append([frames])
-            queues.append([[an_open(name, epoch)]])
-        last = epoch == num_epochs
-        pending = list(interleave(rng, queues))
-        stop_at = len(pending) if last else rng.randrange(len(pending) + 1)
-        for message in pending[:stop_at]:
-            write(message)
-        leftovers = [[pending[stop_at:]]]
-        if not last:
-            write(a_cut(epoch + 1))
+    history = History(random.Random(seed))
+    late = []
+    for epoch in range(1, num_epochs):
+        records = list(interleave(history.rng, [[late], *history.rival_placements(epoch, rivals)]))
+        num_in_time = history.rng.randrange(len(records) + 1)
+        history.write([*records[:num_in_time], a_cut(epoch + 1)])
+        late = records[num_in_time:]
+    history.write(interleave(history.rng, [[late], *history.rival_placements(num_epochs, rivals)]))
     if cancel:
-        write(a_cut(fold.requests[REQUEST].choice(0).epoch + 1, FinishReason.CANCELLED))
-    for message in leftovers[0][0]:
-        write(message)
+        history.write([a_cut(history.state.choice(0).epoch + 1, FinishReason.CANCELLED)])
 
-    state = fold.requests[REQUEST]
-    assert state.finished
-    assert len(ends) == 1
-    assert grown == list(state.choice(0).ids)
-    salts = [token // 1000 for token in grown]
-    assert all(token % 1000 == index for index, token in enumerate(grown))
+    assert history.state.finished
+    assert history.num_ends == 1
+    assert history.answer == list(history.state.choice(0).ids)
+    assert [token % 1000 for token in history.answer] == list(range(len(history.answer)))
+    salts = [token // 1000 for token in history.answer]
     assert salts == sorted(salts), "tokens of an older placement stand behind those of a newer one"
+    finish = history.state.choice(0).end.finish
+    assert len(history.answer) == LENGTH or finish is FinishReason.CANCELLED
 
-    again = PartitionFold()
-    for offset, message in enumerate(log):
-        again.apply(offset, float(offset), message)
-    assert again.requests[REQUEST].choice(0).ids == state.choice(0).ids
-    assert again.requests[REQUEST].choice(0).end == state.choice(0).end
+    again = History(random.Random(seed))
+    again.write(history.log)
+    assert again.answer == history.answer
+    assert again.state.choice(0).end == history.state.choice(0).end
 
 
 def test_the_same_open_twice_is_one():
