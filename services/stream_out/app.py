@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from typing import Any, TypeVar
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -44,6 +44,10 @@ MAX_IDEMPOTENCY_KEY_CHARS = 256
 MAX_SEND_BYTES = 64 * 1024
 """Events that a stream is behind by are sent together up to about this size."""
 
+INTERNAL_ERROR = ErrorBody(
+    "the request failed here; nothing was wrong with it", "server_error", 500, code="internal_error"
+)
+
 T = TypeVar("T")
 
 Handler = Callable[[Request, Send], Awaitable[None]]
@@ -54,16 +58,21 @@ class ClientGone(Exception):
 
 
 class Endpoint:
-    """An ASGI app of one route: every RequestError becomes an answer in OpenAI's shape."""
+    """An ASGI app of one route: every failure becomes an answer in OpenAI's shape."""
 
     def __init__(self, name: str, handler: Handler, edge: StreamOut) -> None:
         self._name = name
         self._handler = handler
         self._metrics = edge.metrics
+        self._logger = edge.logger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
         async def counting_send(message: Any) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._metrics.http_answers.labels(self._name, message["status"]).inc()
             await send(message)
 
@@ -71,8 +80,13 @@ class Endpoint:
             await self._handler(Request(scope, receive, counting_send), counting_send)
         except RequestError as error:
             await _error_answer(error, {})(scope, receive, counting_send)
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             self._metrics.clients_gone.inc()
+        except Exception:
+            self._logger.exception("route failed", route=self._name)
+            if begun:
+                raise  # the server cuts the connection: nothing else tells the client that its answer is not whole
+            await _error_answer(INTERNAL_ERROR, {})(scope, receive, counting_send)
 
 
 class Api:

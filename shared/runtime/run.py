@@ -100,6 +100,8 @@ def health_routes(registry: CollectorRegistry, readiness: Readiness) -> list[Bas
 async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> AsyncGenerator[int]:
     """Serve `routes` while the context is open; gives the port (a free one for 0). Raises OSError if it is taken."""
     listener = socket.create_server((host, port))
+    # asyncio sets this only on sockets that name their protocol; without it each small write waits 40 ms for an ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         Starlette(routes=list(routes)),
         log_config=None,

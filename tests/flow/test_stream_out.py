@@ -299,3 +299,29 @@ async def test_nothing_is_kept_of_requests_that_are_over(world):
         assert not found.log.fold._forgotten
         assert not found.owner._acked
     assert not edge.edge._background
+
+
+@scenario
+async def test_a_failure_of_ours_has_the_same_shape(world):
+    edge = await world.owner("a")
+
+    async def fail(**_):
+        raise RuntimeError("a bug")
+
+    edge.state.workers = fail
+    exchange = edge.call("GET", "/v1/models")
+    assert (await exchange.json())["error"]["code"] == "internal_error"
+    assert exchange.status == 500
+    assert "a bug" not in exchange.body.decode()
+    assert any(entry["event"] == "route failed" for entry in edge.log.entries)
+
+
+@scenario
+async def test_a_client_that_leaves_before_its_body_came_is_no_failure(world):
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", [b"{", b""], content_length="5000")
+    exchange._parts = []
+    exchange.leave()
+    await exchange.done()
+    assert exchange.status is None
+    assert edge.metric("baton_clients_gone_total") == 1

@@ -338,7 +338,7 @@ async def test_a_cancel_that_lost_its_race_looks_again(world):
     assert (await deleted.json())["status"] == "cancelled"
     cuts = [(cut.epoch, cut.outcome) for cut in world.story(job.id, Cut)]
     assert cuts[0] == (2, None)
-    assert cuts[-1] == (3, FinishReason.CANCELLED)
+    assert cuts[-1] == (3, FinishReason.CANCELLED), cuts
 
 
 @scenario
