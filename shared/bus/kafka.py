@@ -33,7 +33,7 @@ FLUSH_TIMEOUT_S = 10.0
 RECONNECT_BACKOFF_S = 0.2
 RETRY_BACKOFF_MS = 50
 
-FETCH_MAX_WAIT_MS = 100
+FETCH_MAX_WAIT_MS = 500
 """The broker's long poll. Records end it at once; only a partition that joins a running poll waits for its end."""
 
 STALL_S = 10.0

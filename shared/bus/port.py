@@ -104,7 +104,7 @@ class Reader(Protocol):
 
         On return the starts are settled: nothing that is appended later to a partition started at END is missed. An
         offset that is no longer (or not yet) in the log reads from the oldest record kept. Waits while the log is away.
-        A reader that is assigned again may get its next records up to 0.1 s late: what must be prompt and what comes
+        A reader that is assigned again may get its next records up to 0.5 s late: what must be prompt and what comes
         and goes belong in readers of their own.
         """
         ...

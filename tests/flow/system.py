@@ -98,7 +98,8 @@ class System:
         self.random = random.Random(self.seed)
         self.log = MemoryLog(clock=self.clock_s, random=self.random)
         self.store = MemoryStore(clock=self.clock_s)
-        self.store.touch_up(self.store.now_ms() - keys.LEASE_MS, keys.LEASE_MS)  # it came up a lease ago
+        for ago_ms in (keys.LEASE_MS, keys.LEASE_MS // 2, 0):  # it came up a lease ago
+            self.store.touch_up(self.store.now_ms() - ago_ms, keys.LEASE_MS)
         self.network = LocalNetwork()
         self.numbers = itertools.count()
         self.logger = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
