@@ -94,8 +94,10 @@ class StreamOut:
             self.bus.producer() as self._producer,
             self.bus.reader(STREAM_OUT.name, group=GROUP) as self._reader,
         ):
-            async with asyncio.TaskGroup() as tasks:
-                loops = [tasks.create_task(loop()) for loop in (self._beat_loop, self._read_loop, self._commit_loop)]
+            async with asyncio.TaskGroup() as self._tasks:
+                loops = [
+                    self._tasks.create_task(loop()) for loop in (self._beat_loop, self._read_loop, self._commit_loop)
+                ]
                 try:
                     yield
                 finally:
@@ -227,7 +229,10 @@ class StreamOut:
         self.metrics.partitions.set(len(leased))
         if gained:
             self.logger.info("partitions leased", partitions=sorted(gained))
-            self.spawn(self._prepare(gained))
+            # In the group: an edge that cannot take over what it leased must not stand in the way of one that can.
+            task = self._tasks.create_task(self._prepare(gained))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
         self._judge()
 
     async def _prepare(self, partitions: frozenset[int]) -> None:
