@@ -3,7 +3,7 @@
 Every message names the incarnation it is meant for; a worker ignores those for another.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.request import Incarnation, PlacementId, RequestId, SamplingParams, WorkerRef
 from shared.wire.codec import Decoder, WireBytes, WireIds
@@ -60,7 +60,7 @@ class KvTicket:
     key: str
     address: str
     source: Incarnation
-    secret: WireBytes
+    secret: WireBytes = field(repr=False)
     num_tokens: int
     layout_fingerprint: str
 
