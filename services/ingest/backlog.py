@@ -1,0 +1,119 @@
+"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.ingest.cluster import Cluster
+from services.ingest.work import Waiting
+from shared.blocks import hash_chain, root_hash
+from shared.observe.log import Logger
+from shared.observe.metrics import IngestMetrics
+from shared.policy.placement import Chosen, NeverFits, NoRoomNow, place
+from shared.policy.views import RequestView
+from shared.request import PlacementId
+from shared.state import keys
+from shared.state.port import Placement, PlacementKey, State, StateUnavailable
+
+ROOM_POLL_S = 0.02
+STATE_RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The deadline passed while the choice waited."""
+
+
+Settled = Placement | NeverFits | Expired
+
+
+class Backlog:
+    """Args:
+    clock_s: unix seconds.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        cluster: Cluster,
+        *,
+        clock_s: Callable[[], float],
+        new_placement_id: Callable[[], PlacementId],
+        metrics: IngestMetrics,
+        log: Logger,
+    ) -> None:
+        self._state = state
+        self._cluster = cluster
+        self._clock_s = clock_s
+        self._new_placement_id = new_placement_id
+        self._metrics = metrics
+        self._log = log
+        self._waiting: deque[Waiting] = deque()
+        self._grew = asyncio.Event()
+        self._num_placed = 0
+
+    def add(self, waiting: Waiting) -> None:
+        """Put a choice at the end of the line."""
+        self._waiting.append(waiting)
+        self._metrics.backlog.set(len(self._waiting))
+        self._grew.set()
+
+    async def next(self) -> tuple[Waiting, Settled]:
+        """The first in line and what becomes of it, as soon as there is room for it or hope is gone."""
+        while not self._waiting:
+            self._grew.clear()
+            await self._grew.wait()
+        while True:
+            settled = await self._settle(self._waiting[0])
+            if settled is not None:
+                waiting = self._waiting.popleft()
+                self._metrics.backlog.set(len(self._waiting))
+                return waiting, settled
+            await asyncio.sleep(ROOM_POLL_S)
+
+    async def _settle(self, waiting: Waiting) -> Settled | None:
+        """None: there is no room for it now."""
+        if self._clock_s() >= waiting.admitted.job.deadline_s:
+            return Expired()
+        try:
+            view = await self._cluster.refresh()
+            request = self._request_view(waiting)
+            decision = place(request, view, self._cluster.holders, tie_break=self._num_placed)
+            match decision:
+                case NoRoomNow():
+                    return None
+                case NeverFits():
+                    return decision
+                case Chosen():
+                    return await self._take_credits(waiting, decision)
+        except StateUnavailable as error:
+            self._log.warning("placement waits for the state", error=str(error))
+            await asyncio.sleep(STATE_RETRY_S)
+            return None
+
+    def _request_view(self, waiting: Waiting) -> RequestView:
+        admitted, ids = waiting.admitted, waiting.ids
+        fingerprint = self._cluster.fingerprints.get(admitted.spec.model, "")
+        return RequestView(
+            request_id=admitted.job.request_id,
+            choice=waiting.choice,
+            model=admitted.spec.model,
+            num_tokens=len(ids),
+            max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
+            blocks=tuple(hash_chain(root_hash(fingerprint, admitted.job.tenant), ids)),
+        )
+
+    async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placement | None:
+        job = waiting.admitted.job
+        placement = await self._state.place(
+            PlacementKey(job.request_id, waiting.choice, waiting.epoch),
+            Placement(self._new_placement_id(), chosen.prefill, chosen.decode),
+            num_prefill_pages=chosen.num_prefill_pages,
+            num_decode_pages=chosen.num_decode_pages,
+            keep_ms=max(int((job.deadline_s - self._clock_s()) * 1000), keys.LEASE_MS),
+        )
+        if placement is not None:
+            self._num_placed += 1
+            self._metrics.placed.inc()
+        return placement

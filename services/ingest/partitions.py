@@ -1,0 +1,95 @@
+"""The partitions of one topic group that this process leases: where reading begins, and what may be committed."""
+
+from services.ingest.low_water import LowWater
+from services.ingest.work import InHand
+from shared.bus.port import BusUnavailable, Committed, Reader, Record, Start
+from shared.observe.log import Logger
+from shared.request import NUM_REQUEST_PARTITIONS, Incarnation
+from shared.state import keys
+from shared.state.port import State, StateUnavailable
+from shared.wire.to_ingest import LogPosition
+
+GROUP = "ingest"
+
+
+class Partitions:
+    """The same partitions of several topics, owned together.
+
+    Args:
+        readers: by topic.
+    """
+
+    def __init__(self, state: State, member: Incarnation, readers: dict[str, Reader], log: Logger) -> None:
+        self._state = state
+        self._member = member
+        self._readers = readers
+        self._log = log
+        self._low_water: dict[tuple[str, int], LowWater] = {}
+        self._committed: dict[tuple[str, int], int] = {}
+        self.owned: frozenset[int] = frozenset()
+
+    async def renew(self) -> None:
+        """Renew the leases, and begin to read what was gained."""
+        try:
+            owned = await self._state.lease_partitions(
+                GROUP, self._member, num_partitions=NUM_REQUEST_PARTITIONS, lease_ms=keys.LEASE_MS
+            )
+        except StateUnavailable as error:
+            self._log.warning("partition leases not renewed", error=str(error))
+            return
+        if owned == self.owned:
+            return
+        try:
+            await self._take(owned)
+        except BusUnavailable as error:
+            self._log.warning("partitions not taken", error=str(error))
+
+    async def leave(self) -> None:
+        """Commit what is dealt with, and free the partitions for others."""
+        await self.commit()
+        try:
+            await self._state.leave_group(GROUP, self._member)
+        except StateUnavailable as error:
+            self._log.warning("leases left to run out", error=str(error))
+
+    def begin(self, record: Record) -> InHand | None:
+        """Take a record in hand; None: its partition is no longer ours."""
+        if record.partition not in self.owned:
+            return None
+        self._low_water[record.topic, record.partition].begin(record.offset)
+        return InHand(record.topic, LogPosition(record.partition, record.offset))
+
+    def end(self, in_hand: InHand) -> None:
+        """The record is dealt with."""
+        self._low_water[in_hand.topic, in_hand.position.partition].end(in_hand.position.offset)
+
+    async def commit(self) -> None:
+        """Commit for each partition that all below an offset is dealt with, where that changed."""
+        for topic, reader in self._readers.items():
+            offsets = {partition: self._low_water[topic, partition].offset for partition in self.owned}
+            due = {
+                partition: Committed(offset)
+                for partition, offset in offsets.items()
+                if self._committed.get((topic, partition)) != offset
+            }
+            if not due:
+                continue
+            try:
+                await reader.commit(due)
+            except BusUnavailable as error:
+                self._log.warning("not committed; a successor would read more again", error=str(error))
+            else:
+                self._committed |= {(topic, partition): offsets[partition] for partition in due}
+
+    async def _take(self, owned: frozenset[int]) -> None:
+        gained = owned - self.owned
+        self.owned &= owned
+        for topic, reader in self._readers.items():
+            starts: dict[int, int | Start] = dict.fromkeys(self.owned, Start.BEGINNING)
+            for partition in gained:
+                committed = await reader.committed(partition)
+                starts[partition] = committed.offset if committed else Start.BEGINNING
+                self._low_water[topic, partition] = LowWater(committed.offset if committed else 0)
+            await reader.assign(starts)
+        self.owned = owned
+        self._log.info("partitions", owned=sorted(owned))

@@ -1,0 +1,42 @@
+"""What ingest has in hand: the record of a job, and the choices of it that wait for workers."""
+
+from dataclasses import dataclass
+
+from services.ingest.admission import Admitted
+from shared.blocks import TokenIds
+from shared.wire.to_ingest import LogPosition
+
+
+@dataclass(slots=True)
+class InHand:
+    """A record that is being dealt with.
+
+    Attributes:
+        num_open_choices: neither dispatched nor refused yet; at 0 the record is dealt with.
+    """
+
+    topic: str
+    position: LogPosition
+    num_open_choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One admitted choice in the backlog.
+
+    Attributes:
+        accepted_ids: the answer so far; empty at epoch 1.
+        admitted_s: unix seconds.
+    """
+
+    record: InHand
+    admitted: Admitted
+    choice: int
+    epoch: int
+    accepted_ids: TokenIds
+    admitted_s: float
+
+    @property
+    def ids(self) -> TokenIds:
+        """The tokens whose successor is wanted."""
+        return self.admitted.prompt_ids + self.accepted_ids
