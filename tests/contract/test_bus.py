@@ -167,6 +167,17 @@ async def test_an_assignment_wakes_a_waiting_reader(topic, producer, reader):
     assert values(await asyncio.wait_for(reading, 5)) == [b"0"]
 
 
+async def test_a_reader_that_waits_through_an_assignment_misses_nothing(topic, producer, reader):
+    await reader.assign({0: Start.END})
+    for number in range(5):
+        waiting = asyncio.create_task(reader.read(5.0))
+        await asyncio.sleep(0.05)
+        await reader.assign({0: Start.END, 1: Start.BEGINNING} if number % 2 == 0 else {0: Start.END})
+        await producer.send(topic, 0, f"{number}".encode())
+        records = list(await waiting) or await drain(reader, 1)
+        assert values([record for record in records if record.partition == 0]) == [f"{number}".encode()]
+
+
 async def test_cancelled_reads_lose_nothing(topic, producer, reader):
     await reader.assign({0: 0})
     sent = [f"{number}".encode() for number in range(200)]

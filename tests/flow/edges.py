@@ -36,8 +36,8 @@ from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
 from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_EDGE, HEADER_TENANT, LogPosition, body_hash
 from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Frame, FrameEntry, Open, View
-from tests.unit.loadgen.virtual_loop import run_virtually
-from tests.unit.shared.text.tiny_tokenizers import byte_level
+from tests.tiny_tokenizers import byte_level
+from tests.virtual_loop import run_virtually
 
 START_S = 1_700_000_000.0
 PREFILL = WorkerRef(3, Incarnation("p"))

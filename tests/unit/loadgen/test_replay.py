@@ -12,7 +12,7 @@ from loadgen.measure import COMPLETED, Slo, measure
 from loadgen.prompts import IdPrompts, vocabulary_of_size
 from loadgen.replay import Progress, replay
 from tests.unit.loadgen.builders import job_of, loop_clock, scheduled
-from tests.unit.loadgen.virtual_loop import InlineExecutor, run_virtually
+from tests.virtual_loop import InlineExecutor, run_virtually
 
 
 class Scripted:

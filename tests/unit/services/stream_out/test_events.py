@@ -27,7 +27,7 @@ from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_stream_out import Cut, ErrorBody, Frame, FrameEntry, Open, View
-from tests.unit.shared.text.tiny_tokenizers import byte_level
+from tests.tiny_tokenizers import byte_level
 
 TOKENISER = Tokeniser(byte_level(), eos_ids=(1,))
 TEXT = "Hello world, 你好 мир said hello"

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from shared.text.detokenise import Detokeniser
 from shared.text.tokeniser import Tokeniser
-from tests.unit.shared.text.tiny_tokenizers import byte_level, sentencepiece_like
+from tests.tiny_tokenizers import byte_level, sentencepiece_like
 
 BYTE_LEVEL = Tokeniser(byte_level())
 SENTENCEPIECE = Tokeniser(sentencepiece_like())

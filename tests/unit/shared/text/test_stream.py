@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from shared.request import SamplingParams
 from shared.text.stream import TextDelta, TextStream
 from shared.text.tokeniser import Tokeniser
+from tests.tiny_tokenizers import byte_level
 from tests.unit.shared.text.test_detokenise import chunk_sizes, chunks
-from tests.unit.shared.text.tiny_tokenizers import byte_level
 
 TOKENISER = Tokeniser(byte_level(), eos_ids=(1,))
 STOPS = ["the", "a", "好", " \n"]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from shared.errors import InvalidRequest, UnsupportedCheckpoint
 from shared.text.tokeniser import Tokeniser
 from shared.wire.openai import ChatMessage
-from tests.unit.shared.text.tiny_tokenizers import byte_level, sentencepiece_like, write_folder
+from tests.tiny_tokenizers import byte_level, sentencepiece_like, write_folder
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 HELLO = [ChatMessage("user", "hello")]
