@@ -411,6 +411,9 @@ class KafkaReader:
             self._consumer.unsubscribe()
             return
         self._consumer.assign([self._place(partition) for partition in self._positions])
+        self._seek()
+
+    def _seek(self) -> None:
         for partition, offset in self._positions.items():
             self._consumer.seek(self._place(partition), offset)
 
@@ -424,6 +427,9 @@ class KafkaReader:
                 self._give_up(repr(error))
             return ()
         if assignment != self._assignment:
+            # A poll that waited through an assignment may have taken records of the new one: they must come again.
+            if fetched and consumer is self._consumer:
+                self._seek()
             return ()
         records = [_record(found) for of_partition in fetched.values() for found in of_partition]
         for record in records:
