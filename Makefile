@@ -20,7 +20,10 @@ lock:  ## Resolve pyproject.toml into requirements.lock again
 	    --no-emit-index-url --no-header --quiet --output-file requirements.lock
 
 ##@ Run
-.PHONY: up down status
+.PHONY: demo up down status
+demo:  ## See it once: start all, one chat answer, a slice of a real trace, stop all (about a minute)
+	@$(IN_ENV) python -m infra.demo
+
 up:  ## Start Kafka, Redis and all services here (ARGS="--decode 4"; ARGS=--help lists them)
 	@$(STACK) up $(ARGS)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from infra.local.composition import Composition
 from infra.local.kafka import java_program, kafka_jars
-from infra.local.model import smollm2_folder
+from infra.local.model import MODEL_NAME, smollm2_folder
 from infra.local.redis import server_program
 from infra.local.stack import local_stack
 from infra.local.state_file import ProcessRecord, StackPhase, StackRecord, StateFile, kill_left_behind
@@ -56,6 +56,7 @@ def up(
     composition = Composition(
         counts=counts,
         model=model or (str(_fetch_model()) if any(counts.values()) else ""),
+        model_name="" if model else MODEL_NAME,
         device=device,
         dtype=dtype,
         num_pages=num_pages,

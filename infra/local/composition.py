@@ -46,6 +46,7 @@ class Composition:
     Attributes:
         counts: processes of each service, by its name.
         model: folder of the model.
+        model_name: what clients call it; the folder's name if empty.
         dtype: "float32" or "bfloat16".
         num_pages: KV pages of each worker.
         max_restarts: how often a process that died is started again before it is left dead.
@@ -55,6 +56,7 @@ class Composition:
 
     counts: Mapping[str, int]
     model: str
+    model_name: str = ""
     device: str = "cpu"
     dtype: str = "bfloat16"
     num_pages: int = 512
@@ -77,6 +79,7 @@ def service_spec(
             "BATON_KAFKA": kafka_address,
             "BATON_REDIS": redis_url,
             "BATON_MODEL": composition.model,
+            "BATON_MODEL_NAME": composition.model_name,
             "BATON_DEVICE": composition.device,
             "BATON_DTYPE": composition.dtype,
             "BATON_NUM_PAGES": str(composition.num_pages),

@@ -17,7 +17,8 @@ lock="$root/requirements.lock"
 say() { printf 'baton: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
-lock_hash() { cat "$bootstrap" "$lock" | sha256sum | cut -c1-12; }
+# The 2 stands for how an environment is made of what is locked: since 2 it holds compiled modules.
+lock_hash() { { echo 2; cat "$bootstrap" "$lock"; } | sha256sum | cut -c1-12; }
 
 # Prints the environment of the hash $1, if a whole one of a fitting version is there.
 whole_environment() {
@@ -69,7 +70,8 @@ make_environment() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes -r "$bootstrap" >&2
-    VIRTUAL_ENV="$venv" UV_SYSTEM_CERTS=1 "$venv/bin/uv" pip sync --require-hashes "$lock" >&2
+    # Compiled now and by all cores: otherwise the processes of the first start would each compile what they import.
+    VIRTUAL_ENV="$venv" UV_SYSTEM_CERTS=1 "$venv/bin/uv" pip sync --require-hashes --compile-bytecode "$lock" >&2
     touch "$venv/whole"
 }
 

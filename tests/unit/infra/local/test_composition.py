@@ -2,7 +2,9 @@ from infra.local.composition import SERVICES, Composition, service_spec
 
 
 def test_a_service_is_told_everything_by_its_environment():
-    composition = Composition(counts={"edge": 1}, model="/models/m", dtype="float32", num_pages=9, env={"BATON_X": "1"})
+    composition = Composition(
+        counts={"edge": 1}, model="/models/m", model_name="m-chat", dtype="float32", num_pages=9, env={"BATON_X": "1"}
+    )
     edge = next(service for service in SERVICES if service.name == "edge")
     spec = service_spec(edge, 2, composition, kafka_address="h:1", redis_url="redis://h:2/0", http_port=8002)
     assert spec.name == "edge-2"
@@ -12,6 +14,7 @@ def test_a_service_is_told_everything_by_its_environment():
         "BATON_KAFKA": "h:1",
         "BATON_REDIS": "redis://h:2/0",
         "BATON_MODEL": "/models/m",
+        "BATON_MODEL_NAME": "m-chat",
         "BATON_DEVICE": "cpu",
         "BATON_DTYPE": "float32",
         "BATON_NUM_PAGES": "9",
