@@ -220,8 +220,12 @@ class Event:
     data: dict
 
 
+class NotDone(Exception):
+    """A stream ended without [DONE], as one does that ends in an error."""
+
+
 async def events_of(response: httpx.Response) -> AsyncIterator[Event]:
-    """The events of a stream up to [DONE]; a stream that ends without it raises httpx's error or AssertionError."""
+    """The events of a stream up to [DONE]. Raises NotDone, or httpx's error where the connection broke."""
     event_id = ""
     async for line in response.aiter_lines():
         name, _, value = line.partition(": ")
@@ -231,7 +235,7 @@ async def events_of(response: httpx.Response) -> AsyncIterator[Event]:
             return
         elif name == "data":
             yield Event(event_id, json.loads(value))
-    raise AssertionError("the stream ended without [DONE]")
+    raise NotDone
 
 
 def text_of(events: Iterable[Event]) -> str:

@@ -1,0 +1,67 @@
+"""Workers that leave in the middle of answers: streams go on elsewhere with the tokens that they would have had."""
+
+import asyncio
+import signal
+
+import pytest
+
+from tests.e2e.stack import MODEL, TIMEOUT_S, Event, events_of, tokens_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+NUM_TOKENS = 40
+WISH = {"model": MODEL, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+PROMPTS = ("The sea was calm that", "Three things are needed to", "In the year 1900 the", "My favourite dish is")
+
+
+async def stream(serving, prompt: str, started: asyncio.Event) -> list[Event]:
+    """All events of an answer; `started` is set at the third."""
+    url, told = f"{serving.edge()}/v1/completions", []
+    async with serving.http.stream("POST", url, json=WISH | {"prompt": prompt, "stream": True}) as response:
+        async for event in events_of(response):
+            told.append(event)
+            if len(told) == 3:
+                started.set()
+    return told
+
+
+async def undisturbed(serving, prompt: str) -> list[str]:
+    answer = await serving.http.post(f"{serving.edge()}/v1/completions", json=WISH | {"prompt": prompt})
+    return answer.json()["choices"][0]["logprobs"]["tokens"]
+
+
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
+async def test_a_worker_that_is_drained_hands_its_requests_over(serving, name):
+    await serving.all_ready()
+    pid = serving.stack.pid(name)
+    again = await serving.metric_of_all("edge", "baton_placed_again_total")
+    started = [asyncio.Event() for _ in PROMPTS]
+    streams = [asyncio.create_task(stream(serving, *pair)) for pair in zip(PROMPTS, started, strict=True)]
+    async with asyncio.timeout(TIMEOUT_S):
+        await asyncio.gather(*[one.wait() for one in started])
+        serving.stack.send_signal(name, signal.SIGTERM)
+        told = await asyncio.gather(*streams)
+    handed_over = await serving.metric_of_all("edge", "baton_placed_again_total") - again
+    if name.startswith("decode"):
+        assert handed_over >= 1  # half of them ran there
+    wanted = await asyncio.gather(*[undisturbed(serving, prompt) for prompt in PROMPTS])
+    assert [tokens_of(events) for events in told] == wanted
+    for events in told:
+        assert (await serving.result_of(events[0].data["id"]))["status"] == "completed"
+    await serving.all_ready()
+    assert serving.stack.pid(name) != pid
+    await serving.pages_free()
+
+
+async def test_a_worker_may_join_and_leave(serving):
+    name = await serving.stack.add("decode")
+    try:
+        await serving.all_ready()
+        before = await serving.metrics(serving.stack.addresses("decode")[-1])
+        told = await asyncio.gather(*[undisturbed(serving, prompt) for prompt in PROMPTS])
+        after = await serving.metrics(serving.stack.addresses("decode")[-1])
+        assert after["vllm:generation_tokens_total"] > before["vllm:generation_tokens_total"]
+        assert all(len(tokens) == NUM_TOKENS for tokens in told)
+    finally:
+        await serving.stack.remove(name)
+    assert len(await undisturbed(serving, PROMPTS[0])) == NUM_TOKENS
