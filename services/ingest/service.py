@@ -33,7 +33,7 @@ from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
 COMMIT_INTERVAL_S = 1.0
-FEED_INTERVAL_S = 0.2
+FEED_INTERVAL_S = 0.5
 
 MAX_JOBS_IN_HAND = 1024
 """Jobs read and not dealt with; beyond it the log is the buffer."""
