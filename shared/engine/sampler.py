@@ -44,14 +44,13 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[BatchRow]) -> list[Sampled]:
         """One token for each of `rows` from `logits` `[len(rows), vocab]` of any float dtype.
 
-        A row whose logits hold NaN or infinity, or where nothing is left to pick from, fails alone.
+        A row whose logits hold NaN or infinity (by themselves or after penalties), or where nothing is left to pick from, fails alone.
         """
         if all(_is_plain_greedy(row) for row in rows):
             return _largest(logits)
-        scores = logits.to(torch.float32)
+        scores = _penalised(logits.to(torch.float32), rows)
         finite = scores.amax(-1).isfinite()  # a NaN wins every maximum
         scores = torch.where(finite[:, None], scores, 0.0)
-        scores = _penalised(scores, rows)
         allowed = self._without_ends(scores, rows)
         possible = allowed.amax(-1) > -math.inf
         ids = _picked(allowed, rows)

@@ -30,6 +30,9 @@ MAX_CHAT_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 MAX_INT32 = 2**31 - 1
 
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: a far smaller one would take them beyond float32."""
+
 COMPLETION_MAX_TOKENS = 16
 """What `/v1/completions` takes for a missing `max_tokens`, as OpenAI does; a chat may fill the context."""
 
@@ -168,7 +171,7 @@ class _Body(_Part):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -196,6 +196,17 @@ def test_penalties_touch_their_row_only(sampler):
     assert sampler.sample(logits, [penalised, plain])[1] == sampler.sample(logits[1:], [plain])[0]
 
 
+def test_a_penalty_beyond_float32_fails_its_row_alone(sampler):
+    """Not a NaN as log probability: the log cannot say it, and its reader would lose the whole step's record."""
+    logits = random_logits(2)
+    plain = make_row(temperature=0.0, logprobs=3)
+    boundless = make_row(temperature=0.0, repetition_penalty=1e-40, logprobs=3)
+    logits[1, PROMPT[0]] = 1.0
+    first, second = sampler.sample(logits, [plain, boundless])
+    assert first == sampler.sample(logits[:1], [plain])[0]
+    assert (second.token_id, second.error, second.logprob) == (-1, NOT_FINITE, None)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ends_are_forbidden_before_min_tokens(sampler, temperature):
     logits = torch.full((3, VOCAB_SIZE), -20.0)
