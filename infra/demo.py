@@ -7,6 +7,7 @@ something did not, 128 + N that signal N stopped it.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from rich.table import Table
 from infra.local.composition import Composition
 from infra.local.kafka import kafka_jars
 from infra.local.model import MODEL_NAME, smollm2_folder
+from infra.local.process import kill_group
 from infra.local.stack import Stack, local_stack
 from infra.local.state_file import StateFile
 from shared.errors import StartupError
@@ -35,14 +37,14 @@ RUN_DIR = Path(".run/demo")
 COUNTS = {"ingest": 1, "prefill": 1, "decode": 2, "edge": 1}
 NUM_PAGES = 128
 CHUNK_TOKENS = 128  # what one core prefills in a quarter of a second; other requests wait for the end of a step
+DRAIN_S = 2  # after Ctrl-C nobody waits for what still runs
 
 QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 80
 
 TRACE = "loadgen/data/mooncake_conversation_60.jsonl"
-# Two minutes of an H100's prompts are an hour's work here: an eighth of the lengths, at 0.4 of the trace's own speed,
-# keeps one prefill worker on one core busy and not hopelessly late. 512 tokens, the trace's unit of sharing, become 64:
-# one page, so that what prompts share can be reused.
+# At an eighth of its lengths and 0.4 of its speed the slice keeps a prefill worker on one core busy and not hopelessly
+# late. The trace's unit of sharing, 512 tokens, becomes 64: one page, so that what prompts share can be reused.
 REPLAY_ARGUMENTS = (
     *("--trace", TRACE, "--rows", "26:50", "--speed", "0.4", "--jitter-ticks"),
     *("--length-scale", "0.125", "--max-input", "512", "--max-output", "40"),
@@ -50,6 +52,7 @@ REPLAY_ARGUMENTS = (
 
 REPORT_COLUMNS = 110
 FREE_WITHIN_S = 15.0
+REPLAY_STOPS_WITHIN_S = 10.0
 REQUEST_TIMEOUT_S = 120.0
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else REPORT_COLUMNS)
@@ -60,7 +63,7 @@ class WorkerReading:
     """What a worker's /metrics said: tokens and bytes since its start, pages now."""
 
     name: str
-    computed_tokens: int
+    prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
     pulled_bytes: int
@@ -85,7 +88,7 @@ async def demo(model: Path) -> list[str]:
         kafka_port=None,
         redis_port=None,
         max_restarts=0,
-        env={"BATON_MAX_BATCH_TOKENS": str(CHUNK_TOKENS)},
+        env={"BATON_MAX_BATCH_TOKENS": str(CHUNK_TOKENS), "BATON_DRAIN_S": str(DRAIN_S)},
     )
     began_s = time.monotonic()
     _head("1. Start the stack")
@@ -141,14 +144,18 @@ async def replay(edge: str) -> list[str]:
     arguments = ("-m", "loadgen", "replay", "--base-url", edge, *REPLAY_ARGUMENTS)
     console.print(f"  $ python {' '.join(arguments)}\n", markup=False, soft_wrap=True)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, "--tokenizer", str(smollm2_folder()), env=os.environ | _columns()
+        *(sys.executable, *arguments, "--tokenizer", str(smollm2_folder())),
+        env=os.environ | _columns(),
+        start_new_session=True,  # Ctrl-C reaches this process only, which then asks that one once
     )
     try:
         status = await process.wait()
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), REPLAY_STOPS_WITHIN_S)
+            kill_group(process.pid)
     return [] if status == 0 else [f"the replay ended with exit status {status}"]
 
 
@@ -181,7 +188,7 @@ async def read_worker(http: httpx.AsyncClient, name: str, address: str) -> Worke
     samples = {sample.name: int(sample.value) for family in families for sample in family.samples}
     return WorkerReading(
         name=name,
-        computed_tokens=samples["vllm:prompt_tokens_total"],
+        prompt_tokens=samples["vllm:prompt_tokens_total"],
         cached_tokens=samples["vllm:prefix_cache_hits_total"],
         generated_tokens=samples["vllm:generation_tokens_total"],
         pulled_bytes=samples["baton_kv_pull_bytes_total"],
@@ -207,13 +214,13 @@ def worker_problems(readings: Sequence[WorkerReading]) -> list[str]:
 def _worker_table(readings: Sequence[WorkerReading]) -> Table:
     table = Table(box=box.ROUNDED)
     table.add_column("worker")
-    for heading in ("prompt tokens\ncomputed", "from its\nprefix cache", "KV pulled\nby UCX, MiB", "tokens\ngenerated"):
+    headings = ("prompt\ntokens", "tokens in its\nprefix cache", "KV pulled\nby UCX, MiB", "tokens\ngenerated")
+    for heading in (*headings, "KV pages\nfree now"):
         table.add_column(heading, justify="right")
-    table.add_column("KV pages free", justify="right")
     for reading in readings:
         table.add_row(
             reading.name,
-            str(reading.computed_tokens),
+            str(reading.prompt_tokens),
             str(reading.cached_tokens),
             f"{reading.pulled_bytes / 2**20:.0f}",
             str(reading.generated_tokens),

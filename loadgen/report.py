@@ -269,7 +269,7 @@ def _run_table(run: Run, results: Results) -> Table:
 
 
 def _bucket_table(results: Results) -> Table:
-    table = Table(title="What became of the rows", title_justify="left")
+    table = Table(title="What became of the rows", title_justify="left", min_width=25)
     table.add_column("bucket")
     table.add_column("rows", justify="right")
     for bucket, count in results.buckets.items():

@@ -50,9 +50,9 @@ install_python() {
     local how='install Python 3.11 or 3.12 with its venv module (on Debian 12: apt-get install python3 python3-venv)'
     [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || fail "no fitting Python found; $how"
     say 'installing python3 and python3-venv with apt-get'
-    apt-get update -qq >&2 || fail "apt-get update failed; $how"
+    apt-get update -qq >/dev/null || fail "apt-get update failed; $how"
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv ca-certificates \
-        >&2 || fail "apt-get install failed; $how"
+        >/dev/null || fail "apt-get install failed; $how"
 }
 
 make_environment() {

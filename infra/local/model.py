@@ -5,6 +5,7 @@ widened to bf16 once, which takes about a minute.
 """
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,7 @@ def _fetch_gguf(folder: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Writes config.json, generation_config.json, model.safetensors (bf16) and the tokenizer's files to `folder`."""
     # Here and not above: only this one conversion needs them, and loading them takes seconds.
+    os.environ["TQDM_DISABLE"] = "1"  # transformers draws a bar of its own while it reads GGUF
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
