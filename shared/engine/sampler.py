@@ -44,7 +44,8 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[BatchRow]) -> list[Sampled]:
         """One token for each of `rows` from `logits` `[len(rows), vocab]` of any float dtype.
 
-        A row whose logits hold NaN or infinity (by themselves or after penalties), or where nothing is left to pick from, fails alone.
+        A row whose logits hold NaN or infinity, if only after its penalties, or where nothing is left to pick from,
+        fails alone.
         """
         if all(_is_plain_greedy(row) for row in rows):
             return _largest(logits)
@@ -164,7 +165,9 @@ def _picked(scores: Tensor, rows: Sequence[BatchRow]) -> list[int]:
 def _draw(scores: Tensor, rows: Sequence[BatchRow]) -> list[int]:
     """One draw a row among the scores that its filters keep."""
     temperatures = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64, device=scores.device)
-    scaled = scores.to(torch.float64) / temperatures[:, None]
+    wide = scores.to(torch.float64)
+    # Below the peak, not as they are: near temperature 0 all but the peak overflow, and to where they belong.
+    scaled = (wide - wide.amax(-1, keepdim=True)) / temperatures[:, None]
     kept = scaled >= _thresholds(scaled, rows)[:, None]
     row_index, token_ids = (kept & (scaled > -math.inf)).nonzero(as_tuple=True)
     keys = [stream_key(row.sampling.seed, row.choice, row.end - row.prompt_len) for row in rows]

@@ -164,6 +164,15 @@ def test_filters_do_nothing_to_greedy_rows(sampler):
     assert picked(sampler, logits, rows)[0] == int(logits[0].argmax())
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.5, "min_p": 0.1}], ids=["plain", "filtered"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 5e-324])
+@pytest.mark.parametrize("shift", [-20.0, 20.0])
+def test_the_colder_the_draw_the_greedier(sampler, shift, temperature, filters):
+    """Down to the smallest number there is: quotients that overflow must not tie."""
+    logits = random_logits(1) + shift
+    assert picked(sampler, logits, [make_row(temperature=temperature, **filters)]) == [int(logits.argmax())]
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
 def test_repetition_penalty_equals_that_of_transformers(sampler, penalty):
     answer = (9, 9, 11)
