@@ -118,7 +118,7 @@ class Intake:
         finally:
             self._arrivals.pop(key)
         if arrival.stopped:
-            await context.engine.call(lambda engine: engine.abort(key))
+            self._give_up(key)
             return
         context.metrics.transfer_seconds.observe(context.clock_s() - started_s)
         context.metrics.transfer_bytes.inc((last - first) * context.page_bytes)
@@ -126,13 +126,17 @@ class Intake:
         self._arrived(arrival)
 
     def _prefill_here(self, arrival: Arrival) -> None:
-        key = arrival.key
-        self._context.engine.call(lambda engine: engine.abort(key))
+        self._give_up(arrival.key)
         if arrival.stopped:
             return
         self._context.metrics.local_prefills.inc()
         self._context.engine.call(lambda engine: engine.add(engine_request(arrival.work)))
         self._arrived(arrival)
+
+    def _give_up(self, key: PlacementId) -> None:
+        """Free what was reserved: room for whoever waits."""
+        freed = self._context.engine.call(lambda engine: engine.abort(key))
+        freed.add_done_callback(lambda _: self._room_changed.set())
 
 
 def engine_request(work: DecodeWork) -> EngineRequest:
