@@ -141,7 +141,7 @@ class Worker:
                         tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
                         tasks.create_task(self._handle_steps(engine, role))
                         await stop.wait()
-                        await self._drain(engine, role, handoff)
+                        await self._drain(slot, engine, role, handoff)
                         raise _Leave
             except* _Leave:
                 parts.log.info("drained")
@@ -260,15 +260,27 @@ class Worker:
             metrics.step_seconds.observe(seconds)
             metrics.step_tokens.observe(output.num_batch_tokens)
 
-    async def _drain(self, engine: EngineThread, role: Role, handoff: Producer) -> None:
+    async def _drain(self, slot: int, engine: EngineThread, role: Role, handoff: Producer) -> None:
         """Let what runs finish within the limit, and hand the rest over by a cut that their owners act on."""
         self._draining = True
         deadline_s = self._parts.clock_s() + self._parts.limits.drain_s
-        while (role.unfinished() or engine.stats.num_held) and self._parts.clock_s() < deadline_s:  # noqa: ASYNC110 - two sources
+        # Told at once: a request cut below would otherwise be placed here again until the next beat, and be lost.
+        await self._beat(slot)
+        while self._parts.clock_s() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
+            if not (role.unfinished() or engine.stats.num_held or await self._is_promised(slot)):
+                break
         for assignment in role.unfinished():
             cut = Cut(assignment.request_id, assignment.choice, assignment.epoch + 1, reason="drain")
             await handoff.send(STREAM_OUT.name, partition_of(assignment.request_id), encode(cut))
+
+    async def _is_promised(self, slot: int) -> bool:
+        """Whether placements count on this worker, those included whose work or ticket has not come yet."""
+        try:
+            workers = await self._parts.state.workers(num_slots=NUM_SLOTS)
+        except StateUnavailable:
+            return True
+        return any(worker.slot == slot and worker.num_credits > 0 for worker in workers)
 
     def _publish_metrics(self, stats: EngineStats) -> None:
         metrics = self._parts.metrics

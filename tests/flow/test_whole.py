@@ -88,6 +88,19 @@ async def test_a_worker_that_drains_hands_over_what_does_not_finish():
         await system.quiet()
 
 
+async def test_a_worker_that_drains_waits_for_tickets_on_their_way():
+    """Placed on it and still with prefill: it has nothing of the request yet, and nobody else would ever have."""
+    async with a_system(decodes=1) as system:
+        job = await system.submit(a_body())
+        while system.folded(job) is None:
+            await asyncio.sleep(0)
+        leaving = system.workers[-1]
+        await system.start_worker(Role.DECODE)
+        await leaving.leave()
+        assert answer(await system.ended(job, 5)) == expected(PROMPT, 20)
+        await system.quiet()
+
+
 async def test_each_choice_is_placed_and_ended_by_itself():
     async with a_system() as system:
         state = await system.ended(await system.submit(a_body(n=4)))
