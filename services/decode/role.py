@@ -57,7 +57,8 @@ class DecodeRole:
         entries = [entry for token in output.tokens if (entry := self._entry(token, now_s)) is not None]
         await self._context.frames.post(entries)
         for entry in entries:
-            if entry.finish is not None:
+            # A stop may have ended it already, while the log was full.
+            if entry.finish is not None and entry.placement in self._decodings:
                 self._end(entry.placement)
 
     def _start(self, work: DecodeWork) -> None:
