@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import sys
 import uuid
 from collections.abc import Callable
 
@@ -26,6 +27,9 @@ from shared.transfer.ucx import UcxContext, UcxTransfer
 from shared.worker.host import Worker, WorkerLimits, WorkerParts
 from shared.worker.role import Role, WorkerContext
 from shared.worker.settings import WorkerSettings
+
+SWITCH_INTERVAL_S = 1e-4
+"""How long the event loop's thread may keep the engine's waiting: by default 5 ms, more than a whole step."""
 
 
 def build_engine(settings: WorkerSettings) -> PagedEngine:
@@ -56,6 +60,7 @@ async def serve_worker(
     stop: asyncio.Event,
 ) -> None:
     """Run one worker until `stop` is set."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     registry = CollectorRegistry()
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
     logger = log.logger(role_name, name=settings.name)
