@@ -60,5 +60,8 @@ class Runner(Protocol):
     def layout(self) -> KvLayout: ...
 
     def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
-        """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted."""
+        """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted.
+
+        All is done on return, on the device too: a page that is freed next may be written by a transfer at once.
+        """
         ...

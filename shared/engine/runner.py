@@ -58,6 +58,8 @@ class TorchRunner:
             sampled = self._sampler.sample(logits, [rows[index] for index, _ in sampling])
             for (index, _), token in zip(sampling, sampled, strict=True):
                 results[index] = token
+        elif hidden.is_cuda:
+            torch.cuda.current_stream(hidden.device).synchronize()  # reading sampled tokens does the same
         return results
 
     def _forward(self, rows: Sequence[BatchRow]) -> Tensor:
