@@ -83,13 +83,23 @@ class Partitions:
 
     async def _take(self, owned: frozenset[int]) -> None:
         gained = owned - self.owned
-        self.owned &= owned
+        if not self.owned <= owned:
+            # What is lost is let go of first, so that what comes back later begins at its commit again.
+            self.owned &= owned
+            await self._assign({})
+        starts: dict[tuple[str, int], int | Start] = {}
         for topic, reader in self._readers.items():
-            starts: dict[int, int | Start] = dict.fromkeys(self.owned, Start.BEGINNING)
             for partition in gained:
                 committed = await reader.committed(partition)
-                starts[partition] = committed.offset if committed else Start.BEGINNING
-                self._low_water[topic, partition] = LowWater(committed.offset if committed else 0)
-            await reader.assign(starts)
+                starts[topic, partition] = committed.offset if committed else Start.BEGINNING
+                offset = self._committed[topic, partition] = committed.offset if committed else 0
+                self._low_water[topic, partition] = LowWater(offset)
+        # Owned before it is read: a record of a partition that is not owned is passed over.
         self.owned = owned
+        await self._assign(starts)
         self._log.info("partitions", owned=sorted(owned))
+
+    async def _assign(self, starts: dict[tuple[str, int], int | Start]) -> None:
+        """Read what is owned, new partitions from `starts` on."""
+        for topic, reader in self._readers.items():
+            await reader.assign({p: starts.get((topic, p), Start.BEGINNING) for p in self.owned})
