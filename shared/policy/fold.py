@@ -9,6 +9,7 @@ Each choice of a request begins at epoch 1 without a placement. Then, in log ord
    the gap is filled; frames before any `open` of the epoch are held until one decides;
 4. the first end wins; all after it is void.
 
+The first `open` says how many choices there are; what is about any other is void.
 A cut with an outcome that comes before the request was seen (no `open`, so the number of choices is unknown) ends the
 request as a whole. Whatever turns out void is reported, so that the owner can tell its worker to stop.
 """
@@ -131,6 +132,10 @@ class RequestState:
         """The state of choice `index`, begun at epoch 1 if nothing was known of it."""
         return self.choices.setdefault(index, ChoiceState())
 
+    def wants(self, index: int) -> bool:
+        """Whether the choice was asked for, as far as is known. Another job under the same id may ask for more."""
+        return self.view is None or index < self.view.num_choices
+
     @property
     def stamps(self) -> Stamps:
         """All events, each when the last choice passed it."""
@@ -208,6 +213,9 @@ class PartitionFold:
             yield Voided(entry.placement, worker)
             return
         state = self._state(entry.request_id, offset, timestamp_s)
+        if not state.wants(entry.choice):
+            yield Voided(entry.placement, worker)
+            return
         choice = state.choice(entry.choice)
         if state.finished or choice.end is not None:
             yield Voided(entry.placement, worker)
@@ -232,6 +240,9 @@ def _void_held(choice: ChoiceState) -> Iterator[Change]:
 
 
 def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
+    if not state.wants(message.choice):
+        yield from _void_open(message)
+        return
     choice = state.choice(message.choice)
     if choice.placement is not None and choice.placement.placement == message.placement:
         return
@@ -242,6 +253,8 @@ def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
         state.view = message.view
         if message.view.edge is not None:
             state.attached.add((message.view.edge, ""))
+        for index in [index for index in state.choices if not state.wants(index)]:
+            yield from _void_held(state.choices.pop(index))
     choice.placement = message
     choice.stamps.update(message.stamps)
     mine = choice.held.pop(message.placement, [])
@@ -254,6 +267,8 @@ def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
 
 
 def _apply_cut(state: RequestState, message: Cut) -> Iterator[Change]:
+    if not state.wants(message.choice):
+        return
     choice = state.choice(message.choice)
     if state.finished or choice.end or message.epoch != choice.epoch + 1:
         return

@@ -183,6 +183,15 @@ async def test_a_thousand_random_aborts_leave_every_page_free():
         assert [(worker.num_credits, worker.num_credit_pages) for worker in workers] == [(0, 0)] * 4
 
 
+async def test_a_second_job_under_the_same_id_changes_nothing():
+    async with a_system() as system:
+        job = await system.submit(a_body(num_new=50), request_id="same")
+        await system.submit(a_body(num_new=500, n=2), request_id="same")
+        assert len((await system.result(job)).response["choices"]) == 1
+        assert answer(system.folded(job)) == expected(PROMPT, 50)
+        await system.quiet()
+
+
 async def test_a_bad_job_ends_on_results_and_its_bytes_on_dead_letter():
     async with a_system() as system:
         job = await system.submit(b"{not json", request_id="bad-job")

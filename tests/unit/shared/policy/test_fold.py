@@ -53,6 +53,22 @@ def kinds(changes):
     return [type(change) for change in changes]
 
 
+def test_choices_that_the_request_did_not_ask_for_are_void():
+    """Two jobs under one id, the second with a larger `n`: the request is the one that was opened first."""
+    stray = Frame(DECODE, (FrameEntry(REQUEST, 1, PlacementId("b"), 0, token_ids([5])),))
+    state, changes = fold_all(
+        stray,
+        an_open("a"),
+        an_open("b", choice=1, num_choices=2),
+        stray,
+        a_cut(2, FinishReason.CANCELLED, choice=1),
+        a_frame("a", 0, [7], FinishReason.LENGTH),
+    )
+    assert state.finished
+    assert list(state.choices) == [0]
+    assert [change.placement for change in changes if isinstance(change, Voided)] == ["b"] * 4
+
+
 def test_a_plain_life():
     state, changes = fold_all(an_open("a"), a_frame("a", 0, [7]), a_frame("a", 1, [8, 9], FinishReason.LENGTH))
     assert kinds(changes) == [Opened, Grew, Grew, Ended, Finished]
