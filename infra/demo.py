@@ -47,7 +47,7 @@ TRACE = "loadgen/data/mooncake_conversation_60.jsonl"
 # late. The trace's unit of sharing, 512 tokens, becomes 64: one page, so that what prompts share can be reused.
 REPLAY_ARGUMENTS = (
     *("--trace", TRACE, "--rows", "26:50", "--speed", "0.4", "--jitter-ticks"),
-    *("--length-scale", "0.125", "--max-input", "512", "--max-output", "40"),
+    *("--length-scale", "0.125", "--max-input", "384", "--max-output", "32"),
 )
 
 REPORT_COLUMNS = 110

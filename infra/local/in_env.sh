@@ -23,7 +23,7 @@ lock_hash() { { echo 2; cat "$bootstrap" "$lock"; } | sha256sum | cut -c1-12; }
 # Prints the environment of the hash $1, if a whole one of a fitting version is there.
 whole_environment() {
     local version versions='3.11 3.12'
-    [[ -z "${BATON_PYTHON:-}" ]] || versions="$(version_of "$BATON_PYTHON")"
+    [[ -z "${BATON_PYTHON:-}" ]] || versions="$(version_of "$BATON_PYTHON" 2>/dev/null || true)"
     for version in $versions; do
         if [[ -e "$BATON_CACHE/venv-$version-$1/whole" && -x "$BATON_CACHE/venv-$version-$1/bin/python" ]]; then
             printf '%s\n' "$BATON_CACHE/venv-$version-$1"
