@@ -49,13 +49,13 @@ class Tokeniser:
         """Read `tokenizer.json` and what lies beside it. Raises UnsupportedCheckpoint, naming file and field."""
         tokenizer = _read_tokenizer(folder / "tokenizer.json")
         config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
+        special_tokens = _special_tokens(folder)
         _set_bos_and_eos(tokenizer, config, special_tokens)
         source = read_template_source(folder, config)
         bos = special_tokens.get("bos_token")
         return cls(
             tokenizer,
-            eos_ids=_eos_ids(folder, tokenizer, special_tokens),
+            eos_ids=read_eos_ids(folder),
             bos_id=None if bos is None else tokenizer.token_to_id(bos),
             chat_template=None if source is None else ChatTemplate(source, special_tokens),
         )
@@ -110,6 +110,27 @@ class Tokeniser:
         return b"" if token_id in self._bytes.special else self.token_bytes(token_id)
 
 
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """Tokens that end an answer of the model in `folder`, for its engine as for its texts.
+
+    From `generation_config.json`, else `config.json`, else the tokenizer; empty if none names one. Raises
+    UnsupportedCheckpoint, naming file and field.
+    """
+    for name in ("generation_config.json", "config.json"):
+        match _read_json(folder / name).get("eos_token_id"):
+            case None:
+                continue
+            case int(token_id) if not isinstance(token_id, bool):
+                return (token_id,)
+            case [*ids] if all(type(token_id) is int for token_id in ids):
+                return tuple(ids)
+            case _:
+                raise UnsupportedCheckpoint(f"{name}: eos_token_id", "must be a token id or a list of them")
+    eos = _special_tokens(folder).get("eos_token")
+    token_id = None if eos is None else _read_tokenizer(folder / "tokenizer.json").token_to_id(eos)
+    return () if token_id is None else (token_id,)
+
+
 def _read_tokenizer(file: Path) -> Tokenizer:
     if not file.exists():
         raise UnsupportedCheckpoint("tokenizer.json", f"missing in {file.parent}")
@@ -132,10 +153,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(folder: Path) -> dict[str, str]:
     """`bos_token` and the like, by name; a token is given as text or as an object with `content`."""
     tokens: dict[str, str] = {}
-    for name, value in config.items():
+    stated = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    for name, value in stated.items():
         if not name.endswith("_token"):
             continue
         match value:
@@ -167,20 +189,3 @@ def _added_token(
     if token_id is None:
         raise UnsupportedCheckpoint(f"tokenizer_config.json: {name}", f"{token!r} is not in the vocabulary")
     return [(token, token_id)]
-
-
-def _eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
-    """From `generation_config.json`, else `config.json`, else the tokenizer; empty if none names one."""
-    for name in ("generation_config.json", "config.json"):
-        match _read_json(folder / name).get("eos_token_id"):
-            case None:
-                continue
-            case int(token_id):
-                return (token_id,)
-            case [*ids] if all(isinstance(token_id, int) for token_id in ids):
-                return tuple(ids)
-            case _:
-                raise UnsupportedCheckpoint(f"{name}: eos_token_id", "must be a token id or a list of them")
-    eos = special_tokens.get("eos_token")
-    token_id = None if eos is None else tokenizer.token_to_id(eos)
-    return () if token_id is None else (token_id,)

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
 from shared.errors import StartupError, UnsupportedCheckpoint
+from shared.text.tokeniser import read_eos_ids
 
 Fields = Mapping[str, Any]
 
@@ -178,7 +179,7 @@ def read_config(folder: Path) -> ModelConfig:
         o_bias=has_attention_bias,
         mlp_bias=family is Family.LLAMA and _flag(fields, "mlp_bias", default=False),
         qk_norm=family is Family.QWEN3,
-        eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
+        eos_token_ids=_eos_token_ids(folder, vocab_size),
         dtype=_dtype(fields),
     )
 
@@ -319,36 +320,14 @@ def _original_max_position(fields: Fields, rope: Fields, name: str) -> int:
     return _positive_int(fields, "max_position_embeddings")
 
 
-def _eos_token_ids(folder: Path, fields: Fields, vocab_size: int) -> tuple[int, ...]:
-    """From generation_config.json, else config.json, else the tokenizer."""
-    generation = read_json(folder / "generation_config.json") or {}
-    stated = generation.get("eos_token_id")
-    if stated is None:
-        stated = fields.get("eos_token_id")
-    if stated is None:
-        stated = _tokenizer_eos_id(folder)
-    if stated is None:
+def _eos_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    ids = read_eos_ids(folder)
+    if not ids:
         raise UnsupportedCheckpoint("eos_token_id", "neither generation_config.json nor config.json nor the tokenizer")
-    ids = cast("list[Any]", stated) if isinstance(stated, list) else [stated]
     for eos in ids:
-        if not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < vocab_size:
-            raise UnsupportedCheckpoint("eos_token_id", f"{eos!r} is no id of a vocabulary of {vocab_size}")
-    return tuple(cast("list[int]", ids))
-
-
-def _tokenizer_eos_id(folder: Path) -> int | None:
-    token: Any = (read_json(folder / "tokenizer_config.json") or {}).get("eos_token")
-    if isinstance(token, dict):
-        token = cast("dict[str, Any]", token).get("content")
-    tokenizer = read_json(folder / "tokenizer.json")
-    if token is None or tokenizer is None:
-        return None
-    added = cast("Iterable[dict[str, Any]]", tokenizer.get("added_tokens") or ())
-    for entry in added:
-        if entry.get("content") == token:
-            return cast("int", entry["id"])
-    vocabulary = cast("dict[str, Any]", tokenizer.get("model") or {}).get("vocab")
-    return cast("dict[str, int]", vocabulary).get(token) if isinstance(vocabulary, dict) else None
+        if not 0 <= eos < vocab_size:
+            raise UnsupportedCheckpoint("eos_token_id", f"{eos} is no id of a vocabulary of {vocab_size}")
+    return ids
 
 
 def _positive_int(fields: Fields, name: str, default: int | None = None, *, parent: str = "") -> int:

@@ -12,7 +12,9 @@ from shared.engine.models.config import (
     read_config,
 )
 from shared.errors import StartupError, UnsupportedCheckpoint
+from shared.text.tokeniser import Tokeniser
 from tests.tiny_checkpoints import TinyCheckpoint, edit_json
+from tests.tiny_tokenizers import byte_level
 
 
 def config_folder(tmp_path, tiny_checkpoints, family="llama", **changes):
@@ -135,19 +137,18 @@ def test_eos_comes_from_the_generation_config_first(tmp_path, tiny_checkpoints):
     assert read_config(folder).eos_token_ids == (5,)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("eos", ["</s>", {"content": "</s>"}])
-@pytest.mark.parametrize("place", ["added", "vocab"])
-def test_eos_comes_from_the_tokenizer_last(tmp_path, tiny_checkpoints, eos, place):
+def test_eos_comes_from_the_tokenizer_last(tmp_path, tiny_checkpoints, eos, file):
     folder = config_folder(tmp_path, tiny_checkpoints, eos_token_id=None)
     (folder / "generation_config.json").unlink()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-    added = [{"id": 11, "content": "</s>"}] if place == "added" else []
-    vocab = {"</s>": 11} if place == "vocab" else {}
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": vocab}}))
-    assert read_config(folder).eos_token_ids == (11,)
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / file).write_text(json.dumps({"eos_token": eos}))
+    assert read_config(folder).eos_token_ids == (1,)
+    assert Tokeniser.load(folder).eos_ids == (1,)
 
 
-@pytest.mark.parametrize("eos", [None, 300, -1, True, [2, "x"]])
+@pytest.mark.parametrize("eos", [None, [], 300, -1, True, [2, "x"]])
 def test_eos_must_be_an_id(tmp_path, tiny_checkpoints, eos):
     folder = config_folder(tmp_path, tiny_checkpoints, eos_token_id=eos)
     (folder / "generation_config.json").unlink()
