@@ -46,7 +46,7 @@ class ChatTemplate:
         """The prompt that asks for the next assistant message.
 
         Args:
-            now: what `strftime_now` tells, in the operator's time zone.
+            now: what `strftime_now` tells.
 
         Raises:
             InvalidRequest: the template refuses the messages, fails on them or renders too much.

@@ -37,8 +37,6 @@ class Tokeniser:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
-        self._plain.encode_special_tokens = True
         self._bytes = read_token_bytes(tokenizer)
         self._chat_template = chat_template
         self._added_bos = bos_id if bos_id in tokenizer.encode("").ids else None
@@ -65,19 +63,13 @@ class Tokeniser:
         """One more than the largest token id; the model's own vocabulary may be padded beyond."""
         return len(self._bytes.raw)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> TokenIds:
-        """Ids of `text`.
+    def encode(self, text: str, *, add_special: bool = True) -> TokenIds:
+        """Ids of `text`; the name of a special token in it is that token.
 
         Args:
             add_special: put BOS (and what else the model wants) around it; never a second BOS.
-            parse_special: the name of a special token in `text` is that token; otherwise it is ordinary text.
         """
-        tokenizer = self._tokenizer if parse_special else self._plain
-        ids = tokenizer.encode(text, add_special_tokens=add_special).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         if add_special and self._added_bos is not None and ids[:2] == [self._added_bos] * 2:
             ids = ids[1:]
         return token_ids(ids)

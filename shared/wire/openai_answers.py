@@ -31,7 +31,6 @@ class AnswerHead:
     id: str
     created: int
     model: str
-    system_fingerprint: str | None = None
     null_usage: bool = False
 
 
@@ -256,5 +255,4 @@ def _answer(head: AnswerHead, kind: str, choices: list[Json], usage: Usage) -> J
 
 
 def _begin(head: AnswerHead, kind: str) -> Json:
-    fingerprint = {} if head.system_fingerprint is None else {"system_fingerprint": head.system_fingerprint}
-    return {"id": head.id, "object": kind, "created": head.created, "model": head.model, **fingerprint}
+    return {"id": head.id, "object": kind, "created": head.created, "model": head.model}

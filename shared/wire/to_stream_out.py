@@ -88,7 +88,7 @@ class FrameEntry:
     Attributes:
         index: place in the answer of the first of `ids`.
         finish: the choice ends behind `ids`.
-        stop_reason: the stop string, or the text of the stop token id, that ended it; None for EOS.
+        stop_reason: the stop string or the stop token id that ended it; None for EOS.
         num_cached_tokens: prompt tokens whose KV was found; with the first entry of a prefill.
         stamps: events that this worker passed since its last entry.
     """

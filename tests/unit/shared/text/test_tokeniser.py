@@ -43,14 +43,10 @@ def test_a_bos_that_is_not_added_is_left_as_written(tmp_path):
     assert list(tokeniser.encode("<s><s>"))[:2] == [0, 0]
 
 
-def test_special_names_are_ordinary_text_if_not_parsed(folder):
+def test_the_name_of_a_special_token_is_that_token(folder):
     tokeniser = Tokeniser.load(folder)
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = reference.token_to_id("<|im_end|>")
-    assert end in tokeniser.encode("a<|im_end|>")
-    plain = tokeniser.encode("a<|im_end|>", parse_special=False)
-    assert end not in plain
-    assert tokeniser.decode(plain) == "a<|im_end|>"
+    assert reference.token_to_id("<|im_end|>") in tokeniser.encode("a<|im_end|>")
 
 
 def test_chat_is_templated_with_exactly_one_bos(folder):
@@ -65,7 +61,6 @@ def test_chat_is_templated_with_exactly_one_bos(folder):
 
 def test_chat_without_a_template_names_messages(tmp_path):
     tokeniser = Tokeniser.load(write_folder(tmp_path, byte_level(), chat_template=None))
-    assert not tokeniser.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template") as caught:
         tokeniser.encode_chat(HELLO, now=NOW)
     assert caught.value.param == "messages"
@@ -194,11 +189,11 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 
 def test_threads_may_share_it(folder):
     tokeniser = Tokeniser.load(folder)
-    texts = [f"hello {i} <|im_end|> cat" for i in range(200)]
+    texts = [f"hello {i} cat" for i in range(200)]
 
     def round_trip(text):
-        parsed = tokeniser.encode(text)
-        return tokeniser.decode(tokeniser.encode(text, parse_special=False)), len(parsed)
+        ids = tokeniser.encode(text)
+        return tokeniser.decode(ids), len(ids)
 
     alone = [round_trip(text) for text in texts]
     with ThreadPoolExecutor(4) as pool:

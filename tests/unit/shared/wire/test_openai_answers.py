@@ -10,7 +10,7 @@ from shared.wire import openai_answers as answers
 from shared.wire.openai_answers import AnswerChoice, AnswerHead, Candidate, TokenLine, Usage
 
 HEAD = AnswerHead("request-1", 1_700_000_000, "smol")
-STREAMING = AnswerHead("request-1", 1_700_000_000, "smol", system_fingerprint="fp", null_usage=True)
+STREAMING = AnswerHead("request-1", 1_700_000_000, "smol", null_usage=True)
 USAGE = Usage(prompt_tokens=100, completion_tokens=3, cached_tokens=64)
 TOKENS = (
     TokenLine(
@@ -67,7 +67,6 @@ def test_chat_chunks():
     assert [chunk.choices[0].finish_reason for chunk in parsed] == [None, None, None, "length"]
     assert parsed[1].choices[0].logprobs.content[0].token == "Hé"
     assert all(chunk.choices[0].index == 1 for chunk in parsed)
-    assert all(chunk.system_fingerprint == "fp" for chunk in parsed)
     assert all(chunk["usage"] is None for chunk in chunks)
 
     last = checked(ChatCompletionChunk, answers.chat_usage_chunk(STREAMING, USAGE))
