@@ -46,7 +46,7 @@ def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio
         logger.error("stopped", error=str(error), kind=type(error).__name__)  # noqa: TRY400 - expected: one line is all
         sys.exit(1)
     except BaseExceptionGroup as group:
-        expected, unexpected = group.split(BatonError)
+        expected, unexpected = group.split((BatonError, OSError))
         if expected is None or unexpected is not None:
             raise
         errors = [str(error) for error in _leaves(expected)]
@@ -54,8 +54,8 @@ def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio
         sys.exit(1)
 
 
-def _leaves(group: BaseExceptionGroup[BatonError]) -> list[BatonError]:
-    leaves: list[BatonError] = []
+def _leaves(group: BaseExceptionGroup[BatonError | OSError]) -> list[BatonError | OSError]:
+    leaves: list[BatonError | OSError] = []
     for error in group.exceptions:
         leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
     return leaves
