@@ -10,7 +10,6 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from services.ingest.admission import ModelFacts
 from shared.engine.engine import PagedEngine
@@ -21,6 +20,7 @@ from shared.state.port import Role
 from shared.transfer.staging import Staging
 from shared.transfer.ucx import UcxContext, UcxTransfer
 from tests.flow.system import MODEL, System
+from tests.oracle import Oracle
 from tests.tiny_checkpoints import FAMILIES, VOCAB_SIZE, TinyCheckpoint, write_tiny_checkpoint
 
 CHUNK = 128
@@ -31,26 +31,6 @@ NUM_NEW = 12
 def a_prompt(length, seed=0):
     rng = random.Random(f"{seed} {length}")
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
-
-
-class Oracle:
-    """transformers, one prompt at a time."""
-
-    def __init__(self, folder):
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def answer(self, ids, num_new):
-        with torch.inference_mode():
-            output = self._model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=num_new,
-                min_new_tokens=num_new,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        return output[0, len(ids) :].tolist()
 
 
 @contextlib.asynccontextmanager

@@ -12,6 +12,7 @@ from shared.engine.runner import TorchRunner
 from shared.engine.sampler import NOT_FINITE
 from shared.engine.weights import load_checkpoint
 from shared.request import SamplingParams
+from tests.oracle import Oracle
 from tests.tiny_checkpoints import FAMILIES, ROPES, TinyCheckpoint
 
 BORDER_LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129)
@@ -71,19 +72,6 @@ def prompt(length, seed=0):
     return torch.randint(3, 300, (length,), generator=generator).tolist()
 
 
-def generated(model, ids, num_new=NUM_NEW):
-    tokens = torch.tensor([ids])
-    output = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=num_new,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return output[0, len(ids) :].tolist()
-
-
 def answer_alone(runner, ids, chunk=10**6, sampling=GREEDY, num_new=NUM_NEW, pages=(9, 3, 7, 5)):
     sequence = Sequence(list(ids), pages, sampling)
     while len(sequence.answer) < num_new:
@@ -103,17 +91,16 @@ def runner(tiny_checkpoints):
 @pytest.fixture(scope="module")
 def expected(tiny_checkpoints):
     """Answers of the default tiny model by transformers, by prompt length."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints.get(TinyCheckpoint()), dtype=torch.float32)
-    return {length: generated(model, prompt(length)) for length in BORDER_LENGTHS}
+    oracle = Oracle(tiny_checkpoints.get(TinyCheckpoint()))
+    return {length: oracle.answer(prompt(length), NUM_NEW) for length in BORDER_LENGTHS}
 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_rope_answers_as_transformers(tiny_checkpoints, family, rope):
     tiny = TinyCheckpoint(family, rope)
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints.get(tiny), dtype=torch.float32)
     answer = answer_alone(make_runner(tiny_checkpoints, tiny), prompt(125), chunk=50, num_new=10)
-    assert answer == generated(model, prompt(125), 10)
+    assert answer == Oracle(tiny_checkpoints.get(tiny)).answer(prompt(125), 10)
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 63, 64, 65, 1000])
