@@ -137,6 +137,7 @@ class Worker:
                         tasks.create_task(dues.run())
                         tasks.create_task(self._watch_engine(engine))
                         tasks.create_task(self._beat_for_ever(slot, engine))
+                        tasks.create_task(self._announce_for_ever(engine))
                         tasks.create_task(self._read_for_ever(prefill_reader, TO_PREFILL_DECODER, role))
                         tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
                         tasks.create_task(self._handle_steps(engine, role))
@@ -201,7 +202,6 @@ class Worker:
             else:
                 await self._beat(slot)
             self._publish_metrics(engine.stats)
-            await self._announce_blocks(engine)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     def _step_hangs(self, engine: EngineThread) -> bool:
@@ -217,9 +217,13 @@ class Worker:
         if not holds:
             raise LeaseLost(f"slot {slot} is no longer ours: its lease of {keys.LEASE_MS} ms ran out")
 
+    async def _announce_for_ever(self, engine: EngineThread) -> None:
+        """Apart from the beats: asking the engine waits for the end of its step, and a beat must not."""
+        while True:
+            await self._announce_blocks(engine)
+            await asyncio.sleep(keys.BEAT_INTERVAL_S)
+
     async def _announce_blocks(self, engine: EngineThread) -> None:
-        if engine.step_started_s is not None:
-            return  # a long step would hold up the next beat; the changes keep until then
         changes = await engine.call(lambda owned: owned.take_block_changes())
         if not changes.stored and not changes.evicted:
             return
