@@ -73,15 +73,12 @@ class Offer:
         outcome: set when the offer is settled.
     """
 
-    def __init__(
-        self, *, pages: tuple[int, ...], secret: bytes, puller: Incarnation, deadline_s: float, on_end: OnEnd
-    ) -> None:
+    def __init__(self, *, pages: tuple[int, ...], secret: bytes, puller: Incarnation, deadline_s: float) -> None:
         self.pages = pages
         self.deadline_s = deadline_s
         self.outcome: Outcome | None = None
         self._secret = secret
         self._puller = puller
-        self._on_end = on_end
         self._state = OfferState.OFFERED
         self._cut: Cut | None = None
         self._num_sending = 0
@@ -142,11 +139,13 @@ class Offer:
         assert self._cut is not None
         await self._cut()
 
-    def end(self) -> None:
+    def end(self) -> Outcome:
+        """Nothing is in flight; returns how it ended."""
         assert self._num_sending == 0
         assert self.outcome is not None
         self._move(OfferState.ENDED)
-        self._on_end(self.outcome)
+        self._cut = None  # the offer is remembered, its connection need not be
+        return self.outcome
 
 
 class Offers:
@@ -185,12 +184,10 @@ class Offers:
         if len(pages) != pages_for(num_tokens):
             raise ValueError(f"{num_tokens} tokens fill {pages_for(num_tokens)} pages, not {len(pages)}")
         check_pages(self._cache, pages)
-        offer = Offer(
-            pages=tuple(pages), secret=secret, puller=puller, deadline_s=self._clock() + hold_s, on_end=on_end
-        )
+        offer = Offer(pages=tuple(pages), secret=secret, puller=puller, deadline_s=self._clock() + hold_s)
         self._open[key] = offer
         self._all_ended.clear()
-        self._tasks.create_task(self._live(key, offer), name=f"offer {key}")
+        self._tasks.create_task(self._live(key, offer, on_end), name=f"offer {key}")
         return KvTicket(
             key=key,
             address=address,
@@ -225,7 +222,7 @@ class Offers:
             offer.settle(Outcome.WITHDRAWN)
         await self._all_ended.wait()
 
-    async def _live(self, key: str, offer: Offer) -> None:
+    async def _live(self, key: str, offer: Offer, on_end: OnEnd) -> None:
         await self._wait(offer.settled, offer.deadline_s)
         offer.settle(Outcome.EXPIRED)
         await self._wait(offer.idle, offer.deadline_s)
@@ -238,7 +235,7 @@ class Offers:
             self._ended.popitem(last=False)
         if not self._open:
             self._all_ended.set()
-        offer.end()
+        on_end(offer.end())
 
     async def _wait(self, event: asyncio.Event, deadline_s: float) -> None:
         """Until `event` is set or the deadline has passed."""
