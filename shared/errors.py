@@ -8,6 +8,7 @@ BatonError
 │   ├── ModelNotFound         404
 │   ├── RequestNotFound       404
 │   ├── IdempotencyConflict   409
+│   ├── RequestFailed         500  a defect of ours met it: this request ends, the service goes on
 │   └── Overloaded            503  Retry-After
 ├── KvTransferFailed          the pull did not happen: the puller prefills locally and counts it
 │   └── LayoutMismatch        the peer's pages do not fit ours: no pull from it can ever succeed
@@ -91,6 +92,14 @@ class IdempotencyConflict(RequestError):
 
     http_status = 409
     default_code = "idempotency_conflict"
+
+
+class RequestFailed(RequestError):
+    """The request cannot be served through no fault of its own."""
+
+    http_status = 500
+    type = "server_error"
+    default_code = "internal_error"
 
 
 class Overloaded(RequestError):

@@ -11,6 +11,7 @@ from shared.wire.topics import MAX_DEADLINE_S
 
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+EDGE_PATTERN = REQUEST_ID_PATTERN
 TRACEPARENT_PATTERN = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -50,7 +51,6 @@ def read_job(record: Record, *, default_deadline_s: float) -> Job:
             f"the record's key must be the request id, matching {REQUEST_ID_PATTERN.pattern}", param="key"
         )
     headers = dict(record.headers)
-    edge = _text(headers, HEADER_EDGE)
     traceparent = _text(headers, HEADER_TRACEPARENT)
     return Job(
         request_id=request_id,
@@ -59,7 +59,7 @@ def read_job(record: Record, *, default_deadline_s: float) -> Job:
         tenant=_tenant(headers),
         accepted_s=record.timestamp_s,
         deadline_s=_deadline_s(headers, record.timestamp_s, default_deadline_s),
-        edge=Incarnation(edge) if edge else None,
+        edge=_edge(headers),
         traceparent=traceparent if traceparent and TRACEPARENT_PATTERN.fullmatch(traceparent) else None,
     )
 
@@ -90,6 +90,15 @@ def _tenant(headers: dict[str, bytes]) -> str:
     if not TENANT_PATTERN.fullmatch(tenant):
         raise InvalidRequest(f"header {HEADER_TENANT} must match {TENANT_PATTERN.pattern}", param=HEADER_TENANT)
     return tenant
+
+
+def _edge(headers: dict[str, bytes]) -> Incarnation | None:
+    edge = _text(headers, HEADER_EDGE)
+    if edge is None:
+        return None
+    if not EDGE_PATTERN.fullmatch(edge):
+        raise InvalidRequest(f"header {HEADER_EDGE} must match {EDGE_PATTERN.pattern}", param=HEADER_EDGE)
+    return Incarnation(edge)
 
 
 def _deadline_s(headers: dict[str, bytes], accepted_s: float, default_deadline_s: float) -> float:

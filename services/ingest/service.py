@@ -11,6 +11,7 @@ for the same placement. Each partition is leased; two ingests on one partition a
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from services.ingest.admission import Admission, Admitted
 from services.ingest.backlog import Backlog, Expired, Settled
@@ -19,8 +20,8 @@ from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.work import InHand, Waiting
-from shared.bus.port import Bus, Reader, Record
-from shared.errors import ContextTooLong, RequestError
+from shared.bus.port import Bus, BusUnavailable, Reader, Record
+from shared.errors import ContextTooLong, RequestError, RequestFailed
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import NeverFits, capacity_tokens
@@ -28,12 +29,15 @@ from shared.request import FinishReason, Incarnation, PlacementId
 from shared.state import keys
 from shared.state.port import Placement, State, StateUnavailable
 from shared.wire.codec import UndecodableMessage
-from shared.wire.to_ingest import RESUME_DECODER, Resume
+from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume
 from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
 COMMIT_INTERVAL_S = 1.0
 FEED_INTERVAL_S = 0.5
+
+LEAVE_TIMEOUT_S = 5.0
+"""Records and placements begun before the end get this long."""
 
 MAX_JOBS_IN_HAND = 1024
 """Jobs read and not dealt with; beyond it the log is the buffer."""
@@ -73,8 +77,8 @@ class IngestService:
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
         self._room = asyncio.Semaphore(MAX_JOBS_IN_HAND)
-        self._lookup_lock = asyncio.Lock()
         self._partitions: Partitions | None = None
+        self._hands: set[asyncio.Task[None]] = set()
 
     async def ready(self) -> dict[str, bool]:
         """What ingest needs, and whether it is there."""
@@ -90,7 +94,6 @@ class IngestService:
             producer = await stack.enter_async_context(self._bus.producer())
             jobs = await stack.enter_async_context(self._bus.reader(INGEST.name, group=GROUP))
             resumes = await stack.enter_async_context(self._bus.reader(INGEST_RESUME.name, group=GROUP))
-            self._lookups = await stack.enter_async_context(self._bus.reader(INGEST.name, group=GROUP))
             self._story = StoryWriter(producer, self._state, self._clock_s, self._log)
             readers = {INGEST.name: jobs, INGEST_RESUME.name: resumes}
             partitions = self._partitions = Partitions(self._state, self._incarnation, readers, self._log)
@@ -107,7 +110,21 @@ class IngestService:
             await stop.wait()
             for task in running:
                 task.cancel()
+            await self._end_hands()
             await partitions.leave()
+
+    def _take_in_hand(self, work: Coroutine[None, None, None]) -> None:
+        """Deal with something beside the loops."""
+        task = self._tasks.create_task(work)
+        self._hands.add(task)
+        task.add_done_callback(self._hands.discard)
+
+    async def _end_hands(self) -> None:
+        """Let what is under way come to its end, in bounds: the log may be away."""
+        if self._hands:
+            await asyncio.wait(self._hands, timeout=LEAVE_TIMEOUT_S)
+        for task in self._hands:
+            task.cancel()
 
     async def _read_for_ever(
         self, reader: Reader, partitions: Partitions, take: Callable[[Record, InHand], Coroutine[None, None, None]]
@@ -119,7 +136,7 @@ class IngestService:
                 if in_hand is None:
                     self._room.release()
                 else:
-                    self._tasks.create_task(take(record, in_hand))
+                    self._take_in_hand(take(record, in_hand))
 
     async def _look_at_workers(self) -> None:
         try:
@@ -137,8 +154,10 @@ class IngestService:
         except RequestError as error:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
             return
-        admitted = await self._admit(job, in_hand)
-        if admitted is None:
+        try:
+            admitted = await self._admit(job, capacity_tokens(self._admission.model_name, self._cluster.view))
+        except RequestError as error:
+            await self._refuse(job, in_hand, error)
             return
         self._metrics.unknown_fields.inc(len(admitted.unknown_fields))
         in_hand.num_open_choices = admitted.spec.n
@@ -153,30 +172,47 @@ class IngestService:
             self._log.error("resume record ignored", error=str(error), offset=record.offset)
             self._done(in_hand)
             return
-        job = read_job(await self._look_up(resume), default_deadline_s=self._default_deadline_s)
-        admitted = await self._admit(job, in_hand)
-        if admitted is not None:
-            self._backlog.add(
-                Waiting(in_hand, admitted, resume.choice, resume.epoch, resume.accepted_ids, self._clock_s())
-            )
+        try:
+            job = read_job(await self._look_up(resume), default_deadline_s=self._default_deadline_s)
+            admitted = await self._admit(job, None)
+        except RequestError as error:
+            self._log.error("not placed again", request_id=resume.request_id, epoch=resume.epoch, error=error.message)
+            await self._story.give_up(resume, error)
+            self._done(in_hand)
+            return
+        # What it was admitted with: the workers that are there now may hold more or less.
+        admitted = replace(admitted, sampling=replace(admitted.sampling, max_tokens=resume.max_tokens))
+        self._backlog.add(Waiting(in_hand, admitted, resume.choice, resume.epoch, resume.accepted_ids, self._clock_s()))
 
     async def _look_up(self, resume: Resume) -> Record:
-        """The record of the job, from its place in the log."""
-        async with self._lookup_lock:
-            await self._lookups.assign({})
-            await self._lookups.assign({resume.job.partition: resume.job.offset})
-            while True:
-                for record in await self._lookups.read(READ_TIMEOUT_S):
-                    if request_id_of(record) == resume.request_id:
-                        return record
+        """The record of the job, from its place in the log. Raises RequestFailed if it is not there."""
+        wanted = resume.job
+        async with self._bus.reader(INGEST.name, group=GROUP) as reader:
+            if await self._is_kept(reader, wanted):
+                await reader.assign({wanted.partition: wanted.offset})
+                while not (records := await reader.read(READ_TIMEOUT_S)):
+                    continue
+                if records[0].offset == wanted.offset and request_id_of(records[0]) == resume.request_id:
+                    return records[0]
+        raise RequestFailed(f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}")
 
-    async def _admit(self, job: Job, in_hand: InHand) -> Admitted | None:
-        capacity = capacity_tokens(self._admission.model_name, self._cluster.view)
+    async def _is_kept(self, reader: Reader, wanted: LogPosition) -> bool:
+        while True:
+            try:
+                first = await reader.beginning_offset(wanted.partition)
+                return first <= wanted.offset < await reader.end_offset(wanted.partition)
+            except BusUnavailable as error:
+                self._log.warning("looking up a job waits for the log", error=str(error))
+
+    async def _admit(self, job: Job, capacity: int | None) -> Admitted:
+        """Raises RequestError, for a defect of ours too: it ends one job, or the service would fail on it for ever."""
         try:
             return await asyncio.to_thread(self._admission.admit, job, capacity)
-        except RequestError as error:
-            await self._refuse(job, in_hand, error)
-            return None
+        except RequestError:
+            raise
+        except Exception as error:
+            self._log.exception("admission failed", request_id=job.request_id)
+            raise RequestFailed("the request failed here; nothing was wrong with it") from error
 
     async def _refuse(self, job: Job, in_hand: InHand, error: RequestError) -> None:
         self._metrics.rejected.labels(error.code or error.type).inc()
@@ -189,7 +225,7 @@ class IngestService:
     async def _place_for_ever(self) -> None:
         while True:
             waiting, settled = await self._backlog.next()
-            self._tasks.create_task(self._tell(waiting, settled))
+            self._take_in_hand(self._tell(waiting, settled))
 
     async def _tell(self, waiting: Waiting, settled: Settled) -> None:
         match settled:

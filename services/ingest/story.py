@@ -4,17 +4,23 @@ from collections.abc import Callable
 
 from services.ingest.jobs import Job
 from services.ingest.work import InHand, Waiting
-from shared.bus.port import Producer
+from shared.bus.port import Producer, record_bytes
 from shared.errors import RequestError
 from shared.observe.log import Logger
 from shared.request import Event, FinishReason, partition_of
 from shared.state.port import Placement, RequestHint, State, StateUnavailable
 from shared.wire.codec import encode
-from shared.wire.results import HEADER_ERROR, HEADER_SOURCE_OFFSET, HEADER_SOURCE_PARTITION, HEADER_SOURCE_TOPIC
-from shared.wire.to_ingest import body_hash
+from shared.wire.results import (
+    HEADER_ERROR,
+    HEADER_SOURCE_BYTES,
+    HEADER_SOURCE_OFFSET,
+    HEADER_SOURCE_PARTITION,
+    HEADER_SOURCE_TOPIC,
+)
+from shared.wire.to_ingest import Resume, body_hash
 from shared.wire.to_stream_out import Cut, ErrorBody, Open, View
 from shared.wire.to_worker import Assignment, PrefillWork
-from shared.wire.topics import DEAD_LETTER, PREFILL, STREAM_OUT
+from shared.wire.topics import DEAD_LETTER, MAX_RECORD_BYTES, PREFILL, STREAM_OUT
 
 HINT_KEEP_S = 3600
 """A request can be found by its id for this long after its deadline."""
@@ -62,6 +68,18 @@ class StoryWriter:
         view = view_of(waiting) if waiting.epoch == 1 else None
         await self._tell(job, Cut(job.request_id, waiting.choice, waiting.epoch + 1, reason, outcome, error, view))
 
+    async def give_up(self, resume: Resume, error: RequestError) -> None:
+        """End a choice that cannot be placed again."""
+        cut = Cut(
+            resume.request_id,
+            resume.choice,
+            resume.epoch + 1,
+            "not placed again",
+            FinishReason.FAILED,
+            error_body(error),
+        )
+        await self._producer.send(STREAM_OUT.name, partition_of(cut.request_id), encode(cut))
+
     async def _tell(self, job: Job, message: Open | Cut) -> None:
         """Write to the request's partition; where a story begins is noted for edges that do not read it."""
         partition = partition_of(message.request_id)
@@ -77,16 +95,17 @@ class StoryWriter:
             self._log.warning("request not noted; other edges search the log for it", error=str(error))
 
     async def _bury(self, job: Job, in_hand: InHand, error: RequestError) -> None:
-        """Keep the original bytes where an operator finds them."""
+        """Keep the original bytes where an operator finds them, as far as they fit beside the headers."""
+        key = job.request_id.encode()
         headers = (
             (HEADER_ERROR, error.message.encode()),
             (HEADER_SOURCE_TOPIC, in_hand.topic.encode()),
             (HEADER_SOURCE_PARTITION, str(in_hand.position.partition).encode()),
             (HEADER_SOURCE_OFFSET, str(in_hand.position.offset).encode()),
+            (HEADER_SOURCE_BYTES, str(len(job.body)).encode()),
         )
-        await self._producer.send(
-            DEAD_LETTER.name, in_hand.position.partition, job.body, key=job.request_id.encode(), headers=headers
-        )
+        letter = job.body[: MAX_RECORD_BYTES - record_bytes(b"", key, headers)]
+        await self._producer.send(DEAD_LETTER.name, in_hand.position.partition, letter, key=key, headers=headers)
 
 
 def assignment(waiting: Waiting, placement: Placement) -> Assignment:

@@ -187,8 +187,10 @@ class PartitionOwner:
 
     def _resume(self, state: RequestState, index: int) -> Iterator[Duty]:
         choice = state.choice(index)
-        if state.view is not None and choice.end is None and choice.placement is None:
-            yield Resume(state.request_id, index, choice.epoch, state.view.job, choice.ids[:])
+        view = state.view
+        if view is not None and choice.end is None and choice.placement is None:
+            max_tokens = view.sampling.max_tokens
+            yield Resume(state.request_id, index, choice.epoch, view.job, max_tokens, choice.ids[:])
 
     def _judge(self, state: RequestState, now_s: float, edges: frozenset[Incarnation]) -> Iterator[Cut]:
         assert state.view is not None

@@ -11,6 +11,8 @@ HEADER_ERROR = "error"
 HEADER_SOURCE_TOPIC = "source-topic"
 HEADER_SOURCE_PARTITION = "source-partition"
 HEADER_SOURCE_OFFSET = "source-offset"
+HEADER_SOURCE_BYTES = "source-bytes"
+"""Size of the original: more than the letter's, if it did not fit beside the headers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Resume:
     Attributes:
         job: where the job stands on `ingest`.
         epoch: the epoch to open.
+        max_tokens: as it was admitted with.
         accepted_ids: the answer so far.
     """
 
@@ -44,6 +45,7 @@ class Resume:
     choice: int
     epoch: int
     job: LogPosition
+    max_tokens: int
     accepted_ids: WireIds
 
 

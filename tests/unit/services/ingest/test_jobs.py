@@ -43,6 +43,7 @@ def test_a_bad_key_is_refused_and_the_job_named_by_its_place(key):
     [
         ("tenant", b"a b"),
         ("tenant", b""),
+        ("edge-incarnation", b"e" * 129),
         ("deadline-unix-ms", b"soon"),
         ("deadline-unix-ms", b"-5"),
         ("deadline-unix-ms", str(int((1000 + MAX_DEADLINE_S + 1) * 1000)).encode()),

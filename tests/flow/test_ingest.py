@@ -1,0 +1,95 @@
+"""Ingest among the other services: what it must survive, and what it must not lose."""
+
+import asyncio
+
+from shared.bus.memory import MemoryBus
+from shared.engine.fake import fake_engine
+from shared.request import FinishReason, RequestId, partition_of
+from shared.state.port import Role
+from shared.wire.codec import encode
+from shared.wire.to_ingest import LogPosition
+from shared.wire.to_stream_out import Cut, Open, View
+from shared.wire.topics import MAX_RECORD_BYTES, STREAM_OUT
+from tests.flow.test_whole import PROMPT, a_body, a_system, answer, expected
+
+
+async def append(system, topic, request_id, message):
+    async with MemoryBus(system.log, client_id="test").producer() as producer:
+        await producer.send(topic, partition_of(request_id), encode(message))
+
+
+async def test_jobs_that_wait_for_an_ingest_are_served_when_it_comes():
+    async with a_system(ingests=0) as system:
+        jobs = [await system.submit(a_body(PROMPT[:n], 8)) for n in range(70, 90)]
+        await system.start_ingest()
+        for job in jobs:
+            assert (await system.result(job)).status == "completed"
+
+
+async def test_a_job_as_large_as_a_record_ends_and_its_beginning_is_kept():
+    async with a_system() as system:
+        body = b"x" * (MAX_RECORD_BYTES - 200)
+        job = await system.submit(body, request_id="large")
+        assert (await system.result(job)).error.code == "request_too_large"
+        (letter,) = [r for p in range(16) for r in system.log.records("dead-letter", p)]
+        assert body.startswith(letter.value)
+        assert dict(letter.headers)["source-bytes"] == str(len(body)).encode()
+        assert answer(await system.ended(await system.submit(a_body()))) == expected(PROMPT, 20)
+
+
+async def test_a_job_that_meets_a_defect_ends_and_the_next_is_served():
+    async with a_system() as system:
+        admission = system.ingests[0].service._admission
+        admit = admission.admit
+
+        def fail_once(job, capacity):
+            admission.admit = admit
+            raise ZeroDivisionError
+
+        admission.admit = fail_once
+        unlucky = await system.submit(a_body())
+        assert (await system.result(unlucky)).error.http_status == 500
+        assert answer(await system.ended(await system.submit(a_body()))) == expected(PROMPT, 20)
+
+
+async def test_a_choice_whose_job_is_gone_ends_and_holds_up_no_other():
+    async with a_system() as system:
+        gone = RequestId("gone")
+        view = View("t", "fake", "h", False, 1, 3, system.clock_s() + 60, LogPosition(partition_of(gone), 77))
+        worker = (await system.workers[0].service._parts.state.workers(num_slots=1))[0].ref
+        await append(system, STREAM_OUT.name, gone, Open(gone, 0, 1, "p", worker, worker, view))
+        await append(system, STREAM_OUT.name, gone, Cut(gone, 0, 2, "drain"))
+        assert (await system.result(gone)).status == "failed"
+
+
+async def test_a_choice_that_is_placed_again_keeps_its_max_tokens():
+    """Nobody named them: they were what the workers that are there at first could hold."""
+    async with a_system(drain_s=0.0, decodes=1, make_engine=lambda: fake_engine(num_pages=32)) as system:
+        body = {**a_body(), "messages": [{"role": "user", "content": "hello"}]}
+        del body["prompt"], body["max_tokens"]
+        job = await system.submit(body)
+        while (state := system.folded(job)) is None or len(state.choice(0).ids) < 5:
+            await asyncio.sleep(0.001)
+        max_tokens = state.view.sampling.max_tokens
+        leaving = system.workers[1]
+        system.make_engine = lambda: fake_engine(num_pages=64)
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        await leaving.leave()
+        await system.workers[0].leave()
+        state = await system.ended(job)
+        assert (state.choice(0).epoch, state.choice(0).end.finish) == (2, FinishReason.LENGTH)
+        assert len(state.choice(0).ids) == max_tokens
+
+
+async def test_ingest_leaves_in_bounds_while_the_log_is_away(monkeypatch):
+    monkeypatch.setattr("services.ingest.service.LEAVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("shared.bus.memory.FLUSH_TIMEOUT_S", 0.1)
+    async with a_system() as system:
+        ingest = system.ingests[0]
+        ingest.bus.can_send = False
+        await system.submit(a_body())
+        while not ingest.service._metrics.placed._value.get():
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            await ingest.leave()
