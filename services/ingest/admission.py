@@ -84,7 +84,7 @@ class Admission:
         self._check_ids(spec.stop_token_ids, "stop_token_ids")
         limit = min(self._facts.max_context, capacity_tokens or self._facts.max_context)
         room = self._room_for_answer(spec, len(prompt_ids), limit)
-        sampling = spec.sampling(default_max_tokens=room, default_seed=default_seed(job.request_id))
+        sampling = spec.sampling(room=room, default_seed=default_seed(job.request_id))
         _refuse_too_large_records(spec, len(prompt_ids), sampling)
         return Admitted(job, spec, prompt_ids, sampling, parsed.unknown_fields)
 

@@ -34,7 +34,8 @@ MIN_REPETITION_PENALTY = 0.01
 """Logits are divided by it: a far smaller one would take them beyond float32."""
 
 COMPLETION_MAX_TOKENS = 16
-"""What `/v1/completions` takes for a missing `max_tokens`, as OpenAI does; a chat may fill the context."""
+"""What `/v1/completions` takes for a missing `max_tokens`, as OpenAI does, or what is left of the context if that is
+less; a chat may fill the context."""
 
 MAX_UNKNOWN_FIELDS = 32
 """Unknown fields listed of one body."""
@@ -61,7 +62,7 @@ class GenerationSpec:
 
     Attributes:
         chat: whether the answer has the chat shape.
-        max_tokens: None: as many as the context holds.
+        max_tokens: None: COMPLETION_MAX_TOKENS, in a chat as many as the context holds.
         top_k: 0 keeps all tokens.
         stop: stop strings; the answer ends before the first.
         n: choices wanted.
@@ -90,8 +91,13 @@ class GenerationSpec:
     include_usage: bool = False
     logprobs: int | None = None
 
-    def sampling(self, *, default_max_tokens: int, default_seed: int) -> SamplingParams:
-        """Complete parameters for the engine; a seed becomes one of [0, 2**63), negative ones modulo 2**63."""
+    def sampling(self, *, room: int, default_seed: int) -> SamplingParams:
+        """Complete parameters for the engine; a seed becomes one of [0, 2**63), negative ones modulo 2**63.
+
+        Args:
+            room: tokens that the context leaves for the answer.
+        """
+        default_max_tokens = room if self.chat else min(room, COMPLETION_MAX_TOKENS)
         return SamplingParams(
             max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
             seed=(default_seed if self.seed is None else self.seed) % 2**63,
@@ -188,13 +194,12 @@ class _Body(_Part):
         """Raises InvalidRequest where fields do not go together."""
         raise NotImplementedError
 
-    def _spec(
-        self, *, chat: bool, prompt: Prompt, default_max_tokens: int | None, logprobs: int | None
-    ) -> GenerationSpec:
-        max_tokens = self._max_tokens(default_max_tokens)
+    def _spec(self, *, chat: bool, prompt: Prompt, logprobs: int | None) -> GenerationSpec:
+        max_tokens = self._max_tokens()
         min_tokens = self.min_tokens or 0
-        if max_tokens is not None and min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens must be at most max_tokens, {max_tokens}", param="min_tokens")
+        most = COMPLETION_MAX_TOKENS if max_tokens is None and not chat else max_tokens
+        if most is not None and min_tokens > most:
+            raise InvalidRequest(f"min_tokens must be at most max_tokens, {most}", param="min_tokens")
         n = 1 if self.n is None else self.n
         if self.best_of is not None and self.best_of != n:
             raise InvalidRequest(f"best_of is not supported: leave it out or set it to n, {n}", param="best_of")
@@ -223,9 +228,9 @@ class _Body(_Part):
             logprobs=logprobs,
         )
 
-    def _max_tokens(self, default: int | None) -> int | None:
+    def _max_tokens(self) -> int | None:
         if self.max_completion_tokens is None:
-            return default if self.max_tokens is None else self.max_tokens
+            return self.max_tokens
         if self.max_tokens not in {None, self.max_completion_tokens}:
             raise InvalidRequest(
                 f"max_tokens and max_completion_tokens differ: {self.max_tokens} and {self.max_completion_tokens}",
@@ -245,7 +250,6 @@ class _ChatBody(_Body):
         return self._spec(
             chat=True,
             prompt=tuple(_message(message, index) for index, message in enumerate(self.messages)),
-            default_max_tokens=None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
@@ -258,7 +262,6 @@ class _CompletionBody(_Body):
         return self._spec(
             chat=False,
             prompt=_prompt(self.prompt),
-            default_max_tokens=COMPLETION_MAX_TOKENS,
             logprobs=self.logprobs,
         )
 

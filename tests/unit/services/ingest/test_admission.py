@@ -29,6 +29,11 @@ def test_text_chat_and_ids():
     assert chat.sampling.max_tokens == 256 - len(chat.prompt_ids)
 
 
+@pytest.mark.parametrize(("prompt_len", "max_tokens"), [(5, 16), (240, 16), (250, 6)])
+def test_a_completion_that_names_no_length_takes_what_the_context_leaves(prompt_len, max_tokens):
+    assert admit(prompt=[5] * prompt_len).sampling.max_tokens == max_tokens
+
+
 def test_the_seed_is_that_of_the_request_unless_given():
     assert admit(prompt="a").sampling.seed == default_seed(RequestId("r"))
     assert admit(prompt="a", seed=7).sampling.seed == 7

@@ -31,7 +31,10 @@ def test_a_bare_chat():
 
 
 def test_a_bare_completion_makes_sixteen_tokens():
-    assert parse(COMPLETION).spec == GenerationSpec(chat=False, model="m", prompt="Hi", max_tokens=16)
+    spec = parse(COMPLETION).spec
+    assert spec == GenerationSpec(chat=False, model="m", prompt="Hi", max_tokens=None)
+    assert spec.sampling(room=17, default_seed=0).max_tokens == 16
+    assert spec.sampling(room=15, default_seed=0).max_tokens == 15
 
 
 def test_everything_that_can_be_wished():
@@ -79,7 +82,7 @@ def test_everything_that_can_be_wished():
         include_usage=True,
         logprobs=4,
     )
-    assert spec.sampling(default_max_tokens=99, default_seed=98) == SamplingParams(
+    assert spec.sampling(room=99, default_seed=98) == SamplingParams(
         max_tokens=5,
         seed=2**63 - 1,
         min_tokens=2,
@@ -98,7 +101,7 @@ def test_everything_that_can_be_wished():
 
 
 def test_defaults_of_sampling_come_from_the_caller():
-    sampling = parse(CHAT).spec.sampling(default_max_tokens=100, default_seed=7)
+    sampling = parse(CHAT).spec.sampling(room=100, default_seed=7)
     assert sampling == SamplingParams(max_tokens=100, seed=7)
 
 
@@ -112,7 +115,7 @@ def test_null_is_the_default_everywhere():
 
 def test_falsy_values_are_not_taken_for_missing():
     assert parse(CHAT | {"temperature": 0.0}).spec.temperature == 0
-    assert parse(CHAT | {"seed": 0}).spec.sampling(default_max_tokens=1, default_seed=7).seed == 0
+    assert parse(CHAT | {"seed": 0}).spec.sampling(room=1, default_seed=7).seed == 0
     assert parse(CHAT | {"top_k": -1}).spec.top_k == 0
     assert parse(CHAT | {"stop": []}).spec.stop == ()
     assert parse(CHAT | {"logprobs": True}).spec.logprobs == 0
