@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.blocks import TokenIds
-from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
 
@@ -55,9 +54,6 @@ class Runner(Protocol):
 
     @property
     def cache(self) -> PagedCache: ...
-
-    @property
-    def layout(self) -> KvLayout: ...
 
     def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
         """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted.

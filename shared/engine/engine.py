@@ -24,7 +24,7 @@ class PagedEngine:
     """`shared.engine.port.Engine` over any runner."""
 
     def __init__(self, runner: Runner, model: EngineModel, limits: EngineLimits) -> None:
-        if runner.layout != model.layout:
+        if runner.cache.layout != model.layout:
             raise ValueError("the runner's KV layout is not the model's")
         if runner.cache.num_pages != limits.num_pages:
             raise ValueError(f"num_pages is {limits.num_pages}, the runner's cache has {runner.cache.num_pages}")

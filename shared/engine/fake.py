@@ -108,10 +108,6 @@ class FakeRunner:
     def cache(self) -> PagedCache:
         return self._cache
 
-    @property
-    def layout(self) -> KvLayout:
-        return self._model.layout
-
     def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
         _refuse_shared_writes(rows)
         for row in rows:

@@ -14,7 +14,6 @@ from shared.engine.attention.sdpa import PagedSdpa, Run
 from shared.engine.batch import BatchRow, Sampled
 from shared.engine.sampler import Sampler
 from shared.engine.weights import Checkpoint
-from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
 
 
@@ -30,10 +29,6 @@ class TorchRunner:
     @property
     def cache(self) -> PagedCache:
         return self._cache
-
-    @property
-    def layout(self) -> KvLayout:
-        return self._cache.layout
 
     @torch.inference_mode()
     def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
