@@ -81,13 +81,18 @@ class Source:
         self._tasks = tasks
         self._peer_timeout_s = peer_timeout_s
         self._links: set[Link] = set()
+        self._closed = False
 
     async def close(self) -> None:
-        """Cut every connection."""
+        """Cut every connection; serve no more."""
+        self._closed = True
         await asyncio.gather(*(link.cut() for link in tuple(self._links)))
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a new connection."""
+        if self._closed:
+            writer.transport.abort()
+            return
         link = Link(reader, writer)
         self._links.add(link)
         self._tasks.create_task(self._serve(link))
