@@ -82,7 +82,7 @@ class EventMaker:
                 if rest:
                     yield self._delta_chunk(state, choice, rest, None)
                 finish_chunk = chat_finish_chunk if _is_chat(state) else completion_finish_chunk
-                yield finish_chunk(head_of(state), choice, end.finish)
+                yield finish_chunk(head_of(state), choice, end.finish, end.stop_reason)
             case Finished(state):
                 yield from _last(state)
             case _:

@@ -4,6 +4,7 @@ Nothing here knows which edge asks or when, so two owners write the same result 
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shared.blocks import TokenIds
@@ -12,6 +13,7 @@ from shared.policy.fold import ChoiceState, RequestState
 from shared.request import Event, FinishReason, TokenLogprob
 from shared.text.stream import TextStream
 from shared.text.tokeniser import Tokeniser
+from shared.wire.codec import encode
 from shared.wire.openai_answers import (
     ENDS_AS_ERROR,
     AnswerChoice,
@@ -24,6 +26,7 @@ from shared.wire.openai_answers import (
 )
 from shared.wire.results import Result
 from shared.wire.to_stream_out import ErrorBody, View
+from shared.wire.topics import MAX_RECORD_BYTES
 
 COMPLETED = "completed"
 CANCELLED_HTTP_STATUS = 499
@@ -39,6 +42,13 @@ def cancelled_error(reason: str) -> ErrorBody:
 
 EXPIRED_ERROR = ErrorBody(
     "the request's deadline passed before its answer was complete", "timeout_error", 504, code="deadline_exceeded"
+)
+
+MAX_RESULT_BYTES = MAX_RECORD_BYTES - 1024
+"""Admission bounds results by an estimate; a larger one could never be written, and its request would never end."""
+
+RESULT_TOO_LARGE = ErrorBody(
+    f"the answer has more than {MAX_RESULT_BYTES} bytes, the largest record of `results`", "server_error", 500
 )
 
 _DEFAULT_ERRORS = {
@@ -132,7 +142,7 @@ def answer_of(state: RequestState, tokeniser: Tokeniser) -> dict[str, Any]:
 def result_of(state: RequestState, tokeniser: Tokeniser) -> Result:
     """The request's one record on `results`."""
     error = error_of(state)
-    return Result(
+    result = Result(
         request_id=state.request_id,
         status=status_of(state),
         tenant=state.view.tenant if state.view else "",
@@ -141,6 +151,9 @@ def result_of(state: RequestState, tokeniser: Tokeniser) -> Result:
         error=error,
         timings=timings_of(state),
     )
+    if len(encode(result)) > MAX_RESULT_BYTES:
+        return replace(result, status=FinishReason.FAILED, response=None, error=RESULT_TOO_LARGE)
+    return result
 
 
 def _answer_choice(index: int, choice: ChoiceState, view: View, tokeniser: Tokeniser) -> AnswerChoice:
@@ -149,7 +162,7 @@ def _answer_choice(index: int, choice: ChoiceState, view: View, tokeniser: Token
     text = stream.push(choice.ids).text + stream.finish()
     with_logprobs = view.sampling.logprobs is not None
     tokens = token_lines(tokeniser, choice.ids, choice.logprobs) if with_logprobs else None
-    return AnswerChoice(index, text, choice.end.finish, tokens)
+    return AnswerChoice(index, text, choice.end.finish, tokens, choice.end.stop_reason)
 
 
 def _by_index(state: RequestState) -> Iterable[tuple[int, ChoiceState]]:

@@ -64,12 +64,14 @@ class AnswerChoice:
     Attributes:
         finish: STOP or LENGTH.
         tokens: with logprobs; None where the client asked for none.
+        stop_reason: the stop string or the id in `stop_token_ids` that ended it; no OpenAI field, but widely read.
     """
 
     index: int
     text: str
     finish: FinishReason
     tokens: Sequence[TokenLine] | None = None
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def chat_completion(head: AnswerHead, choices: Sequence[AnswerChoice], usage: Us
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
                 "logprobs": None if choice.tokens is None else chat_logprobs(choice.tokens),
-                "finish_reason": FINISH_REASONS[choice.finish],
+                **_finish(choice.finish, choice.stop_reason),
             }
             for choice in choices
         ],
@@ -138,9 +140,9 @@ def chat_delta_chunk(head: AnswerHead, index: int, text: str, tokens: Sequence[T
     return _chat_chunk(head, index, {"content": text}, tokens=tokens)
 
 
-def chat_finish_chunk(head: AnswerHead, index: int, finish: FinishReason) -> Json:
+def chat_finish_chunk(head: AnswerHead, index: int, finish: FinishReason, stop_reason: str | int | None = None) -> Json:
     """The last chunk of a choice."""
-    return _chat_chunk(head, index, {}, finish=finish)
+    return _chat_chunk(head, index, {}, finish=_finish(finish, stop_reason))
 
 
 def chat_usage_chunk(head: AnswerHead, usage: Usage) -> Json:
@@ -158,7 +160,7 @@ def completion(head: AnswerHead, choices: Sequence[AnswerChoice], usage: Usage) 
                 choice.index,
                 choice.text,
                 None if choice.tokens is None else completion_logprobs(choice.tokens),
-                FINISH_REASONS[choice.finish],
+                _finish(choice.finish, choice.stop_reason),
             )
             for choice in choices
         ],
@@ -175,12 +177,14 @@ def completion_delta_chunk(
         text_offset: characters begun by the choice's earlier tokens (`num_chars`), for the logprobs.
     """
     logprobs = None if tokens is None else completion_logprobs(tokens, text_offset=text_offset)
-    return _chunk(head, "text_completion", _completion_choice(index, text, logprobs, None))
+    return _chunk(head, "text_completion", _completion_choice(index, text, logprobs, _UNFINISHED))
 
 
-def completion_finish_chunk(head: AnswerHead, index: int, finish: FinishReason) -> Json:
+def completion_finish_chunk(
+    head: AnswerHead, index: int, finish: FinishReason, stop_reason: str | int | None = None
+) -> Json:
     """The last chunk of a choice."""
-    return _chunk(head, "text_completion", _completion_choice(index, "", None, FINISH_REASONS[finish]))
+    return _chunk(head, "text_completion", _completion_choice(index, "", None, _finish(finish, stop_reason)))
 
 
 def completion_usage_chunk(head: AnswerHead, usage: Usage) -> Json:
@@ -224,8 +228,15 @@ def _finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-def _completion_choice(index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+_UNFINISHED: Json = {"finish_reason": None}
+
+
+def _finish(finish: FinishReason, stop_reason: str | int | None) -> Json:
+    return {"finish_reason": FINISH_REASONS[finish], "stop_reason": stop_reason}
+
+
+def _completion_choice(index: int, text: str, logprobs: Json | None, finish: Json) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, **finish}
 
 
 def _chat_chunk(
@@ -234,13 +245,13 @@ def _chat_chunk(
     delta: Json,
     *,
     tokens: Sequence[TokenLine] | None = None,
-    finish: FinishReason | None = None,
+    finish: Json = _UNFINISHED,
 ) -> Json:
     choice = {
         "index": index,
         "delta": delta,
         "logprobs": None if tokens is None else chat_logprobs(tokens),
-        "finish_reason": None if finish is None else FINISH_REASONS[finish],
+        **finish,
     }
     return _chunk(head, "chat.completion.chunk", choice)
 

@@ -15,6 +15,7 @@ from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
 from shared.engine.runner import TorchRunner
 from shared.engine.weights import load_checkpoint
+from shared.errors import StartupError
 from shared.observe import log
 from shared.observe.metrics import WorkerMetrics
 from shared.request import Incarnation
@@ -34,6 +35,11 @@ SWITCH_INTERVAL_S = 1e-4
 
 def build_engine(settings: WorkerSettings) -> PagedEngine:
     """Load the model and allocate its pages. Raises UnsupportedCheckpoint or StartupError."""
+    if settings.max_batch_tokens < settings.max_running:
+        raise StartupError(
+            f"BATON_MAX_BATCH_TOKENS, {settings.max_batch_tokens}, must be at least BATON_MAX_RUNNING, "
+            f"{settings.max_running}: each running request takes one token row of a step"
+        )
     checkpoint = load_checkpoint(settings.model, settings.dtype, torch.device(settings.device))
     return PagedEngine(
         TorchRunner(checkpoint, settings.num_pages),
