@@ -295,7 +295,7 @@ class MemoryState:
 
     def _has_room(self, worker: WorkerRef, num_pages: int) -> bool:
         held = self._store.holder(worker.slot)
-        if held is None or held.card.incarnation != worker.incarnation:
+        if held is None or held.card.incarnation != worker.incarnation or held.load.draining:
             return False
         traces = self._store.traces(worker.incarnation)
         taken = sum(traces.credits.values()) if traces is not None else 0

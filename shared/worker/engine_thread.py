@@ -16,6 +16,10 @@ MAX_UNHANDLED_STEPS = 4
 """The thread runs at most this many steps ahead of the loop, so that what cannot be written makes it pause."""
 
 
+STOP_TIMEOUT_S = 10.0
+"""At the end the step that runs is waited for so long."""
+
+
 class EngineThread:
     """Runs the engine's steps, and commands between steps in the order in which they were submitted.
 
@@ -48,7 +52,7 @@ class EngineThread:
             yield
         finally:
             self._commands.put(self._stop)
-            thread.join()
+            thread.join(STOP_TIMEOUT_S)  # a step that hangs must not keep the process: the thread is a daemon
             self.failed.cancel()
 
     def call(self, command: Callable[[Engine], T]) -> "asyncio.Future[T]":

@@ -1,6 +1,6 @@
 """A worker: one engine thread with its pages, one transfer endpoint, one slot with its lease; it runs a role.
 
-    claim a slot (draining) ─> read the slot's partitions from their end ─> beat: open for work
+    claim a slot, beat (draining) ─> read the slot's partitions from their end ─> beat: open for work
       ─> records to the role, steps to the role, beats ─> SIGTERM: drain, cut what is left, release the slot
 
 A worker that finds its lease lost raises LeaseLost: the process ends and comes back as a new incarnation.
@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from shared.bus.port import Bus, Producer, Reader, Start
+from shared.bus.port import Bus, Reader, Start
 from shared.engine.port import Engine, EngineStats
 from shared.errors import LeaseLost
 from shared.observe.log import Logger
@@ -40,6 +40,9 @@ from shared.worker.role import Role, WorkerContext
 READ_TIMEOUT_S = 1.0
 DRAIN_POLL_S = 0.05
 
+HAND_OVER_TIMEOUT_S = 5.0
+"""Cuts of what a leaving worker did not finish are waited for so long."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
@@ -47,7 +50,7 @@ class WorkerLimits:
 
     Attributes:
         drain_s: on SIGTERM, what runs may go on for this long; the rest is handed to other workers.
-        step_s: an engine step that takes longer is taken for hung: the lease is not renewed any more.
+        step_s: an engine step that takes longer is taken for hung: the worker gives its slot up and ends.
     """
 
     drain_s: float = 30.0
@@ -102,66 +105,72 @@ class Worker:
         """Work until `stop` is set, then drain and leave. The transfer must be open already."""
         parts = self._parts
         engine = self._engine = EngineThread(parts.engine, parts.clock_s)
-        async with (
-            parts.bus.producer() as frames,
-            parts.bus.producer() as handoff,
-            parts.bus.reader(PREFILL.name, group="worker") as prefill_reader,
-            parts.bus.reader(DECODE.name, group="worker") as decode_reader,
-            self._held_slot() as slot,
-        ):
-            await prefill_reader.assign({slot: Start.END})
-            await decode_reader.assign({slot: Start.END})
-            try:
+        try:
+            async with (
+                parts.bus.producer() as frames,
+                parts.bus.producer() as handoff,
+                parts.bus.reader(PREFILL.name, group="worker") as prefill_reader,
+                parts.bus.reader(DECODE.name, group="worker") as decode_reader,
+                self._held_slot(stop) as slot,
+            ):
                 with engine.running():
                     async with asyncio.TaskGroup() as tasks:
-                        dues = Credits(parts.state)
                         me = WorkerRef(slot, parts.incarnation)
-                        role = self._role = parts.make_role(
-                            WorkerContext(
-                                me=me,
-                                engine=engine,
-                                transfer=parts.transfer,
-                                page_bytes=parts.engine.model.layout.page_bytes,
-                                frames=FrameWriter(frames, me),
-                                handoff=handoff,
-                                credits=dues,
-                                tokeniser=parts.tokeniser,
-                                metrics=parts.metrics,
-                                log=parts.log,
-                                clock_s=parts.clock_s,
-                                random_bytes=parts.random_bytes,
-                                tasks=tasks,
-                            )
-                        )
-                        self._draining = False
-                        tasks.create_task(dues.run())
                         tasks.create_task(self._watch_engine(engine))
                         tasks.create_task(self._beat_for_ever(slot, engine))
                         tasks.create_task(self._announce_for_ever(engine))
-                        tasks.create_task(self._read_for_ever(prefill_reader, TO_PREFILL_DECODER, role))
-                        tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
-                        tasks.create_task(self._handle_steps(engine, role))
+                        context = WorkerContext(
+                            me=me,
+                            engine=engine,
+                            transfer=parts.transfer,
+                            page_bytes=parts.engine.model.layout.page_bytes,
+                            frames=FrameWriter(frames, me),
+                            handoff=handoff,
+                            credits=Credits(parts.state),
+                            tokeniser=parts.tokeniser,
+                            metrics=parts.metrics,
+                            log=parts.log,
+                            clock_s=parts.clock_s,
+                            random_bytes=parts.random_bytes,
+                            tasks=tasks,
+                        )
+                        tasks.create_task(self._open(context, prefill_reader, decode_reader))
                         await stop.wait()
-                        await self._drain(slot, engine, role, handoff)
+                        await self._drain(context)
                         raise _Leave
-            except* _Leave:
-                parts.log.info("drained")
+        except* _Leave:
+            parts.log.info("drained")
+
+    async def _open(self, context: WorkerContext, prefill_reader: Reader, decode_reader: Reader) -> None:
+        """Stand where the slot's partitions end, then be open for work. The slot is held meanwhile by beats."""
+        await prefill_reader.assign({context.me.slot: Start.END})
+        await decode_reader.assign({context.me.slot: Start.END})
+        role = self._role = self._parts.make_role(context)
+        context.tasks.create_task(context.credits.run())
+        context.tasks.create_task(self._read_for_ever(prefill_reader, TO_PREFILL_DECODER, role))
+        context.tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
+        context.tasks.create_task(self._handle_steps(context.engine, role))
+        self._draining = False
+        await self._beat(context.me.slot)
 
     @asynccontextmanager
-    async def _held_slot(self) -> AsyncGenerator[int]:
+    async def _held_slot(self, stop: asyncio.Event) -> AsyncGenerator[int]:
         parts = self._parts
-        slot = await self._claim_slot()
+        slot = await self._claim_slot(stop)
         self._slot = slot
         parts.log.info("slot claimed", slot=slot, incarnation=parts.incarnation)
         try:
             yield slot
         finally:
             self._slot = None
-            await parts.state.release_slot(slot, parts.incarnation)
+            try:
+                await parts.state.release_slot(slot, parts.incarnation)
+            except StateUnavailable as error:
+                parts.log.warning("slot left to run out", error=str(error))
 
-    async def _claim_slot(self) -> int:
+    async def _claim_slot(self, stop: asyncio.Event) -> int:
         """The lowest free slot; waits while there is none (a predecessor's lease may have to run out)."""
-        while True:
+        while not stop.is_set():
             slot = await self._parts.state.claim_slot(
                 self._card(), self._load(), num_slots=NUM_SLOTS, lease_ms=keys.LEASE_MS
             )
@@ -169,6 +178,7 @@ class Worker:
                 return slot
             self._parts.log.warning("no free slot", num_slots=NUM_SLOTS)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
+        raise _Leave
 
     def _card(self) -> WorkerCard:
         engine = self._parts.engine
@@ -198,9 +208,8 @@ class Worker:
     async def _beat_for_ever(self, slot: int, engine: EngineThread) -> None:
         while True:
             if self._step_hangs(engine):
-                self._parts.log.error("engine step hangs, lease not renewed", limit_s=self._parts.limits.step_s)
-            else:
-                await self._beat(slot)
+                raise LeaseLost(f"slot {slot} is given up: an engine step takes over {self._parts.limits.step_s} s")
+            await self._beat(slot)
             self._publish_metrics(engine.stats)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
@@ -264,19 +273,25 @@ class Worker:
             metrics.step_seconds.observe(seconds)
             metrics.step_tokens.observe(output.num_batch_tokens)
 
-    async def _drain(self, slot: int, engine: EngineThread, role: Role, handoff: Producer) -> None:
+    async def _drain(self, context: WorkerContext) -> None:
         """Let what runs finish within the limit, and hand the rest over by a cut that their owners act on."""
-        self._draining = True
+        role, slot, self._draining = self._role, context.me.slot, True
+        if role is None:
+            return
         deadline_s = self._parts.clock_s() + self._parts.limits.drain_s
         # Told at once: a request cut below would otherwise be placed here again until the next beat, and be lost.
         await self._beat(slot)
         while self._parts.clock_s() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
-            if not (role.unfinished() or engine.stats.num_held or await self._is_promised(slot)):
+            if not (role.unfinished() or context.engine.stats.num_held or await self._is_promised(slot)):
                 break
-        for assignment in role.unfinished():
-            cut = Cut(assignment.request_id, assignment.choice, assignment.epoch + 1, reason="drain")
-            await handoff.send(STREAM_OUT.name, partition_of(assignment.request_id), encode(cut))
+        cuts = [Cut(left.request_id, left.choice, left.epoch + 1, reason="drain") for left in role.unfinished()]
+        sends = [context.handoff.send(STREAM_OUT.name, partition_of(cut.request_id), encode(cut)) for cut in cuts]
+        try:
+            async with asyncio.timeout(HAND_OVER_TIMEOUT_S):
+                await asyncio.gather(*sends)
+        except TimeoutError:
+            self._parts.log.warning("not all handed over: the log is away", num_requests=len(cuts))
 
     async def _is_promised(self, slot: int) -> bool:
         """Whether placements count on this worker, those included whose work or ticket has not come yet."""

@@ -75,8 +75,9 @@ async def test_a_choice_that_is_placed_again_keeps_its_max_tokens():
         system.make_engine = lambda: fake_engine(num_pages=64)
         await system.start_worker(Role.PREFILL)
         await system.start_worker(Role.DECODE)
+        while len(system.ingests[0].service._cluster.view.decode) < 2:
+            await asyncio.sleep(0.001)
         await leaving.leave()
-        await system.workers[0].leave()
         state = await system.ended(job)
         assert (state.choice(0).epoch, state.choice(0).end.finish) == (2, FinishReason.LENGTH)
         assert len(state.choice(0).ids) == max_tokens

@@ -1,7 +1,7 @@
 -- Record a placement and take its credits; answers the placement that stands, or false if a worker cannot take it.
 -- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
 -- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
--- Invariant: `total` of a worker's credits is the sum of the others in that hash and at most its num_pages, and a
+-- Invariant: nothing is placed on a worker that has said it is draining. `total` of a worker's credits is the sum of the others in that hash and at most its num_pages, and a
 -- placement's credits are taken once, with its record. The operation's name is the key of the record: made again it
 -- finds the record and takes nothing, even if the credits have been given back since.
 
@@ -14,6 +14,10 @@ for i = 0, num_workers - 1 do
   local slot, worker, credits = KEYS[2 + 3 * i], KEYS[3 + 3 * i], KEYS[4 + 3 * i]
   local incarnation, need = ARGV[5 + 2 * i], tonumber(ARGV[6 + 2 * i])
   if redis.call('GET', slot) ~= incarnation then
+    return false
+  end
+  local load = redis.call('HGET', worker, 'load')
+  if not load or cjson.decode(load).draining then
     return false
   end
   local capacity = tonumber(redis.call('HGET', worker, 'num_pages') or 0)
