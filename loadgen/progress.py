@@ -46,7 +46,7 @@ async def shown(progress: Progress, console: Console, clock: Clock) -> AsyncIter
             await asyncio.sleep(PLAIN_PERIOD_S)
             console.print(Text(line()), soft_wrap=True)
 
-    if console.is_terminal:
+    if console.is_terminal and not console.is_dumb_terminal:
         with Live(Text(line()), console=console, auto_refresh=False) as live:
             async with _running(repeat_live(live)):
                 yield

@@ -117,13 +117,15 @@ def check_rejected(result, param, words) -> None:
 
 async def check_buried(serving, key, value, place, result) -> None:
     (record,) = await serving.dead_letters.wait_for(key)
-    assert record.value == (value if isinstance(value, bytes) else json.dumps(value).encode())
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    assert record.value == body
     assert record.partition == place.partition
     assert dict(record.headers) == {
         "error": result["error"]["message"].encode(),
         "source-topic": b"ingest",
         "source-partition": str(place.partition).encode(),
         "source-offset": str(place.offset).encode(),
+        "source-bytes": str(len(body)).encode(),
     }
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
+from infra.local.programs import require_program
 from tests.e2e.stack import MODEL, TIMEOUT_S, Serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -230,8 +231,9 @@ async def test_models_and_errors_as_the_client_knows_them(serving):
 
 
 async def curl(*arguments: str) -> str:
+    program = require_program("curl", package="curl", purpose="asks an edge as people do")
     process = await asyncio.create_subprocess_exec(
-        *("curl", "--silent", "--show-error", "--fail", "--no-buffer", "--max-time", str(TIMEOUT_S), *arguments),
+        *(program, "--silent", "--show-error", "--fail", "--no-buffer", "--max-time", str(TIMEOUT_S), *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -115,7 +115,8 @@ async def test_progress_is_plain_lines_where_there_is_no_terminal():
     assert "\x1b" not in line
 
 
-async def test_progress_is_one_live_line_in_a_terminal():
+async def test_progress_is_one_live_line_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     out = StringIO()
     async with shown(Progress(scheduled=5), Console(file=out, force_terminal=True, width=160), loop_clock()):
         pass
