@@ -1,6 +1,10 @@
-"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes."""
+"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes.
+
+Whose deadline has passed leaves the line from wherever it stands.
+"""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ from services.ingest.work import Waiting
 from shared.blocks import hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
-from shared.policy.placement import Chosen, NeverFits, NoRoomNow, place
+from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, place
 from shared.policy.views import RequestView
 from shared.request import PlacementId
 from shared.state import keys
@@ -50,47 +54,67 @@ class Backlog:
         self._metrics = metrics
         self._log = log
         self._waiting: deque[Waiting] = deque()
+        self._first_deadline_s = math.inf
         self._grew = asyncio.Event()
         self._num_placed = 0
 
     def add(self, waiting: Waiting) -> None:
         """Put a choice at the end of the line."""
         self._waiting.append(waiting)
+        self._first_deadline_s = min(self._first_deadline_s, waiting.admitted.job.deadline_s)
         self._metrics.backlog.set(len(self._waiting))
         self._grew.set()
 
     async def next(self) -> tuple[Waiting, Settled]:
-        """The first in line and what becomes of it, as soon as there is room for it or hope is gone."""
+        """One and what becomes of it: the first in line as soon as there is room for it, or who waited too long."""
         while not self._waiting:
             self._grew.clear()
             await self._grew.wait()
         while True:
-            settled = await self._settle(self._waiting[0])
+            waiting = self._late() or self._waiting[0]
+            settled = await self._settle(waiting)
             if settled is not None:
-                waiting = self._waiting.popleft()
+                self._waiting.remove(waiting)
                 self._metrics.backlog.set(len(self._waiting))
                 return waiting, settled
             await asyncio.sleep(ROOM_POLL_S)
 
+    def _late(self) -> Waiting | None:
+        """The one whose deadline passed first, if any has."""
+        if self._clock_s() < self._first_deadline_s:
+            return None
+        first = min(self._waiting, key=lambda waiting: waiting.admitted.job.deadline_s)
+        self._first_deadline_s = first.admitted.job.deadline_s
+        return first if self._is_late(first) else None
+
+    def _is_late(self, waiting: Waiting) -> bool:
+        return self._clock_s() >= waiting.admitted.job.deadline_s
+
     async def _settle(self, waiting: Waiting) -> Settled | None:
         """None: there is no room for it now."""
-        if self._clock_s() >= waiting.admitted.job.deadline_s:
-            return Expired()
+        is_late = self._is_late(waiting)
         try:
-            view = await self._cluster.refresh()
-            request = self._request_view(waiting)
-            decision = place(request, view, self._cluster.holders, tie_break=self._num_placed)
-            match decision:
-                case NoRoomNow():
-                    return None
-                case NeverFits():
-                    return decision
-                case Chosen():
-                    return await self._take_credits(waiting, decision)
+            decision = NoRoomNow() if is_late else await self._decide(waiting)
+            if isinstance(decision, Chosen):
+                return await self._take_credits(waiting, decision)
+            # It may be placed already, by an ingest that died or by a call whose answer was lost, and what leaves no
+            # room may be its own credits: nobody else would ever give them back.
+            standing = await self._state.find_placement(_key(waiting))
         except StateUnavailable as error:
             self._log.warning("placement waits for the state", error=str(error))
+            if is_late:
+                return Expired()
             await asyncio.sleep(STATE_RETRY_S)
             return None
+        if standing is not None:
+            return standing
+        if is_late:
+            return Expired()
+        return decision if isinstance(decision, NeverFits) else None
+
+    async def _decide(self, waiting: Waiting) -> Decision:
+        view = await self._cluster.refresh()
+        return place(self._request_view(waiting), view, self._cluster.holders, tie_break=self._num_placed)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted, ids = waiting.admitted, waiting.ids
@@ -107,7 +131,7 @@ class Backlog:
     async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placement | None:
         job = waiting.admitted.job
         placement = await self._state.place(
-            PlacementKey(job.request_id, waiting.choice, waiting.epoch),
+            _key(waiting),
             Placement(self._new_placement_id(), chosen.prefill, chosen.decode),
             num_prefill_pages=chosen.num_prefill_pages,
             num_decode_pages=chosen.num_decode_pages,
@@ -117,3 +141,7 @@ class Backlog:
             self._num_placed += 1
             self._metrics.placed.inc()
         return placement
+
+
+def _key(waiting: Waiting) -> PlacementKey:
+    return PlacementKey(waiting.admitted.job.request_id, waiting.choice, waiting.epoch)

@@ -224,9 +224,9 @@ class MemoryState:
 
         def take() -> Placement | None:
             now_ms = self._store.now_ms()
-            standing = self._store.contents.placements.get(key)
-            if standing is not None and standing[1] > now_ms:
-                return standing[0]
+            standing = self._standing(key)
+            if standing is not None:
+                return standing
             if not all(self._has_room(worker, num_pages) for worker, num_pages in pages.items()):
                 return None
             for worker, num_pages in pages.items():
@@ -235,6 +235,9 @@ class MemoryState:
             return placement
 
         return await self._call("place", take)
+
+    async def find_placement(self, key: PlacementKey) -> Placement | None:
+        return await self._call("find_placement", lambda: self._standing(key))
 
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
         def give() -> None:
@@ -300,6 +303,10 @@ class MemoryState:
         traces = self._store.traces(worker.incarnation)
         taken = sum(traces.credits.values()) if traces is not None else 0
         return taken + num_pages <= held.card.num_pages
+
+    def _standing(self, key: PlacementKey) -> Placement | None:
+        found = self._store.contents.placements.get(key)
+        return found[0] if found is not None and found[1] > self._store.now_ms() else None
 
     def _request(self, request_id: RequestId) -> RequestHint | None:
         found = self._store.contents.requests.get(request_id)

@@ -194,6 +194,10 @@ class State(Protocol):
         """
         ...
 
+    async def find_placement(self, key: PlacementKey) -> Placement | None:
+        """The placement that stands for `key`, whether its credits were given back or not."""
+        ...
+
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
         """Return the placement's credits on one worker; again does nothing."""
         ...

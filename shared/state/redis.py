@@ -165,13 +165,17 @@ class RedisState:
     ) -> Placement | None:
         pages = {placement.prefill: num_prefill_pages}
         pages[placement.decode] = pages.get(placement.decode, 0) + num_decode_pages
-        names = [keys.placement(key.request_id, key.choice, key.epoch)]
+        names = [_placement_key(key)]
         args: list[Any] = [orjson.dumps(placement), placement.id, keep_ms, keys.WORKER_TRACES_MS]
         for worker, num_pages in pages.items():
             names += [keys.slot(worker.slot), keys.worker(worker.incarnation), keys.worker_credits(worker.incarnation)]
             args += [worker.incarnation, num_pages]
         standing: bytes | None = await self._run("place", names, args)
         return None if standing is None else self._placement_reader.validate_json(standing)
+
+    async def find_placement(self, key: PlacementKey) -> Placement | None:
+        found: bytes | None = await self._ask(lambda: self._client.get(_placement_key(key)))
+        return None if found is None else self._placement_reader.validate_json(found)
 
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
         await self._run("give_back", [keys.worker_credits(worker)], [placement])
@@ -253,6 +257,10 @@ async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
                 raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error
             await asyncio.sleep(backoff_s)
             backoff_s *= 2
+
+
+def _placement_key(key: PlacementKey) -> str:
+    return keys.placement(key.request_id, key.choice, key.epoch)
 
 
 def _worker_keys(incarnation: Incarnation) -> list[str]:

@@ -271,6 +271,8 @@ async def test_asked_again_a_placement_stands(world, state):
     await state.give_back(PlacementId("p"), Incarnation("a"))
 
     assert await place(world, a, b, "p") == first
+    assert await state.find_placement(a_key()) == first
+    assert await state.find_placement(a_key(epoch=2)) is None
     assert await place(world, c, b, "another") == first, "the first answer to the same question"
     assert await credits_of(world) == {"a": (0, 0), "b": (20, 1), "c": (0, 0)}, "nothing is taken twice"
 
@@ -344,6 +346,7 @@ async def test_a_placement_is_forgotten_after_its_time(world, state):
     wanted = a_placement("p", a, b)
     await state.place(a_key(), wanted, num_prefill_pages=1, num_decode_pages=1, keep_ms=world.lease_ms)
     await world.pass_time(world.lease_ms + 20)
+    assert await state.find_placement(a_key()) is None
     assert await place(world, b, a, "q") == a_placement("q", b, a)
 
 

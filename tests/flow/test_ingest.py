@@ -5,6 +5,7 @@ import asyncio
 from shared.bus.memory import MemoryBus
 from shared.engine.fake import fake_engine
 from shared.request import FinishReason, RequestId, partition_of
+from shared.state.memory import Answer
 from shared.state.port import Role
 from shared.wire.codec import encode
 from shared.wire.to_ingest import LogPosition
@@ -94,3 +95,28 @@ async def test_ingest_leaves_in_bounds_while_the_log_is_away(monkeypatch):
             await asyncio.sleep(0.001)
         async with asyncio.timeout(5):
             await ingest.leave()
+
+
+async def test_a_placement_whose_answer_was_lost_is_found_again_though_it_fills_its_workers():
+    async with a_system(make_engine=lambda: fake_engine(num_pages=8), decodes=1) as system:
+        asked = []
+
+        def lose_the_answer_once(name):
+            asked.append(name)
+            return Answer.LOST if name == "place" and asked.count("place") == 1 else Answer.GIVEN
+
+        system.store.answer = lose_the_answer_once
+        job = await system.submit(a_body())
+        assert answer(await system.ended(job)) == expected(PROMPT, 20)
+        assert asked.count("place") == 1
+        await system.quiet()
+
+
+async def test_who_waited_too_long_leaves_the_line_from_anywhere():
+    async with a_system(make_engine=lambda: fake_engine(num_pages=64), prefills=0) as system:
+        patient = await system.submit(a_body())
+        deadline = ("deadline-unix-ms", str(int((system.clock_s() + 0.2) * 1000)).encode())
+        hasty = await system.submit(a_body(), headers=[deadline])
+        assert (await system.result(hasty)).status == "expired"
+        await system.start_worker(Role.PREFILL)
+        assert answer(await system.ended(patient)) == expected(PROMPT, 20)
