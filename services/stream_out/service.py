@@ -78,6 +78,7 @@ class StreamOut:
         self.metrics = metrics
         self._partitions: dict[int, _Partition] = {}
         self._leased: frozenset[int] = frozenset()
+        self._assigned: frozenset[int] = frozenset()
         self._edges: frozenset[Incarnation] = frozenset()
         self._prepared: list[TakeOver] = []
         self._committed: dict[int, Committed] = {}
@@ -333,7 +334,10 @@ class StreamOut:
         self._do_all(take_over.partition, owner, owner.settle())
 
     async def _assign(self) -> None:
-        await self._reader.assign({partition: found.log.start for partition, found in self._partitions.items()})
+        starts = {partition: found.log.start for partition, found in self._partitions.items()}
+        self._assigned &= starts.keys()
+        await self._reader.assign(starts)
+        self._assigned = frozenset(starts)
 
     # Duties
 
@@ -409,7 +413,7 @@ class StreamOut:
         commits = {
             p: found.owner.commit(now_s)
             for p, found in self._partitions.items()
-            if p in self._leased and found.owner is not None and found.owner.settled
+            if p in self._leased & self._assigned and found.owner is not None and found.owner.settled
         }
         changed = {p: commit for p, commit in commits.items() if self._committed.get(p) != commit}
         try:

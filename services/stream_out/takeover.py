@@ -59,5 +59,5 @@ async def _read_results(bus: Bus, starts: Mapping[int, int]) -> tuple[dict[int, 
             for record in await reader.read(READ_TIMEOUT_S):
                 positions[record.partition] = record.offset + 1
                 if record.key is not None:
-                    done[record.partition].setdefault(RequestId(record.key.decode()), record.offset)
+                    done[record.partition].setdefault(RequestId(record.key.decode("utf-8", "replace")), record.offset)
     return done, ends

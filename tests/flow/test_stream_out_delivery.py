@@ -494,3 +494,23 @@ async def test_an_edge_that_leaves_hands_over_at_once(world):
     assert len(b.edge.owned_partitions) == 16
     job.serve()
     assert (await world.result(job.id)).status == "completed"
+
+
+@scenario
+async def test_a_stranger_on_results_keeps_no_edge_from_its_partitions(world):
+    for partition in range(16):
+        world.log.append("results", partition, [Unsent(b"?", b"\xff", (), 2, None)])
+    a = await world.owner("a")
+    assert len(a.edge.owned_partitions) == 16
+
+
+@scenario
+async def test_what_is_taken_over_and_not_read_yet_is_not_committed(world):
+    a = await world.node("a")
+    while not a.edge._prepared:
+        await asyncio.sleep(0)
+    a.bus.can_read = False
+    await asyncio.sleep(3)
+    a.bus.can_read = True
+    await world.ready(a)
+    assert len(a.edge.owned_partitions) == 16
