@@ -199,9 +199,6 @@ class PartitionFold:
         for key in strays:
             del self.requests[key]
 
-    def is_forgotten(self, request_id: RequestId) -> bool:
-        return request_id in self._forgotten
-
     def _state(self, request_id: RequestId, offset: int, timestamp_s: float) -> RequestState:
         state = self.requests.get(request_id)
         if state is None:
