@@ -159,7 +159,7 @@ def test_what_comes_for_a_forgotten_request_is_void():
     assert kinds(fold.apply(2, 6.0, a_frame("a", 1, [2]))) == [Voided]
     assert kinds(fold.apply(3, 6.0, an_open("b"))) == [Voided, Voided]
     fold.expire(10.0)
-    assert not fold.is_forgotten(REQUEST)
+    assert kinds(fold.apply(4, 11.0, an_open("b"))) == [Opened]
 
 
 def test_strays_expire():
