@@ -1,6 +1,7 @@
 """What every engine does: one suite over the fake runner and over the torch runner with a tiny checkpoint."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Protocol
 
@@ -74,15 +75,21 @@ class TorchKind:
         return Driver(self.make(num_pages=16, max_running=1, max_batch_tokens=1024)).serve(wanted)[0]
 
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Checkpoint:
-    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TinyCheckpoint())
-    return load_checkpoint(folder, "float32", torch.device("cpu"))
+def folder(tmp_path_factory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TinyCheckpoint())
 
 
-@pytest.fixture(scope="module", params=["fake", "torch"])
-def kind(request, checkpoint) -> EngineKind:
-    return FakeKind() if request.param == "fake" else TorchKind(checkpoint)
+def torch_kind(folder: Path, device: str) -> TorchKind:
+    return TorchKind(load_checkpoint(folder, "float32", torch.device(device)))
+
+
+@pytest.fixture(scope="module", params=["fake", *DEVICES])
+def kind(request, folder) -> EngineKind:
+    return FakeKind() if request.param == "fake" else torch_kind(folder, request.param)
 
 
 def prompt(kind: EngineKind, length: int, seed: int = 0) -> TokenIds:
@@ -542,3 +549,12 @@ def hand_over(source: Driver, target: Driver, wanted: EngineRequest) -> int | No
     target.engine.imported(wanted.key)
     target.engine.check()
     return cached
+
+
+@pytest.mark.skipif(len(DEVICES) == 1, reason="no GPU")
+def test_a_gpu_makes_the_tokens_of_the_cpu(folder):
+    answers = []
+    for device in DEVICES:
+        kind = torch_kind(folder, device)
+        answers.append(Driver(kind.make()).serve(*mixed_requests(kind)))
+    assert answers[0] == answers[1]
