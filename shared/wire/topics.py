@@ -32,12 +32,17 @@ class Topic:
 
     @property
     def config(self) -> dict[str, str]:
-        """The broker's settings for it: retention by time only, stamped by the broker's clock."""
+        """The broker's settings for it: retention by time only, stamped by the broker's clock.
+
+        The broker unpacks what applications send compressed: our readers know gzip only, and MAX_RECORD_BYTES is of
+        what a reader must hold.
+        """
         return {
             "cleanup.policy": "delete",
             "retention.ms": str(self.retention_ms),
             "retention.bytes": "-1",
             "message.timestamp.type": "LogAppendTime",
+            "compression.type": "uncompressed",
             "max.message.bytes": str(MAX_RECORD_BYTES),
         }
 

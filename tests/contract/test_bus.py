@@ -4,6 +4,8 @@ import asyncio
 import socket
 
 import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import MessageSizeTooLargeError
 
 from shared.bus import kafka, sending
 from shared.bus.kafka import KafkaBus
@@ -453,3 +455,19 @@ class forwarding:  # noqa: N801 - used like a function
         while data := await source.read(65536):
             sink.write(data)
         sink.close()
+
+
+async def test_the_broker_unpacks_what_applications_compress(kafka_world):
+    """A record in a codec that our readers lack would stop its partition for good; a small bomb would fill them."""
+    topic = await kafka_world.topic()
+    async with (
+        AIOKafkaProducer(
+            bootstrap_servers=kafka_world.address, compression_type="gzip", max_request_size=4 * MAX_RECORD_BYTES
+        ) as application,
+        kafka_world.bus().reader(topic, group="readers") as reader,
+    ):
+        with pytest.raises(MessageSizeTooLargeError):
+            await application.send_and_wait(topic, b"0" * (2 * MAX_RECORD_BYTES), partition=1)
+        await application.send_and_wait(topic, b"small", partition=1)
+        await reader.assign({1: Start.BEGINNING})
+        assert values(await drain(reader, 1)) == [b"small"]
