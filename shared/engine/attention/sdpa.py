@@ -181,14 +181,22 @@ def _decode(part: _Decode, q: Tensor, key_pages: Tensor, value_pages: Tensor) ->
 def _prefill(part: _Prefill, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Many query rows of one sequence; `keys` and `values` are `[length, kv_head, head_dim]`.
 
-    KV heads are the batch and the query heads that share one are its heads, so that expanding keys copies nothing.
+    No key is copied for the query heads that share it: from position 0 on KV heads are the batch and the query heads
+    that share one are its heads; behind other keys, which takes a mask, the sharing heads are one longer run of rows.
+    (The mask with expanded keys would do for both, but there CUDA's kernel reads out of bounds, seen in torch 2.11.)
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     shared = num_heads // num_kv_heads
     grouped_q = q.unflatten(1, (num_kv_heads, shared)).permute(1, 2, 0, 3)
-    wide_keys, wide_values = (kv.transpose(0, 1)[:, None].expand(-1, shared, -1, -1) for kv in (keys, values))
-    mixed = F.scaled_dot_product_attention(
-        grouped_q, wide_keys, wide_values, attn_mask=part.mask, is_causal=part.mask is None
-    )
+    by_head = (kv.transpose(0, 1)[:, None] for kv in (keys, values))
+    if part.mask is None:
+        wide_keys, wide_values = (kv.expand(-1, shared, -1, -1) for kv in by_head)
+        mixed = F.scaled_dot_product_attention(grouped_q, wide_keys, wide_values, is_causal=True)
+    else:
+        narrow_keys, narrow_values = by_head
+        rows = grouped_q.reshape(num_kv_heads, 1, shared * num_rows, head_dim)
+        mixed = F.scaled_dot_product_attention(
+            rows, narrow_keys, narrow_values, attn_mask=part.mask.repeat(shared, 1)
+        ).view(num_kv_heads, shared, num_rows, head_dim)
     return mixed.permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)
