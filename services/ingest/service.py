@@ -155,7 +155,9 @@ class IngestService:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
             return
         try:
-            admitted = await self._admit(job, capacity_tokens(self._admission.model_name, self._cluster.view))
+            admitted = await self._admit(job, self._capacity())
+            if admitted.spec.max_tokens is None and await self._learn_capacity(job):
+                admitted = await self._admit(job, self._capacity())
         except RequestError as error:
             await self._refuse(job, in_hand, error)
             return
@@ -164,6 +166,17 @@ class IngestService:
         no_ids = admitted.prompt_ids[:0]
         for choice in range(admitted.spec.n):
             self._backlog.add(Waiting(in_hand, admitted, choice, 1, no_ids, self._clock_s()))
+
+    def _capacity(self) -> int | None:
+        return capacity_tokens(self._admission.model_name, self._cluster.view)
+
+    async def _learn_capacity(self, job: Job) -> bool:
+        """Wait for workers, where none were known: only they tell how long an answer may get that names no length."""
+        if self._capacity() is not None:
+            return False
+        while self._capacity() is None and self._clock_s() < job.deadline_s:  # noqa: ASYNC110 - a view that is polled
+            await asyncio.sleep(FEED_INTERVAL_S)
+        return True
 
     async def _take_resume(self, record: Record, in_hand: InHand) -> None:
         try:

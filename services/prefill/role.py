@@ -134,7 +134,7 @@ class PrefillRole:
         if prefill.stopped:
             self._drop(prefill)
         else:
-            await self._hand_over(prefill, token.token_id)
+            await self._hand_over(prefill, token)
 
     def _matched_stop(self, work: PrefillWork, token: TokenOutput) -> str | None:
         assignment = work.assignment
@@ -151,24 +151,20 @@ class PrefillRole:
         self._drop(prefill)
         self._context.credits.give_back(entry.placement, prefill.work.decode)
 
-    async def _hand_over(self, prefill: Prefill, first_token: int) -> None:
+    async def _hand_over(self, prefill: Prefill, token: TokenOutput) -> None:
         work = prefill.work
         placement = work.assignment.placement
-        pages = await self._context.engine.call(lambda engine: engine.held_pages(placement))
-        if prefill.stopped:
-            self._drop(prefill)
-            return
         prefill.stage = Stage.OFFERED
         ticket = self._context.transfer.offer(
             placement,
-            pages,
+            token.held_pages,
             num_tokens=len(work.ids),
             secret=self._context.random_bytes(SECRET_BYTES),
             puller=work.decode.incarnation,
             hold_s=self._hold_s,
             on_end=lambda outcome: self._offer_ended(prefill, outcome),
         )
-        ids = work.ids + token_ids((first_token,))
+        ids = work.ids + token_ids((token.token_id,))
         await self._context.handoff.send(
             DECODE.name, work.decode.slot, encode(DecodeWork(work.assignment, ids, work.decode, ticket))
         )

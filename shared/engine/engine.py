@@ -62,12 +62,6 @@ class PagedEngine:
     def imported(self, key: str) -> None:
         self._scheduler.imported(key)
 
-    def release(self, key: str) -> None:
-        self._scheduler.release(key)
-
-    def held_pages(self, key: str) -> tuple[int, ...]:
-        return self._scheduler.held_pages(key)
-
     def abort(self, key: str) -> None:
         self._scheduler.abort(key)
 
@@ -148,13 +142,17 @@ class PagedEngine:
         sequence.has_output = True
         self._num_generated_tokens += 1
         finish = self._finish(sequence, sampled.token_id)
+        held_pages: tuple[int, ...] = ()
         if finish is not None:
             self._scheduler.end(sequence)
         elif sequence.request.hold_kv:
             self._scheduler.hold(sequence)
+            held_pages = sequence.pages
         else:
             self._scheduler.extend(sequence, sampled.token_id)
-        return TokenOutput(row.key, index, sampled.token_id, finish, sampled.logprob, num_cached_tokens)
+        return TokenOutput(
+            row.key, index, sampled.token_id, finish, sampled.logprob, num_cached_tokens, held_pages=held_pages
+        )
 
     def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         """Whether the token ends the choice."""

@@ -4,7 +4,7 @@ One engine runs one model on one device. It is not thread-safe: one thread owns 
 ids, pages and positions; not text, topics or Redis.
 
     add ─────> waiting ──> prefilling ──> running ──> (finished: pages freed at once)
-                  ^                          │  └───> held    (hold_kv: after the first token, until `release`)
+                  ^                          │  └───> held    (hold_kv: after the first token, until `abort`)
                   └──── preempted <──────────┘
     reserve ─> importing ── imported ──> running
 """
@@ -28,7 +28,7 @@ class EngineRequest:
             max_tokens, min_tokens and penalties count the answer from there.
         choice: index of the choice; keys the random generator together with seed and token index.
         cache_salt: pages are shared only among requests of one salt.
-        hold_kv: stop after one token and keep the pages of `ids` until `release` (the prefill role).
+        hold_kv: stop after one token and keep the pages of `ids` until `abort` (the prefill role).
     """
 
     key: str
@@ -64,6 +64,7 @@ class TokenOutput:
         finish: set if this token ends the choice. FAILED: no token was made (token_id is -1), see `error`.
         num_cached_tokens: prompt tokens whose KV was found rather than computed; set with the request's first output.
         error: what went wrong, with FAILED (for instance NaN logits).
+        held_pages: of a request that is held from now on (hold_kv), the pages of its ids, in order of position.
     """
 
     key: str
@@ -73,6 +74,7 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    held_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +185,6 @@ class Engine(Protocol):
 
         Raises KeyError for a request that is not importing.
         """
-        ...
-
-    def release(self, key: str) -> None:
-        """Give up the pages of a held request. Unknown keys do nothing; raises ValueError if it is not held yet."""
-        ...
-
-    def held_pages(self, key: str) -> tuple[int, ...]:
-        """Pages of a held request, in order of position. Raises KeyError."""
         ...
 
     def abort(self, key: str) -> None:

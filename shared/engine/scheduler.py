@@ -136,19 +136,6 @@ class Scheduler:
         insort(self._active, sequence, key=arrival_of)
         self.computed_to(sequence, len(sequence.ids) - 1)
 
-    def release(self, key: str) -> None:
-        """End a held sequence. Unknown keys do nothing; raises ValueError for one in another state."""
-        sequence = self._sequences.get(key)
-        if sequence is None:
-            return
-        if sequence.state is not SequenceState.HELD:
-            raise ValueError(f"request {key!r} is {sequence.state.name}: only held ones are released")
-        self.end(sequence)
-
-    def held_pages(self, key: str) -> tuple[int, ...]:
-        """Pages of a held sequence. Raises KeyError."""
-        return self._held[key].pages
-
     def abort(self, key: str) -> None:
         """End a sequence in any state. Unknown keys do nothing."""
         sequence = self._sequences.get(key)

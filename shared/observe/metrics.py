@@ -53,7 +53,7 @@ class WorkerMetrics:
         self.prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages and were computed again")
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens computed")
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens, computed or found in the prefix cache")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated")
         self.free_pages = gauge("baton_kv_pages_free", "KV pages that a new request could take")
         self.total_pages = gauge("baton_kv_pages", "KV pages of the worker")

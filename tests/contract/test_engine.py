@@ -284,7 +284,7 @@ def test_imported_pages_are_a_prefix_for_others(kind):
 def test_held_pages_stay_until_released_and_are_a_prefix_meanwhile(kind):
     driver = Driver(kind.make(num_pages=4))
     driver.serve(request("held", prompt(kind, 150), greedy(5, ignore_eos=True), hold_kv=True))
-    pages = driver.engine.held_pages("held")
+    pages = driver.outputs["held"][-1].held_pages
     assert len(pages) == 3
     assert not driver.engine.has_work()
     before = driver.engine.cache.pages[list(pages)].clone()
@@ -296,13 +296,10 @@ def test_held_pages_stay_until_released_and_are_a_prefix_meanwhile(kind):
     driver.serve(waiting)
     assert driver.tokens("waiting") == []
     assert torch.equal(driver.engine.cache.pages[list(pages)], before)
-    driver.engine.release("held")
+    driver.engine.abort("held")
     driver.run()
     assert_right(kind, driver, waiting)
     driver.assert_all_free()
-    with pytest.raises(KeyError):
-        driver.engine.held_pages("held")
-    driver.engine.release("held")
 
 
 def test_a_first_token_that_ends_the_choice_holds_nothing(kind):
@@ -479,7 +476,7 @@ class HandOverPair:
             key = self.rng.choice(list(self.pulls))
             source, target = self.pulls.pop(key)
             self.passed_on.add(key)
-            source.engine.release(key)
+            source.engine.abort(key)
             target.engine.imported(key)
 
     def abort(self, *_: Driver) -> None:
@@ -534,7 +531,7 @@ def reserve_and_copy(source: Driver, target: Driver, wanted: EngineRequest) -> i
     )
     if reservation is None:
         return None
-    pages, cached = source.engine.held_pages(wanted.key), reservation.num_cached_pages
+    pages, cached = source.outputs[wanted.key][-1].held_pages, reservation.num_cached_pages
     assert len(pages) == len(reservation.pages) == pages_for(len(wanted.ids))
     copy_pages(source.engine, pages[cached:], target.engine, reservation.pages[cached:])
     return cached
@@ -545,7 +542,7 @@ def hand_over(source: Driver, target: Driver, wanted: EngineRequest) -> int | No
     source.engine.add(request(wanted.key, wanted.ids, wanted.sampling, hold_kv=True, choice=wanted.choice))
     source.run()
     cached = reserve_and_copy(source, target, wanted)
-    source.engine.release(wanted.key)
+    source.engine.abort(wanted.key)
     target.engine.imported(wanted.key)
     target.engine.check()
     return cached

@@ -27,6 +27,18 @@ async def test_jobs_that_wait_for_an_ingest_are_served_when_it_comes():
             assert (await system.result(job)).status == "completed"
 
 
+async def test_a_chat_that_names_no_length_waits_for_the_workers_that_bound_it():
+    async with a_system(make_engine=lambda: fake_engine(num_pages=8), prefills=0, decodes=0) as system:
+        job = await system.submit({"model": "fake", "messages": [{"role": "user", "content": "hi"}], "temperature": 0})
+        await asyncio.sleep(0.2)
+        assert system.folded(job) is None
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        state = await system.ended(job)
+        assert state.choice(0).end.finish in (FinishReason.STOP, FinishReason.LENGTH)
+        assert state.view.num_prompt_tokens + state.view.sampling.max_tokens == 8 * 64
+
+
 async def test_a_job_as_large_as_a_record_ends_and_its_beginning_is_kept():
     async with a_system() as system:
         body = b"x" * (MAX_RECORD_BYTES - 200)

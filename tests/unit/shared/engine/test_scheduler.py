@@ -75,7 +75,7 @@ def test_an_import_does_not_take_what_the_head_of_the_line_needs():
     engine.add(request("b", prompt(190, 500), greedy(9)))
     assert run(engine) == []
     assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is None
-    engine.release("a")
+    engine.abort("a")
     assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is not None
     assert run(engine) == [("b", 0, 128)]
 
@@ -188,7 +188,7 @@ def test_who_is_alone_with_held_pages_gives_up_its_own_and_waits():
     assert run(engine) == [("a", 0, 64)]
     assert run(engine) == []
     assert (engine.num_preemptions, engine.has_work()) == (1, False)
-    engine.release("held")
+    engine.abort("held")
     assert engine.has_work()
     assert run(engine) == [("a", 64, 65)]
 
@@ -225,16 +225,11 @@ def test_imported_pages_are_found_once_they_are_there():
     assert len(engine.pool.find(hashes)) == 1
 
 
-def test_only_importing_requests_are_imported_and_only_held_ones_released():
+def test_only_importing_requests_are_imported():
     engine = scheduler()
     engine.add(request("a", prompt(3), greedy(9)))
     with pytest.raises(KeyError):
         engine.imported("a")
-    with pytest.raises(ValueError, match="WAITING"):
-        engine.release("a")
-    with pytest.raises(KeyError):
-        engine.held_pages("a")
-    engine.release("nobody")
     engine.abort("nobody")
 
 
