@@ -88,6 +88,8 @@ def service_spec(
             # Two busy processes with two OpenMP threads each wait for one another at every barrier.
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            # UCX reports a variable that it sets itself, on the standard output that carries the logs.
+            "UCX_WARN_UNUSED_ENV_VARS": "n",
             **composition.env,
         },
     )

@@ -34,7 +34,6 @@ from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
 
 TENANT_HEADER = "x-baton-tenant"
 TIMEOUT_HEADER = "x-baton-timeout-s"
-PRIORITY_HEADER = "x-baton-priority"
 REQUEST_ID_HEADER = "x-request-id"
 
 DEFAULT_TENANT = "default"
@@ -151,7 +150,6 @@ class Api:
             tenant=request.headers.get(TENANT_HEADER, DEFAULT_TENANT),
             deadline_s=self._edge.clock_s() + self._timeout_s(request),
             idempotency_key=key,
-            priority=request.headers.get(PRIORITY_HEADER),
             traceparent=request.headers.get("traceparent"),
         )
 

@@ -17,7 +17,6 @@ from shared.wire.to_ingest import (
     HEADER_DEADLINE,
     HEADER_EDGE,
     HEADER_IDEMPOTENCY_KEY,
-    HEADER_PRIORITY,
     HEADER_TENANT,
     HEADER_TRACEPARENT,
     body_hash,
@@ -48,7 +47,6 @@ class Submission:
     tenant: str
     deadline_s: float
     idempotency_key: str | None = None
-    priority: str | None = None
     traceparent: str | None = None
 
 
@@ -140,8 +138,6 @@ class Requests:
             yield HEADER_EDGE, self._edge.incarnation.encode()
         else:
             yield HEADER_IDEMPOTENCY_KEY, submission.idempotency_key.encode()
-        if submission.priority is not None:
-            yield HEADER_PRIORITY, submission.priority.encode()
         if submission.traceparent is not None:
             yield HEADER_TRACEPARENT, submission.traceparent.encode()
 

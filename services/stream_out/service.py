@@ -383,6 +383,7 @@ class StreamOut:
             self.metrics.observe_usage(usage)
             tokens = {
                 "tenant": state.view.tenant,
+                "traceparent": state.view.traceparent,
                 "model": state.view.model,
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,

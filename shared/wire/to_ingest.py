@@ -8,7 +8,6 @@ from shared.wire.codec import Decoder, WireIds
 
 HEADER_TENANT = "tenant"
 HEADER_DEADLINE = "deadline-unix-ms"
-HEADER_PRIORITY = "priority"
 HEADER_IDEMPOTENCY_KEY = "idempotency-key"
 HEADER_TRACEPARENT = "traceparent"
 HEADER_EDGE = "edge-incarnation"

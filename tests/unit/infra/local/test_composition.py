@@ -23,4 +23,5 @@ def test_a_service_is_told_everything_by_its_environment():
         "BATON_X": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
     }
