@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
 from services.ingest.work import Waiting
-from shared.blocks import hash_chain, root_hash
+from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, place
@@ -57,6 +57,7 @@ class Backlog:
         self._first_deadline_s = math.inf
         self._grew = asyncio.Event()
         self._num_placed = 0
+        self._hashed: tuple[Waiting, str, tuple[BlockHash, ...]] | None = None
 
     def add(self, waiting: Waiting) -> None:
         """Put a choice at the end of the line."""
@@ -117,16 +118,23 @@ class Backlog:
         return place(self._request_view(waiting), view, self._cluster.holders, tie_break=self._num_placed)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
-        admitted, ids = waiting.admitted, waiting.ids
-        fingerprint = self._cluster.fingerprints.get(admitted.spec.model, "")
+        admitted = waiting.admitted
         return RequestView(
             request_id=admitted.job.request_id,
             choice=waiting.choice,
             model=admitted.spec.model,
-            num_tokens=len(ids),
+            num_tokens=len(admitted.prompt_ids) + len(waiting.accepted_ids),
             max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
-            blocks=tuple(hash_chain(root_hash(fingerprint, admitted.job.tenant), ids)),
+            blocks=self._blocks(waiting),
         )
+
+    def _blocks(self, waiting: Waiting) -> tuple[BlockHash, ...]:
+        """Hashes of its full blocks; kept while it is asked about again and again, as the first in line is."""
+        fingerprint = self._cluster.fingerprints.get(waiting.admitted.spec.model, "")
+        if self._hashed is None or self._hashed[0] is not waiting or self._hashed[1] != fingerprint:
+            root = root_hash(fingerprint, waiting.admitted.job.tenant)
+            self._hashed = (waiting, fingerprint, tuple(hash_chain(root, waiting.ids)))
+        return self._hashed[2]
 
     async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placement | None:
         job = waiting.admitted.job
