@@ -49,9 +49,6 @@ class DecodeRole:
         waiting = [work.assignment for work in self._intake.arrivals()]
         return [*waiting, *(decoding.assignment for decoding in self._decodings.values())]
 
-    def num_queued_tokens(self) -> int:
-        return 0
-
     async def handle(self, output: StepOutput, seconds: float) -> None:  # noqa: ARG002 - prefill needs it
         now_s = self._context.clock_s()
         entries = [entry for token in output.tokens if (entry := self._entry(token, now_s)) is not None]

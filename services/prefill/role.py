@@ -67,9 +67,6 @@ class PrefillRole:
     def unfinished(self) -> Sequence[Assignment]:
         return [prefill.work.assignment for prefill in self._prefills.values() if prefill.stage is not Stage.OFFERED]
 
-    def num_queued_tokens(self) -> int:
-        return sum(len(p.work.ids) for p in self._prefills.values() if p.stage is Stage.COMPUTING)
-
     async def handle(self, output: StepOutput, seconds: float) -> None:
         now_s = self._context.clock_s()
         for key in output.started:

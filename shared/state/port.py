@@ -56,14 +56,12 @@ class WorkerLoad:
     """What a worker says of itself at each beat.
 
     Attributes:
-        num_queued_tokens: prompt tokens it has still to compute.
         draining: it takes no new work.
     """
 
     num_free_pages: int
     num_running: int
     num_waiting: int
-    num_queued_tokens: int = 0
     draining: bool = False
 
 

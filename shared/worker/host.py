@@ -201,7 +201,6 @@ class Worker:
             num_free_pages=stats.num_free_pages,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
-            num_queued_tokens=self._role.num_queued_tokens() if self._role else 0,
             draining=self._draining,
         )
 

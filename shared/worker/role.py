@@ -65,10 +65,6 @@ class Role(Protocol):
         """What it has taken and not ended or handed on."""
         ...
 
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens it has still to compute."""
-        ...
-
 
 class Remembered:
     """The placements seen lately; the oldest are forgotten first."""

@@ -85,7 +85,7 @@ def a_card(name: str, *, num_pages: int = 100, role: Role = Role.DECODE) -> Work
 
 
 def a_load(num_free_pages: int = 100, *, draining: bool = False) -> WorkerLoad:
-    return WorkerLoad(num_free_pages, num_running=1, num_waiting=2, num_queued_tokens=3, draining=draining)
+    return WorkerLoad(num_free_pages, num_running=1, num_waiting=2, draining=draining)
 
 
 def a_key(name: str = "r", choice: int = 0, epoch: int = 1) -> PlacementKey:
