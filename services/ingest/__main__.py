@@ -3,14 +3,13 @@
 import asyncio
 import uuid
 
-from prometheus_client import CollectorRegistry
-
 from services.ingest.admission import Admission, ModelFacts
 from services.ingest.service import IngestService
 from services.ingest.settings import IngestProcessSettings
 from shared.bus.kafka import KafkaBus
+from shared.bus.metrics import BusMetrics
 from shared.observe import log
-from shared.observe.metrics import IngestMetrics
+from shared.observe.metrics import IngestMetrics, process_registry
 from shared.request import Incarnation, PlacementId
 from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
 from shared.state.redis import redis_state
@@ -19,12 +18,14 @@ from shared.text.tokeniser import Tokeniser
 
 async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
     """Run ingest on the real log and store until `stop` is set."""
-    registry = CollectorRegistry()
+    registry = process_registry()
     incarnation = Incarnation(f"ingest-{uuid.uuid4().hex}")
     logger = log.logger("ingest")
+    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    registry.register(BusMetrics(bus))
     async with redis_state(settings.redis) as state:
         service = IngestService(
-            bus=KafkaBus(settings.kafka, client_id=incarnation),
+            bus=bus,
             state=state,
             admission=Admission(Tokeniser.load(settings.model), ModelFacts.load(settings.model, settings.served_model)),
             incarnation=incarnation,

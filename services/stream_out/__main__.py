@@ -3,15 +3,15 @@
 import asyncio
 import uuid
 
-from prometheus_client import CollectorRegistry
-
 from services.stream_out.app import Api, not_found_route
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.requests import Requests
 from services.stream_out.service import StreamOut
 from services.stream_out.settings import Settings
 from shared.bus.kafka import KafkaBus
+from shared.bus.metrics import BusMetrics
 from shared.observe import log
+from shared.observe.metrics import process_registry
 from shared.request import Incarnation
 from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
 from shared.state.redis import redis_state
@@ -22,12 +22,14 @@ SERVICE = "stream_out"
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run an edge on the real log and store until `stop` is set."""
-    registry = CollectorRegistry()
+    registry = process_registry()
     incarnation = Incarnation(f"edge-{uuid.uuid4().hex}")
     logger = log.logger(SERVICE)
+    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    registry.register(BusMetrics(bus))
     async with redis_state(settings.redis) as state:
         edge = StreamOut(
-            KafkaBus(settings.kafka, client_id=incarnation),
+            bus,
             state,
             Tokeniser.load(settings.model),
             settings=settings,

@@ -1,9 +1,12 @@
 """What the edge counts; `vllm:*` where it means the same as there. No label is a request id."""
 
+from itertools import pairwise
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.stream_out.results import COMPLETED, timings_of
 from shared.observe.metrics import LATENCY_BUCKETS_S
-from shared.policy.fold import RequestState
+from shared.policy.fold import ChoiceState, RequestState
 from shared.request import Event
 from shared.wire.openai_answers import Usage
 
@@ -15,8 +18,8 @@ class EdgeMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        def latency(name: str, text: str) -> Histogram:
-            return Histogram(name, text, buckets=LATENCY_BUCKETS_S, registry=registry)
+        def latency(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=LATENCY_BUCKETS_S, registry=registry)
 
         self.http_answers = counter("baton_http_answers", "HTTP answers", "route", "status")
         self.unknown_fields = counter("baton_edge_unknown_fields", "Request fields that were ignored as unknown")
@@ -31,23 +34,54 @@ class EdgeMetrics:
         self.resumes = counter("baton_placed_again", "Choices sent back to ingest to be placed again")
         self.stops = counter("baton_stops", "Workers told to stop void work")
         self.finished = counter("baton_requests_finished", "Requests whose result was written", "status")
+        self.success = counter(
+            "vllm:request_success", "Choices that ended by a token or their length", "finished_reason"
+        )
         self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of finished requests")
         self.cached_tokens = counter("baton_cached_prompt_tokens", "Prompt tokens of them whose KV was found")
         self.answer_tokens = counter("baton_answer_tokens", "Answer tokens of finished requests")
         self.ttft = latency("vllm:time_to_first_token_seconds", "From acceptance to the first token")
+        self.tpot = latency(
+            "vllm:request_time_per_output_token_seconds", "A choice's mean time per token behind its first"
+        )
         self.e2e = latency("vllm:e2e_request_latency_seconds", "From acceptance to the last token")
+        self.stages = latency(
+            "baton_stage_seconds", "From one event of a request's life to the next that it passed", "stage"
+        )
+        self.handoff_gap = latency(
+            "baton_handoff_gap_seconds", "From the prefill worker's first token to the decode worker's first"
+        )
 
-    def observe_end(self, state: RequestState, status: str) -> None:
-        """Count a request whose result was written."""
+    def observe_end(self, state: RequestState, status: str, delivered_s: float) -> None:
+        """Count a request whose result was written, acknowledged at `delivered_s` (unix seconds)."""
         self.finished.labels(status).inc()
-        stamps = state.stamps
-        accepted_s = stamps.get(Event.ACCEPTED)
-        for histogram, event in ((self.ttft, Event.FIRST_TOKEN), (self.e2e, Event.FINISHED)):
-            if accepted_s is not None and event in stamps:
-                histogram.observe(max(0.0, stamps[event] - accepted_s))
+        stamps = timings_of(state)
+        _observe(self.ttft, stamps, Event.ACCEPTED, Event.FIRST_TOKEN)
+        _observe(self.e2e, stamps, Event.ACCEPTED, Event.FINISHED)
+        stamps[Event.DELIVERED] = delivered_s
+        for before, after in pairwise(stamps):
+            _observe(self.stages.labels(f"{before}_{after}"), stamps, before, after)
+        for choice in state.choices.values():
+            self._observe_choice(choice, completed=status == COMPLETED)
+
+    def _observe_choice(self, choice: ChoiceState, *, completed: bool) -> None:
+        stamps = choice.stamps
+        _observe(self.handoff_gap, stamps, Event.FIRST_TOKEN, Event.DECODING)
+        if not completed or choice.end is None:
+            return
+        self.success.labels(choice.end.finish).inc()
+        num_gaps = len(choice.ids) - 1
+        if num_gaps > 0 and Event.FIRST_TOKEN in stamps and Event.FINISHED in stamps:
+            self.tpot.observe(max(0.0, stamps[Event.FINISHED] - stamps[Event.FIRST_TOKEN]) / num_gaps)
 
     def observe_usage(self, usage: Usage) -> None:
         """Count the tokens of a request whose result was written."""
         self.prompt_tokens.inc(usage.prompt_tokens)
         self.cached_tokens.inc(usage.cached_tokens)
         self.answer_tokens.inc(usage.completion_tokens)
+
+
+def _observe(histogram: Histogram, stamps: dict[Event, float], start: Event, end: Event) -> None:
+    """The time from `start` to `end`, if both were passed; by clocks of two hosts it may seem negative."""
+    if start in stamps and end in stamps:
+        histogram.observe(max(0.0, stamps[end] - stamps[start]))

@@ -372,7 +372,7 @@ class StreamOut:
         offset = await self.send(RESULTS.name, state.request_id, encode(result))
         now_s = self.clock_s()
         owner.result_acked(state, offset, now_s)
-        self.metrics.observe_end(state, result.status)
+        self.metrics.observe_end(state, result.status, now_s)
         self._log_end(partition, state, result.status, now_s)
 
     def _log_end(self, partition: int, state: RequestState, status: str, now_s: float) -> None:

@@ -61,6 +61,8 @@ class KafkaBus:
 
     def __init__(self, address: str, *, client_id: str) -> None:
         self.counters = BusCounters()
+        self.open_producers: set[SendingProducer] = set()
+        self.open_readers: set[KafkaReader] = set()
         self._address = address
         self._client_id = client_id
         self._log = logger("bus", client_id=client_id)
@@ -69,9 +71,11 @@ class KafkaBus:
     async def producer(self) -> AsyncGenerator[Producer]:
         connection = KafkaAppender(self._address, self._client_id, self._log, self.counters)
         producer = SendingProducer(connection.append, connection.note_failure)
+        self.open_producers.add(producer)
         try:
             yield producer
         finally:
+            self.open_producers.discard(producer)
             num_left = await producer.flush(FLUSH_TIMEOUT_S)
             if num_left:
                 self._log.error("records given up at close", num_records=num_left)
@@ -82,9 +86,11 @@ class KafkaBus:
     async def reader(self, topic: str, *, group: str) -> AsyncGenerator[Reader]:
         reader = KafkaReader(self._address, self._client_id, topic, group, self._log, self.counters)
         keeper = asyncio.create_task(reader.keep_connected(), name=f"read {topic}")
+        self.open_readers.add(reader)
         try:
             yield reader
         finally:
+            self.open_readers.discard(reader)
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
             await reader.close()
@@ -294,7 +300,7 @@ class KafkaReader:
     ) -> None:
         self._address = address
         self._client_id = client_id
-        self._topic = topic
+        self.topic = topic
         self._group = group
         self._log = log
         self._counters = counters
@@ -340,7 +346,7 @@ class KafkaReader:
     async def commit(self, commits: Mapping[int, Committed]) -> None:
         unassigned = commits.keys() - self._positions.keys()
         if unassigned:
-            raise ValueError(f"partitions {sorted(unassigned)} of {self._topic} are not assigned")
+            raise ValueError(f"partitions {sorted(unassigned)} of {self.topic} are not assigned")
         offsets = {self._place(p): OffsetAndMetadata(commit.offset, commit.note) for p, commit in commits.items()}
 
         async def ask(consumer: Any) -> None:
@@ -354,6 +360,13 @@ class KafkaReader:
 
     async def beginning_offset(self, partition: int) -> int:
         return (await self._offsets([partition], Start.BEGINNING))[partition]
+
+    def num_behind(self) -> int:
+        """Records that the broker has told of and that were not handed out."""
+        ends = (
+            {p: self._consumer.highwater(self._place(p)) for p in self._positions} if self._connected.is_set() else {}
+        )
+        return sum(max(0, end - self._positions[partition]) for partition, end in ends.items() if end is not None)
 
     async def keep_connected(self) -> None:
         """Start a consumer whenever there is none or it was given up, until cancelled."""
@@ -392,7 +405,7 @@ class KafkaReader:
         except BaseException as error:
             await _stop_consumer(consumer, self._log)
             if isinstance(error, Exception):  # as for producers: the reader would stay without a consumer for ever
-                self._log.warning("no connection for reading", topic=self._topic, error=repr(error))
+                self._log.warning("no connection for reading", topic=self.topic, error=repr(error))
                 return None
             raise
         return consumer
@@ -451,7 +464,7 @@ class KafkaReader:
             self._give_up(f"partitions {stalled} do not move")
 
     def _give_up(self, reason: str) -> None:
-        self._log.warning("consumer replaced", topic=self._topic, reason=reason)
+        self._log.warning("consumer replaced", topic=self.topic, reason=reason)
         self._counters.num_consumers_replaced += 1
         self._connected.clear()
         self._broken.set()
@@ -465,7 +478,7 @@ class KafkaReader:
                     settled |= await self._offsets(partitions, symbol)
                     break
                 except BusUnavailable as error:
-                    self._log.warning("waiting for offsets", topic=self._topic, error=str(error))
+                    self._log.warning("waiting for offsets", topic=self.topic, error=str(error))
                     await asyncio.sleep(RECONNECT_BACKOFF_S)
         return settled
 
@@ -483,10 +496,10 @@ class KafkaReader:
                 await self._connected.wait()
                 return await ask(self._consumer)
         except (KafkaError, OSError, TimeoutError) as error:
-            raise BusUnavailable(f"{self._topic}: {error!r}") from error
+            raise BusUnavailable(f"{self.topic}: {error!r}") from error
 
     def _place(self, partition: int) -> TopicPartition:
-        return TopicPartition(self._topic, partition)
+        return TopicPartition(self.topic, partition)
 
 
 def _record(found: Any) -> Record:

@@ -8,16 +8,16 @@ import uuid
 from collections.abc import Callable
 
 import torch
-from prometheus_client import CollectorRegistry
 
 from shared.bus.kafka import KafkaBus
+from shared.bus.metrics import BusMetrics
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
 from shared.engine.runner import TorchRunner
 from shared.engine.weights import load_checkpoint
 from shared.errors import StartupError
 from shared.observe import log
-from shared.observe.metrics import WorkerMetrics
+from shared.observe.metrics import WorkerMetrics, process_registry
 from shared.request import Incarnation
 from shared.runtime.run import health_routes, serve_http, unix_clock_s
 from shared.state.port import Role as RoleName
@@ -67,9 +67,11 @@ async def serve_worker(
 ) -> None:
     """Run one worker until `stop` is set."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    registry = CollectorRegistry()
+    registry = process_registry()
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
     logger = log.logger(role_name, name=settings.name)
+    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    registry.register(BusMetrics(bus))
     engine = build_engine(settings)
     async with (
         redis_state(settings.redis) as state,
@@ -91,7 +93,7 @@ async def serve_worker(
                 incarnation=incarnation,
                 engine=engine,
                 transfer=transfer,
-                bus=KafkaBus(settings.kafka, client_id=incarnation),
+                bus=bus,
                 state=state,
                 tokeniser=Tokeniser.load(settings.model),
                 metrics=WorkerMetrics(registry, settings.served_model),
