@@ -64,15 +64,17 @@ async def serve_worker(
     make_role: Callable[[WorkerContext], Role],
     settings: WorkerSettings,
     stop: asyncio.Event,
+    *,
+    build: Callable[[WorkerSettings], PagedEngine] = build_engine,
 ) -> None:
-    """Run one worker until `stop` is set."""
+    """Run one worker until `stop` is set; `build` makes its engine."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     registry = process_registry()
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
     logger = log.logger(role_name, name=settings.name)
     bus = KafkaBus(settings.kafka, client_id=incarnation)
     registry.register(BusMetrics(bus))
-    engine = build_engine(settings)
+    engine = build(settings)
     async with (
         redis_state(settings.redis) as state,
         UcxContext(settings.transfer_net_devices) as context,
