@@ -8,7 +8,10 @@ from services.stream_out.results import COMPLETED, timings_of
 from shared.observe.metrics import LATENCY_BUCKETS_S
 from shared.policy.fold import ChoiceState, RequestState
 from shared.request import Event
-from shared.wire.openai_answers import Usage
+from shared.wire.openai_answers import ENDS_AS_ERROR, Usage
+
+FRAME_AGE_BUCKETS_S = (*(n / 4000 for n in range(1, 21)), *(bound for bound in LATENCY_BUCKETS_S if bound > 0.005))
+"""Up to 5 ms in steps of 0.25 ms: a frame should take about one."""
 
 
 class EdgeMetrics:
@@ -34,6 +37,8 @@ class EdgeMetrics:
         self.resumes = counter("baton_placed_again", "Choices sent back to ingest to be placed again")
         self.stops = counter("baton_stops", "Workers told to stop void work")
         self.finished = counter("baton_requests_finished", "Requests whose result was written", "status")
+        for status in (COMPLETED, *sorted(ENDS_AS_ERROR)):
+            self.finished.labels(status)  # from the start, or the first of its kind would not count as an increase
         self.success = counter(
             "vllm:request_success", "Choices that ended by a token or their length", "finished_reason"
         )
@@ -47,6 +52,12 @@ class EdgeMetrics:
         self.e2e = latency("vllm:e2e_request_latency_seconds", "From acceptance to the last token")
         self.stages = latency(
             "baton_stage_seconds", "From one event of a request's life to the next that it passed", "stage"
+        )
+        self.frame_age = Histogram(
+            "baton_frame_age_seconds",
+            "From the end of the step that made a frame to its reading here",
+            buckets=FRAME_AGE_BUCKETS_S,
+            registry=registry,
         )
         self.handoff_gap = latency(
             "baton_handoff_gap_seconds", "From the prefill worker's first token to the decode worker's first"

@@ -363,10 +363,10 @@ class KafkaReader:
 
     def num_behind(self) -> int:
         """Records that the broker has told of and that were not handed out."""
-        ends = (
-            {p: self._consumer.highwater(self._place(p)) for p in self._positions} if self._connected.is_set() else {}
-        )
-        return sum(max(0, end - self._positions[partition]) for partition, end in ends.items() if end is not None)
+        if not self._connected.is_set():
+            return 0
+        ends: dict[int, int | None] = {p: self._consumer.highwater(self._place(p)) for p in self._positions}
+        return sum(max(0, end - self._positions[p]) for p, end in ends.items() if end is not None)
 
     async def keep_connected(self) -> None:
         """Start a consumer whenever there is none or it was given up, until cancelled."""
