@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.decode.intake import Arrival, Intake
-from shared.engine.port import StepOutput, TokenOutput
+from shared.engine.port import TokenOutput
 from shared.request import Event, PlacementId, Stamps
 from shared.text.stream import TextStream
 from shared.wire.to_stream_out import FrameEntry
 from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
+from shared.worker.engine_thread import Step
 from shared.worker.entries import failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
 
@@ -49,10 +50,10 @@ class DecodeRole:
         waiting = [work.assignment for work in self._intake.arrivals()]
         return [*waiting, *(decoding.assignment for decoding in self._decodings.values())]
 
-    async def handle(self, output: StepOutput, seconds: float) -> None:  # noqa: ARG002 - prefill needs it
-        now_s = self._context.clock_s()
-        entries = [entry for token in output.tokens if (entry := self._entry(token, now_s)) is not None]
-        await self._context.frames.post(entries)
+    async def handle(self, step: Step) -> None:
+        made = (self._entry(token, step.ended_s) for token in step.output.tokens)
+        entries = [entry for entry in made if entry is not None]
+        await self._context.frames.post(entries, step.ended_s)
         for entry in entries:
             # A stop may have ended it already, while the log was full.
             if entry.finish is not None and entry.placement in self._decodings:
@@ -84,20 +85,20 @@ class DecodeRole:
     def _refused(self, arrival: Arrival, reason: str) -> None:
         assignment = arrival.work.assignment
         entry = failed_entry(assignment, len(arrival.work.ids) - assignment.prompt_len, reason)
-        self._context.tasks.create_task(self._context.frames.send(entry))
+        self._context.tasks.create_task(self._context.frames.send(entry, self._context.clock_s()))
         self._context.credits.give_back(assignment.placement, self._context.me)
 
-    def _entry(self, token: TokenOutput, now_s: float) -> FrameEntry | None:
+    def _entry(self, token: TokenOutput, made_s: float) -> FrameEntry | None:
         """What to publish of a token; None if its request has ended (the engine was one step ahead)."""
         decoding = self._decodings.get(PlacementId(token.key))
         if decoding is None:
             return None
         if Event.TRANSFERRING in decoding.stamps:
-            decoding.stamps[Event.DECODING] = now_s
+            decoding.stamps[Event.DECODING] = made_s
         stop = decoding.text.push((token.token_id,)).stopped if decoding.text and token.token_id >= 0 else None
         entry = token_entry(decoding.assignment, token, stop=stop, stamps=decoding.stamps)
         decoding.stamps = {}
-        return entry if entry.finish is None else replace(entry, stamps=finished_stamps(entry.stamps, now_s))
+        return entry if entry.finish is None else replace(entry, stamps=finished_stamps(entry.stamps, made_s))
 
     def _end(self, placement: PlacementId) -> None:
         """Free all that this worker has of the placement."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from shared.blocks import token_ids
-from shared.engine.port import EngineRequest, StepOutput, TokenOutput
+from shared.engine.port import EngineRequest, TokenOutput
 from shared.request import Event, PlacementId, Stamps
 from shared.text.stream import TextStream
 from shared.transfer.port import Outcome
@@ -14,6 +14,7 @@ from shared.wire.codec import encode
 from shared.wire.to_stream_out import FrameEntry
 from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
 from shared.wire.topics import DECODE
+from shared.worker.engine_thread import Step
 from shared.worker.entries import failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
 
@@ -67,18 +68,17 @@ class PrefillRole:
     def unfinished(self) -> Sequence[Assignment]:
         return [prefill.work.assignment for prefill in self._prefills.values() if prefill.stage is not Stage.OFFERED]
 
-    async def handle(self, output: StepOutput, seconds: float) -> None:
-        now_s = self._context.clock_s()
-        for key in output.started:
+    async def handle(self, step: Step) -> None:
+        for key in step.output.started:
             prefill = self._prefills.get(PlacementId(key))
             if prefill is not None:
-                prefill.stamps.setdefault(Event.PREFILLING, now_s - seconds)
-        for token in output.tokens:
+                prefill.stamps.setdefault(Event.PREFILLING, step.started_s)
+        for token in step.output.tokens:
             prefill = self._prefills.get(PlacementId(token.key))
             if prefill is not None:
                 prefill.stage = Stage.HANDING_OVER
-                prefill.stamps[Event.FIRST_TOKEN] = now_s
-                self._context.tasks.create_task(self._publish(prefill, token))
+                prefill.stamps[Event.FIRST_TOKEN] = step.ended_s
+                self._context.tasks.create_task(self._publish(prefill, token, step.ended_s))
 
     def _start(self, work: PrefillWork) -> None:
         assignment = work.assignment
@@ -106,7 +106,7 @@ class PrefillRole:
         except ValueError as error:
             work = prefill.work
             index = len(work.ids) - work.assignment.prompt_len
-            await self._end(prefill, failed_entry(work.assignment, index, str(error)))
+            await self._end(prefill, failed_entry(work.assignment, index, str(error)), self._context.clock_s())
 
     def _stop(self, placement: PlacementId) -> None:
         self._seen.add(placement)
@@ -120,14 +120,14 @@ class PrefillRole:
         elif prefill.stage is Stage.OFFERED:
             self._context.transfer.withdraw(placement)
 
-    async def _publish(self, prefill: Prefill, token: TokenOutput) -> None:
+    async def _publish(self, prefill: Prefill, token: TokenOutput, made_s: float) -> None:
         """Write the first token; once that stands in the log, hand over, unless the token was the last."""
         stop = self._matched_stop(prefill.work, token)
         entry = token_entry(prefill.work.assignment, token, stop=stop, stamps=prefill.stamps)
         if entry.finish is not None:
-            await self._end(prefill, entry)
+            await self._end(prefill, entry, made_s)
             return
-        await self._context.frames.send(entry)
+        await self._context.frames.send(entry, made_s)
         if prefill.stopped:
             self._drop(prefill)
         else:
@@ -141,10 +141,10 @@ class PrefillRole:
         text.push(work.ids[assignment.prompt_len :])
         return text.push((token.token_id,)).stopped
 
-    async def _end(self, prefill: Prefill, entry: FrameEntry) -> None:
+    async def _end(self, prefill: Prefill, entry: FrameEntry, made_s: float) -> None:
         """The choice ended here: no ticket, and neither worker keeps anything of it."""
-        stamps = finished_stamps(prefill.stamps, self._context.clock_s())
-        await self._context.frames.send(replace(entry, stamps=stamps))
+        stamps = finished_stamps(prefill.stamps, made_s)
+        await self._context.frames.send(replace(entry, stamps=stamps), made_s)
         self._drop(prefill)
         self._context.credits.give_back(entry.placement, prefill.work.decode)
 

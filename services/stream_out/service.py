@@ -27,7 +27,7 @@ from shared.state.port import RequestHint, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import UndecodableMessage, encode
 from shared.wire.to_ingest import Resume
-from shared.wire.to_stream_out import Attach, Cut, Detach
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Attach, Cut, Detach, Frame
 from shared.wire.to_worker import Stop
 from shared.wire.topics import DECODE, INGEST_RESUME, PREFILL, RESULTS, STREAM_OUT
 
@@ -290,14 +290,18 @@ class StreamOut:
             self._do_all(record.partition, found.owner, found.owner.settle())
 
     def _take(self, log: PartitionLog, record: Record) -> list[Change]:
+        log.position = record.offset + 1
         try:
-            return log.apply(record)
+            message = STREAM_OUT_DECODER.decode(record.value)
         except UndecodableMessage as error:
             self.metrics.undecodable.inc()
             self.logger.warning(
                 "record skipped", topic=record.topic, partition=record.partition, offset=record.offset, error=str(error)
             )
             return []
+        if isinstance(message, Frame):
+            self.metrics.frame_age.observe(max(0.0, self.clock_s() - message.made_s))
+        return log.apply(record.offset, record.timestamp_s, message)
 
     async def _settle_assignment(self) -> None:
         """Begin with the partitions taken over, leave those that nobody here needs any more."""

@@ -1,6 +1,6 @@
 """Server-sent events: framing, and ids that any edge can go on from."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.errors import InvalidRequest
 from shared.request import REQUEST_ID_PATTERN, RequestId
@@ -14,8 +14,7 @@ DONE = b"data: [DONE]\n\n"
 """Ends a stream that ended well. It has no id, so whoever resumes behind the last event gets it again."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Cursor:
+class Cursor(NamedTuple):
     """A place in a request's events: the `k`-th made of the record at `offset`."""
 
     offset: int

@@ -10,14 +10,14 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from services.stream_out.events import EventMaker, StreamEvent
 from services.stream_out.sse import Cursor
-from shared.bus.port import Record
 from shared.policy.fold import Change, PartitionFold, RequestState, Voided
 from shared.request import RequestId
 from shared.text.tokeniser import Tokeniser
-from shared.wire.to_stream_out import STREAM_OUT_DECODER, Frame, StreamOutMessage
+from shared.wire.to_stream_out import Frame, StreamOutMessage
 
 
 class Story:
@@ -37,7 +37,7 @@ class Story:
         self._untold: list[tuple[int, list[Change]]] = []
         self._events: list[StreamEvent] = []
         self._maker = EventMaker(tokeniser)
-        self._news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def opened(self) -> bool:
@@ -63,18 +63,24 @@ class Story:
 
     def wake(self) -> None:
         """Let everybody who waits for news look again."""
-        self._news.set()
-        self._news = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def news(self) -> None:
         """Wait for the next `wake`."""
-        await self._news.wait()
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
 
     def events_behind(self, cursor: Cursor) -> Sequence[StreamEvent]:
         """The events so far that come behind `cursor`."""
         for offset, changes in self._untold:
             self._events.extend(self._maker.make(offset, changes))
         self._untold.clear()
+        if not self._events or self._events[-1].cursor <= cursor:
+            return ()
         return self._events[bisect_right(self._events, cursor, key=lambda event: event.cursor) :]
 
 
@@ -113,20 +119,18 @@ class PartitionLog:
         self._tokeniser = tokeniser
         self._only = only
 
-    def apply(self, record: Record) -> list[Change]:
-        """Take the next record; what it changed. Raises UndecodableMessage for one to be skipped."""
-        self.position = record.offset + 1
-        message = STREAM_OUT_DECODER.decode(record.value)
+    def apply(self, offset: int, timestamp_s: float, message: StreamOutMessage) -> list[Change]:
+        """Take the next record; what it changed."""
         if self._only is not None:
             about = _about(message, self._only)
             if about is None:
                 return []
             message = about
-        changes = self.fold.apply(record.offset, record.timestamp_s, message)
+        changes = self.fold.apply(offset, timestamp_s, message)
         for request_id in dict.fromkeys(_request_ids(message)):
             state = self.fold.requests.get(request_id)
             if state is not None:
-                self._story(request_id).tell(record.offset, state, list(_changes_of(request_id, changes)))
+                self._story(request_id).tell(offset, state, list(_changes_of(request_id, changes)))
         return changes
 
     @property
@@ -196,7 +200,7 @@ def _about(message: StreamOutMessage, request_id: RequestId) -> StreamOutMessage
     """What of the message is about the request."""
     if isinstance(message, Frame):
         entries = tuple(entry for entry in message.entries if entry.request_id == request_id)
-        return Frame(message.worker, entries) if entries else None
+        return replace(message, entries=entries) if entries else None
     return message if message.request_id == request_id else None
 
 

@@ -130,7 +130,10 @@ class RequestState:
 
     def choice(self, index: int) -> ChoiceState:
         """The state of choice `index`, begun at epoch 1 if nothing was known of it."""
-        return self.choices.setdefault(index, ChoiceState())
+        choice = self.choices.get(index)
+        if choice is None:
+            choice = self.choices[index] = ChoiceState()
+        return choice
 
     def wants(self, index: int) -> bool:
         """Whether the choice was asked for, as far as is known. Another job under the same id may ask for more."""

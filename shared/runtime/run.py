@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import uvicorn
+import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -41,7 +42,7 @@ def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio
     try:
         settings = read_settings()
         log.configure(settings.log_level)
-        asyncio.run(_run_until_stopped(lambda stop: main(settings, stop)))
+        uvloop.run(_run_until_stopped(lambda stop: main(settings, stop)))
     except (BatonError, OSError) as error:
         logger.error("stopped", error=str(error), kind=type(error).__name__)  # noqa: TRY400 - expected: one line is all
         sys.exit(1)
@@ -104,6 +105,7 @@ async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> As
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         Starlette(routes=list(routes)),
+        http="httptools",
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -10,6 +10,7 @@ from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Generic, TypeVar, cast
 
 import orjson
@@ -44,38 +45,54 @@ WireBytes = Annotated[bytes, PlainValidator(_bytes_from_wire)]
 """Opaque bytes in a message."""
 
 
+@cache
 def type_name(message_class: type) -> str:
     """`PrefillWork` is `prefill_work` on the wire."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", message_class.__name__).lower()
 
 
-def _is_default(field: "Field[Any]", value: object) -> bool:
-    if field.default is not MISSING:
-        return bool(field.default == value)
-    return field.default_factory is not MISSING and bool(field.default_factory() == value)
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _members(message_class: type) -> tuple[tuple[str, object], ...]:
+    """Name and default of each field; MISSING where there is none."""
+    return tuple((field.name, _default_of(field)) for field in fields(message_class))
+
+
+def _default_of(field: "Field[Any]") -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _to_jsonable(value: object) -> object:
-    if isinstance(value, array):
-        return token_ids_to_text(value)  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(value, bytes):
-        return b64encode(value).decode("ascii")
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _to_jsonable(getattr(value, field.name))
-            for field in fields(value)
-            if not _is_default(field, getattr(value, field.name))
-        }
-    if isinstance(value, tuple | list):
+    kind = value.__class__
+    if kind in _PLAIN:
+        return value
+    if kind is tuple or kind is list:
         return [_to_jsonable(item) for item in cast("Iterable[object]", value)]
+    if kind is array:
+        return token_ids_to_text(cast("TokenIds", value))
+    if kind is bytes:
+        return b64encode(cast("bytes", value)).decode("ascii")
+    if is_dataclass(kind):
+        return _members_of(value)
     return value
+
+
+def _members_of(message: object) -> dict[str, object]:
+    """The fields that are not at their default."""
+    members: dict[str, object] = {}
+    for name, default in _members(message.__class__):
+        member = getattr(message, name)
+        if member != default:
+            members[name] = member if member.__class__ in _PLAIN else _to_jsonable(member)
+    return members
 
 
 def encode(message: Any) -> bytes:
     """The record value of a message (a dataclass of `shared.wire`)."""
-    body = _to_jsonable(message)
-    assert isinstance(body, dict)
-    return orjson.dumps({"v": VERSION, "type": type_name(message.__class__), **body}, option=orjson.OPT_NON_STR_KEYS)
+    body = {"v": VERSION, "type": type_name(message.__class__), **_members_of(message)}
+    return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
 
 
 M = TypeVar("M")

@@ -108,10 +108,15 @@ class FrameEntry:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """All tokens that one worker's step made for this partition."""
+    """All tokens that one worker's step made for this partition.
+
+    Attributes:
+        made_s: end of that step, unix seconds by the worker's clock.
+    """
 
     worker: WorkerRef
     entries: tuple[FrameEntry, ...]
+    made_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -20,11 +21,20 @@ STOP_TIMEOUT_S = 10.0
 """At the end the step that runs is waited for so long."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that has run; `started_s` and `ended_s` by the thread's clock."""
+
+    output: StepOutput
+    started_s: float
+    ended_s: float
+
+
 class EngineThread:
     """Runs the engine's steps, and commands between steps in the order in which they were submitted.
 
-    Outputs go to `outputs` in order, each with the seconds its step took; whoever takes one calls `handled` once for
-    it. If the engine raises, `failed` is set and nothing runs any more.
+    Steps go to `steps` in order; whoever takes one calls `handled` once for it. If the engine raises, `failed` is set
+    and nothing runs any more.
 
     Attributes:
         stats: as they were after the newest step or command.
@@ -38,7 +48,7 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._num_unhandled = 0
         self._stopping = False
-        self.outputs: asyncio.Queue[tuple[StepOutput, float]] = asyncio.Queue()
+        self.steps: asyncio.Queue[Step] = asyncio.Queue()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self.stats: EngineStats = engine.stats()
         self.step_started_s: float | None = None
@@ -78,7 +88,7 @@ class EngineThread:
         return future
 
     def handled(self) -> None:
-        """One output has been dealt with."""
+        """One step has been dealt with."""
         self._commands.put(self._count_handled)
 
     def _stop(self, _: Engine) -> None:
@@ -114,7 +124,7 @@ class EngineThread:
         started_s = self.step_started_s = self._clock_s()
         output = self._engine.step()
         self.step_started_s = None
-        seconds = self._clock_s() - started_s
+        step = Step(output, started_s, self._clock_s())
         self.stats = self._engine.stats()
         self._num_unhandled += 1
-        self._loop.call_soon_threadsafe(self.outputs.put_nowait, (output, seconds))
+        self._loop.call_soon_threadsafe(self.steps.put_nowait, step)

@@ -20,18 +20,18 @@ class FrameWriter:
         self._producer = producer
         self._worker = worker
 
-    async def send(self, entry: FrameEntry) -> None:
-        """Append one entry and wait until it stands in the log."""
-        frame = Frame(self._worker, (entry,))
+    async def send(self, entry: FrameEntry, made_s: float) -> None:
+        """Append one entry, made at `made_s` (unix seconds), and wait until it stands in the log."""
+        frame = Frame(self._worker, (entry,), made_s)
         await self._producer.send(STREAM_OUT.name, partition_of(entry.request_id), encode(frame))
 
-    async def post(self, entries: Iterable[FrameEntry]) -> None:
-        """Queue the entries of one step; waits only while the log cannot take more."""
+    async def post(self, entries: Iterable[FrameEntry], made_s: float) -> None:
+        """Queue the entries of one step, made at `made_s`; waits only while the log cannot take more."""
         by_partition: defaultdict[int, list[FrameEntry]] = defaultdict(list)
         for entry in entries:
             by_partition[partition_of(entry.request_id)].append(entry)
         for partition, group in by_partition.items():
-            await self._post_when_room(partition, encode(Frame(self._worker, tuple(group))))
+            await self._post_when_room(partition, encode(Frame(self._worker, tuple(group), made_s)))
 
     async def _post_when_room(self, partition: int, value: bytes) -> None:
         while True:

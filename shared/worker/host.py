@@ -266,11 +266,11 @@ class Worker:
     async def _handle_steps(self, engine: EngineThread, role: Role) -> None:
         metrics = self._parts.metrics
         while True:
-            output, seconds = await engine.outputs.get()
-            await role.handle(output, seconds)
+            step = await engine.steps.get()
+            await role.handle(step)
             engine.handled()
-            metrics.step_seconds.observe(seconds)
-            metrics.step_tokens.observe(output.num_batch_tokens)
+            metrics.step_seconds.observe(step.ended_s - step.started_s)
+            metrics.step_tokens.observe(step.output.num_batch_tokens)
 
     async def _drain(self, context: WorkerContext) -> None:
         """Let what runs finish within the limit, and hand the rest over by a cut that their owners act on."""

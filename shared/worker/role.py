@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.bus.port import Producer
-from shared.engine.port import StepOutput
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
 from shared.request import PlacementId, WorkerRef
@@ -15,7 +14,7 @@ from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
 from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
 from shared.worker.credits import Credits
-from shared.worker.engine_thread import EngineThread
+from shared.worker.engine_thread import EngineThread, Step
 from shared.worker.frames import FrameWriter
 
 NUM_REMEMBERED = 16_384
@@ -57,8 +56,8 @@ class Role(Protocol):
         """A record for this incarnation has arrived. Does not wait."""
         ...
 
-    async def handle(self, output: StepOutput, seconds: float) -> None:
-        """A step has run, and took so long."""
+    async def handle(self, step: Step) -> None:
+        """A step has run."""
         ...
 
     def unfinished(self) -> Sequence[Assignment]:

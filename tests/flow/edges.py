@@ -322,7 +322,7 @@ class Job:
             logprobs = tuple(TokenLogprob(-0.5, ((token_id, -0.5), (7, -1.5))) for token_id in ids)
         placement = placement_id(self.id, choice, epoch)
         entry = FrameEntry(self.id, choice, placement, index, ids, logprobs, finish, **fields)
-        return self.world.write(Frame(DECODE, (entry,)), self.id)
+        return self.world.write(Frame(DECODE, (entry,), made_s=0.0), self.id)
 
     def serve(self, ids=IDS, *, finish=FinishReason.STOP, step=1, choice=0, epoch=1, start=0):
         """All frames of one choice: the first from prefill, then one for each step."""

@@ -8,6 +8,7 @@ from shared.engine.fake import fake_engine
 from shared.engine.port import StepOutput, TokenOutput
 from shared.request import FinishReason
 from shared.wire.to_worker import Stop
+from shared.worker.engine_thread import Step
 from tests.unit.services.decode.test_intake import ME, Counter, a_ticket_for, until
 
 
@@ -29,7 +30,7 @@ class SlowFrames:
     def __init__(self):
         self.room = asyncio.Event()
 
-    async def post(self, _):
+    async def post(self, *_):
         await self.room.wait()
 
 
@@ -58,8 +59,8 @@ async def test_a_stop_that_comes_while_the_log_is_full_ends_the_choice_once(fini
         key = work.assignment.placement
         role.take(work)
         await until(lambda: role._decodings)
-        step = StepOutput((TokenOutput(key, 1, 5, finish),))
-        handling = asyncio.create_task(role.handle(step, 0.0))
+        step = Step(StepOutput((TokenOutput(key, 1, 5, finish),)), started_s=0.0, ended_s=0.0)
+        handling = asyncio.create_task(role.handle(step))
         await asyncio.sleep(0)
         role.take(Stop(key, ME))
         frames.room.set()

@@ -11,7 +11,6 @@ from services.stream_out.results import answer_of, result_of, status_of
 from services.stream_out.sse import BEFORE_ALL
 from services.stream_out.streams import PartitionLog, Story
 from shared.blocks import token_ids
-from shared.bus.port import Record
 from shared.request import (
     Event,
     FinishReason,
@@ -26,7 +25,7 @@ from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
 from shared.wire.to_ingest import LogPosition
-from shared.wire.to_stream_out import Cut, ErrorBody, Frame, FrameEntry, Open, View
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, ErrorBody, Frame, FrameEntry, Open, View
 from tests.tiny_tokenizers import byte_level
 
 TOKENISER = Tokeniser(byte_level(), eos_ids=(1,))
@@ -50,13 +49,13 @@ def opening(choice=0, epoch=1, **fields):
 def frame(index, ids, finish=None, choice=0, epoch=1, logprobs=False, **fields):
     lines = tuple(TokenLogprob(-1.0, ((token_id, -1.0), (7, -2.0))) for token_id in ids) if logprobs else ()
     entry = FrameEntry(ID, choice, PlacementId(f"{choice}/{epoch}"), index, token_ids(ids), lines, finish, **fields)
-    return Frame(WORKER, (entry,))
+    return Frame(WORKER, (entry,), made_s=0.0)
 
 
 def read(messages, start=0, only=None):
     log = PartitionLog(0, start, TOKENISER, only=only)
     for offset, message in enumerate(messages, start):
-        log.apply(Record("stream-out", 0, offset, None, encode(message), (), 100.0 + offset))
+        log.apply(offset, 100.0 + offset, STREAM_OUT_DECODER.decode(encode(message)))
     return log
 
 
@@ -101,7 +100,7 @@ def test_events_do_not_depend_on_when_they_are_asked_for(seed, askings):
     log = PartitionLog(0, 0, TOKENISER)
     seen, cursor = [], BEFORE_ALL
     for offset, message in enumerate(messages):
-        log.apply(Record("stream-out", 0, offset, None, encode(message), (), 0.0))
+        log.apply(offset, 0.0, STREAM_OUT_DECODER.decode(encode(message)))
         if random.random() < 0.5:
             seen += log.stories[ID].events_behind(cursor)
             cursor = seen[-1].cursor if seen else BEFORE_ALL
@@ -121,7 +120,7 @@ def test_the_stream_says_what_the_answer_says(seed):
 
 def test_another_reader_of_one_request_sees_the_same():
     other = FrameEntry(RequestId("other"), 0, PlacementId("x"), 0, token_ids([3]))
-    mixed = Frame(WORKER, (other, *frame(0, IDS[:3]).entries))
+    mixed = Frame(WORKER, (other, *frame(0, IDS[:3]).entries), made_s=0.0)
     messages = [opening(), mixed, frame(3, IDS[3:], FinishReason.STOP)]
     alone = read(messages, only=ID)
     assert list(alone.stories) == [ID]
@@ -169,7 +168,7 @@ def test_the_result_is_the_same_byte_for_byte_from_wherever_it_is_read():
     first = encode(result_of(read(messages).stories[ID].state, TOKENISER))
     log = PartitionLog(0, 0, TOKENISER)
     for offset, message in enumerate([*messages, frame(0, IDS[:1])]):
-        log.apply(Record("stream-out", 0, offset, None, encode(message), (), 100.0 + offset))
+        log.apply(offset, 100.0 + offset, STREAM_OUT_DECODER.decode(encode(message)))
     assert encode(result_of(log.stories[ID].state, TOKENISER)) == first
     assert RESULT_DECODER.decode(first).response["choices"][0]["finish_reason"] == "length"
 

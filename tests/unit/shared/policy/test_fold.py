@@ -36,7 +36,7 @@ def an_open(placement, epoch=1, choice=0, **view):
 
 
 def a_frame(placement, index, ids, finish=None):
-    return Frame(DECODE, (FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish),))
+    return Frame(DECODE, (FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish),), made_s=0.0)
 
 
 def a_cut(epoch, outcome=None, choice=0):
@@ -55,7 +55,7 @@ def kinds(changes):
 
 def test_choices_that_the_request_did_not_ask_for_are_void():
     """Two jobs under one id, the second with a larger `n`: the request is the one that was opened first."""
-    stray = Frame(DECODE, (FrameEntry(REQUEST, 1, PlacementId("b"), 0, token_ids([5])),))
+    stray = Frame(DECODE, (FrameEntry(REQUEST, 1, PlacementId("b"), 0, token_ids([5])),), made_s=0.0)
     state, changes = fold_all(
         stray,
         an_open("a"),
