@@ -77,6 +77,10 @@ make_environment() {
 
 [[ $# -gt 0 ]] || fail 'usage: infra/local/in_env.sh COMMAND [ARGUMENT...]'
 hash="$(lock_hash)"
+if [[ "$1" == --where ]]; then  # where the environment of the Python version $2 belongs, for infra/offline
+    printf '%s\n' "$BATON_CACHE/venv-$2-$hash"
+    exit
+fi
 venv="$(whole_environment "$hash")"
 if [[ -z "$venv" ]]; then
     mkdir -p "$BATON_CACHE"
