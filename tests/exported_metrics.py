@@ -1,0 +1,45 @@
+"""The names of all metrics that the services export, as Prometheus stores them, from registries built as theirs are."""
+
+import re
+from functools import cache
+
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.stream_out.metrics import EdgeMetrics
+from shared.bus.kafka import KafkaBus
+from shared.bus.metrics import BusMetrics
+from shared.observe.metrics import IngestMetrics, WorkerMetrics, process_registry
+
+SERVICES = {
+    "ingest": IngestMetrics,
+    "edge": EdgeMetrics,
+    "worker": lambda registry: WorkerMetrics(registry, "m"),
+}
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+
+AGGREGATIONS = {"sum", "max", "by"}
+FUNCTIONS = {"rate", "increase", "deriv", "histogram_quantile", "time", "min_over_time", "max_over_time", "absent"}
+KEYWORDS = AGGREGATIONS | FUNCTIONS | {"and", "or"}
+
+
+@cache
+def exported() -> dict[str, str]:
+    """Each series' name, and the metric that it belongs to: a histogram has three, and counters end in `_total`."""
+    found: dict[str, str] = {}
+    for make_metrics in SERVICES.values():
+        registry = process_registry()
+        make_metrics(registry)
+        registry.register(BusMetrics(KafkaBus("nowhere:1", client_id="test")))
+        for family in text_string_to_metric_families(generate_latest(registry).decode()):
+            if family.name.endswith("_created"):
+                continue
+            metric = f"{family.name}_total" if family.type == "counter" else family.name
+            found |= {f"{family.name}{suffix}": metric for suffix in SUFFIXES[family.type]}
+    return found
+
+
+def asked_for(expr: str) -> set[str]:
+    """Names of the series in a PromQL expression."""
+    bare = re.sub(r'"[^"]*"|\'[^\']*\'|{[^}]*}|\[[^\]]*\]|by \([^)]*\)', "", expr)
+    return set(re.findall(r"[A-Za-z_:][\w:]*", bare)) - KEYWORDS

@@ -1,0 +1,56 @@
+"""A process's connection to Kafka, as a scrape sees it."""
+
+import asyncio
+from types import SimpleNamespace
+
+from prometheus_client import CollectorRegistry
+
+from shared.bus import kafka
+from shared.bus.kafka import KafkaBus
+from shared.bus.metrics import BusMetrics
+
+
+async def nothing(*_):
+    pass
+
+
+class ConsumerOfThree:
+    """Has been told of three records in each partition, and hands none out."""
+
+    def __init__(self, **_):
+        self.start = self.stop = nothing
+        self.seek = self.assign = lambda *_: None
+        self._client = SimpleNamespace(close=nothing)
+
+    def highwater(self, place):
+        return None if place.partition == 2 else 3
+
+
+def never_answers(**_):
+    accumulator = SimpleNamespace(fail_all=lambda _: None, _batches={})
+    client = SimpleNamespace(close=nothing)
+    return SimpleNamespace(start=asyncio.Event().wait, stop=nothing, client=client, _message_accumulator=accumulator)
+
+
+async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monkeypatch):
+    monkeypatch.setattr(kafka, "AIOKafkaConsumer", ConsumerOfThree)
+    monkeypatch.setattr(kafka, "AIOKafkaProducer", never_answers)
+    monkeypatch.setattr(kafka, "FLUSH_TIMEOUT_S", 0.01)
+    registry = CollectorRegistry()
+    bus = KafkaBus("nowhere:1", client_id="test")
+    registry.register(BusMetrics(bus))
+    value = registry.get_sample_value
+    async with bus.producer() as producer, bus.reader("read", group="g") as reader:
+        assert value("baton_bus_records_behind", {"topic": "read"}) == 0
+        await reader.assign({0: 1, 1: 3, 2: 0})
+        await asyncio.sleep(0)
+        producer.post("written", 0, b"a")
+        producer.post("written", 1, b"b")
+        async with asyncio.timeout(5):
+            while value("baton_bus_records_behind", {"topic": "read"}) != 2:
+                await asyncio.sleep(0.001)
+        assert value("baton_bus_records_buffered", {"topic": "written"}) == 2
+        bus.counters.num_failed_appends = 7
+        assert value("baton_bus_failed_appends_total") == 7
+    assert value("baton_bus_records_behind", {"topic": "read"}) is None
+    assert value("baton_bus_records_buffered", {"topic": "written"}) is None
