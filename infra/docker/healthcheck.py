@@ -1,0 +1,26 @@
+"""Whether the Baton process of this container can serve: exit status 0 if GET /ready answers 200, else 1.
+
+Runs every few seconds in every container, hence without anything that takes long to import.
+"""
+
+import os
+import socket
+import sys
+
+TIMEOUT_S = 3.0
+QUESTION = b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n"
+
+
+def is_ready(port: int) -> bool:
+    """Whether the process that listens on `port` of this container says that it is ready."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
+            connection.sendall(QUESTION)
+            with connection.makefile("rb") as answer:
+                return answer.readline().split()[1:2] == [b"200"]
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(not is_ready(int(os.environ["BATON_HTTP_PORT"])))
