@@ -1,6 +1,8 @@
 """`python -m loadgen replay`: replays a request trace against a server and reports what its users would have felt."""
 
 import asyncio
+import os
+import platform
 import secrets
 import signal
 import sys
@@ -14,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -22,10 +25,12 @@ from loadgen.client import Clock, HttpTransport, Transport, first_model, open_ht
 from loadgen.jobs import CHAT_COMPLETIONS, COMPLETIONS, JobMaker, RequestShape
 from loadgen.kafka_client import KafkaTransport, open_kafka
 from loadgen.measure import Results, Slo, measure
+from loadgen.page.render import render_page
 from loadgen.progress import shown
 from loadgen.prompts import IdPrompts, PromptMaker, TextPrompts, load_tokenizer, vocabulary_of, vocabulary_of_size
 from loadgen.replay import Progress, Replayed, replay
 from loadgen.report import Run, print_report, to_json, to_json_lines
+from loadgen.saved import parse_saved, read_saved
 from loadgen.schedule import ScheduleSettings, draw_schedule
 from loadgen.settings import parse_goodput, parse_pairs, parse_rows, parse_window
 from loadgen.traces import read_trace
@@ -76,6 +81,7 @@ class ReplaySettings:
     save_requests: Path | None
     save_result: Path | None
     save_detailed: bool
+    html: Path | None
 
 
 @app.callback()
@@ -122,6 +128,7 @@ def replay_command(
     result_filename: Annotated[str | None, typer.Option()] = None,
     save_requests: Annotated[Path | None, typer.Option(help="one JSON line a request")] = None,
     save_schedule: Annotated[Path | None, typer.Option(help="what is sent when, as JSON lines")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the report as one HTML page")] = None,
 ) -> None:
     """Replay a trace, open loop: requests leave at their times, whatever became of those before.
 
@@ -168,6 +175,7 @@ def replay_command(
             save_requests=save_requests,
             save_result=result_dir / name if save_result or result_filename else None,
             save_detailed=save_detailed,
+            html=html,
         )
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         status = asyncio.run(_replay(settings, out, err))
@@ -175,6 +183,19 @@ def replay_command(
         err.print(f"loadgen: {error}", markup=False, highlight=False, soft_wrap=True)
         status = EXIT_CANNOT_START
     raise typer.Exit(status)
+
+
+@app.command("report")
+def report_command(
+    result: Annotated[Path, typer.Argument(help="JSON of --save-result --save-detailed")],
+    html: Annotated[Path, typer.Option(help="where to write the page")],
+) -> None:
+    """Make the HTML page of a run from its saved result."""
+    try:
+        _write(html, render_page(read_saved(result)))
+    except StartupError as error:
+        Console(stderr=True).print(f"loadgen: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_CANNOT_START) from error
 
 
 async def _replay(settings: ReplaySettings, out: Console, err: Console) -> int:
@@ -212,10 +233,13 @@ async def _replay(settings: ReplaySettings, out: Console, err: Console) -> int:
     run = Run(
         trace=settings.trace.name,
         backend=settings.backend,
+        server=_server(settings),
         endpoint=settings.endpoint,
+        client=_client(),
         model=model,
         prompts=prompts.fingerprint,
         date=date,
+        started_unix_s=replayed.started_unix_s,
         run_id=run_id,
         settings=settings.schedule,
         schedule=schedule,
@@ -286,6 +310,19 @@ def _save(settings: ReplaySettings, run: Run, results: Results, replayed: Replay
         _write(settings.save_result, to_json(run, results, replayed.records, detailed=settings.save_detailed))
     if settings.save_requests is not None:
         _write(settings.save_requests, to_json_lines(run, replayed.records))
+    if settings.html is not None:
+        # From the JSON, as `loadgen report` does: a page made later is the same.
+        _write(settings.html, render_page(parse_saved(to_json(run, results, replayed.records, detailed=True))))
+
+
+def _server(settings: ReplaySettings) -> str:
+    if settings.backend is Backend.KAFKA:
+        return settings.bootstrap_servers
+    return str(httpx.URL(settings.base_url).copy_with(userinfo=b"", query=None))
+
+
+def _client() -> str:
+    return f"{platform.node()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ those that should have been sent meanwhile; the same from the send stand beside 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from math import floor
 from statistics import fmean, pstdev
 
@@ -35,6 +35,7 @@ class Record:
         bucket: `completed` or the label of its failure.
         detail: what is known of a failure.
         prompt_tokens: of the prompt that was sent, by the local count; None for a row that was never made.
+        ended_s: when it was over, well or not; None for a row that was never sent.
         gaps_s: between successive pieces of the answer.
         stamps: the server's, in unix seconds.
     """
@@ -47,6 +48,7 @@ class Record:
     first_token_s: float | None
     last_token_s: float | None
     answered_s: float | None
+    ended_s: float | None
     gaps_s: tuple[float, ...]
     served_prompt_tokens: int | None
     output_tokens: int | None
@@ -112,7 +114,14 @@ def bucket_of_answer(seen: Observation, wanted_tokens: int, *, exact_length: boo
 
 
 def record_of(
-    row: ScheduledRow, seen: Observation, *, started_s: float, prompt_tokens: int | None, bucket: str, detail: str
+    row: ScheduledRow,
+    seen: Observation,
+    *,
+    started_s: float,
+    ended_s: float | None,
+    prompt_tokens: int | None,
+    bucket: str,
+    detail: str,
 ) -> Record:
     """The record of `row`. A contradicting second answer that came after the first makes it a duplicate."""
     return Record(
@@ -124,6 +133,7 @@ def record_of(
         first_token_s=_since(started_s, seen.first_token_s),
         last_token_s=_since(started_s, seen.last_token_s),
         answered_s=_since(started_s, seen.answered_s),
+        ended_s=_since(started_s, ended_s),
         gaps_s=tuple(seen.gaps_s),
         served_prompt_tokens=seen.prompt_tokens,
         output_tokens=seen.output_tokens,
@@ -211,7 +221,7 @@ def attainment(records: Sequence[Record], slo: Slo) -> Attainment:
             misses = slo.missed(record)
             missed.update(misses)
             good += not misses
-    return Attainment(good, good / len(records), dict(missed))
+    return Attainment(good, good / len(records) if records else 0.0, dict(missed))
 
 
 QUANTITIES: Mapping[str, Callable[[Record], Iterable[float | None]]] = {
@@ -285,48 +295,78 @@ def measure(records: Sequence[Record], slo: Slo, duration_s: float, started_unix
         total_cached_tokens=sum(record.cached_tokens or 0 for record in done),
         prompts_off=sum(record.prompt_tokens not in (None, record.row.input_tokens) for record in records),
         counts_differ=sum(record.served_prompt_tokens != record.prompt_tokens for record in done),
-        max_concurrent_requests=_max_concurrent(records, duration_s),
+        max_concurrent_requests=_max_concurrent(records),
         stages=stage_times(done, started_unix_s),
     )
 
 
-def stage_times(records: Iterable[Record], started_unix_s: float) -> dict[str, Summary]:
-    """Seconds between each two successive events that a request has stamps for, `client` ends included.
+SENT = "sent"
+RECEIVED = "received"
+STAGE_EVENTS = (SENT, *(event.value for event in Event if event is not Event.DELIVERED), RECEIVED)
+"""The ends of stages, in the order of a request's life.
 
-    The server's stamps and the client's two ends are by the clocks of their hosts: their skew is in the differences.
+`delivered` is written behind the client's back, before or after its last piece: it is no stage of its wait.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What lay between two successive events of one request; times are seconds after the start of the run."""
+
+    earlier: str
+    later: str
+    from_s: float
+    to_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.earlier} → {self.later}"
+
+    @property
+    def took_s(self) -> float:
+        return self.to_s - self.from_s
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts stages in the order of a request's life."""
+        return STAGE_EVENTS.index(self.earlier), STAGE_EVENTS.index(self.later)
+
+
+def stages_of(record: Record, started_unix_s: float) -> list[Stage]:
+    """What lay between each two successive events that the request has stamps for, the client's ends included.
+
+    Empty without stamps, or without an answer. The server's stamps and the client's two ends are by the clocks of their
+    hosts: their skew is in the differences.
     """
-    order = [event.value for event in Event]
-    spans: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        if not record.stamps or record.sent_s is None or record.answered_s is None:
-            continue
-        # `delivered` is written behind the client's back, before or after its last piece: it is no stage of its wait.
-        points = [("sent", started_unix_s + record.sent_s)]
-        points += [(event.value, record.stamps[event]) for event in Event if event in record.stamps]
-        points = [point for point in points if point[0] != Event.DELIVERED]
-        points.append(("received", started_unix_s + record.answered_s))
-        for (earlier, from_s), (later, to_s) in pairwise(points):
-            spans.setdefault((earlier, later), []).append(to_s - from_s)
+    if not record.stamps or record.sent_s is None or record.answered_s is None:
+        return []
+    stamps = {event.value: at_s - started_unix_s for event, at_s in record.stamps.items()}
+    moments = {SENT: record.sent_s, **stamps, RECEIVED: record.answered_s}
+    known = [(name, moments[name]) for name in STAGE_EVENTS if name in moments]
+    return [Stage(earlier, later, from_s, to_s) for (earlier, from_s), (later, to_s) in pairwise(known)]
 
-    def place(name: str) -> int:
-        return order.index(name) if name in order else (-1 if name == "sent" else len(order))
 
-    names = sorted(spans, key=lambda span: (place(span[0]), place(span[1])))
-    summaries = {f"{earlier} → {later}": summarise(spans[earlier, later]) for earlier, later in names}
+def stage_times(records: Iterable[Record], started_unix_s: float) -> dict[str, Summary]:
+    """Seconds of each kind of stage over all requests, in the order of a request's life."""
+    stages = sorted((stage for record in records for stage in stages_of(record, started_unix_s)), key=_place)
+    summaries = {name: summarise(stage.took_s for stage in alike) for name, alike in groupby(stages, key=_name)}
     return {name: summary for name, summary in summaries.items() if summary is not None}
 
 
-def _max_concurrent(records: Iterable[Record], duration_s: float) -> int:
+def _place(stage: Stage) -> tuple[int, int]:
+    return stage.place
+
+
+def _name(stage: Stage) -> str:
+    return stage.name
+
+
+def _max_concurrent(records: Iterable[Record]) -> int:
     changes: list[tuple[float, int]] = []
     for record in records:
-        if record.sent_s is not None:
-            changes.append((record.sent_s, 1))
-            changes.append((duration_s if record.answered_s is None else record.answered_s, -1))
-    most = current = 0
-    for _, change in sorted(changes):
-        current += change
-        most = max(most, current)
-    return most
+        if record.sent_s is not None and record.ended_s is not None:
+            changes += [(record.sent_s, 1), (record.ended_s, -1)]
+    return max(accumulate((change for _, change in sorted(changes)), initial=0))
 
 
 def _since(start_s: float | None, end_s: float | None) -> float | None:

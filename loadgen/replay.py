@@ -65,6 +65,7 @@ class _Attempt:
     row: ScheduledRow
     seen: Observation = field(default_factory=Observation)
     prompt_tokens: int | None = None
+    ended_s: float | None = None
     bucket: str | None = None
     detail: str = ""
 
@@ -106,7 +107,7 @@ async def replay(
         attempt = attempts[job.row.row]
         attempt.prompt_tokens = job.prompt_tokens
         await asyncio.sleep(max(0.0, started_s + job.row.at_s - clock.monotonic()))
-        task = asyncio.create_task(_exchange(attempt, job, transport, exact_length, progress))
+        task = asyncio.create_task(_exchange(attempt, job, transport, exact_length, clock, progress))
         exchanges.add(task)
         # Let it send now: rows of the same instant would all wait until the last of them is made.
         await asyncio.sleep(0)
@@ -146,7 +147,9 @@ async def _prepared(
             job.cancel()
 
 
-async def _exchange(attempt: _Attempt, job: Job, transport: Transport, exact_length: bool, progress: Progress) -> None:
+async def _exchange(
+    attempt: _Attempt, job: Job, transport: Transport, exact_length: bool, clock: Clock, progress: Progress
+) -> None:
     progress.sent += 1
     seen = attempt.seen
     try:
@@ -163,6 +166,7 @@ async def _exchange(attempt: _Attempt, job: Job, transport: Transport, exact_len
     except Exception as error:  # noqa: BLE001 - a row that trips this client is counted as failed, like any other
         attempt.bucket, attempt.detail = f"client_{type(error).__name__}", str(error)
     finally:
+        attempt.ended_s = clock.monotonic()
         if attempt.bucket is not None:
             progress.buckets[attempt.bucket] += 1
         if attempt.bucket == COMPLETED:
@@ -176,6 +180,7 @@ def _record(attempt: _Attempt, started_s: float) -> Record:
         attempt.row,
         attempt.seen,
         started_s=started_s,
+        ended_s=attempt.ended_s,
         prompt_tokens=attempt.prompt_tokens,
         bucket=bucket,
         detail=attempt.detail,

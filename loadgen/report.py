@@ -32,17 +32,23 @@ class Run:
 
     Attributes:
         backend: "openai" or "kafka".
+        server: its URL without credentials, or Kafka's bootstrap servers.
+        client: the host that sent, in words.
         date: when the run began, `YYYYmmdd-HHMMSS` in UTC.
+        started_unix_s: start of the run, the origin of all its times.
         schedule_sha256: equal for runs that sent the same requests at the same times.
         repeated_results: results that came again byte for byte (Kafka only).
     """
 
     trace: str
     backend: str
+    server: str
     endpoint: str
+    client: str
     model: str
     prompts: str
     date: str
+    started_unix_s: float
     run_id: str
     settings: ScheduleSettings
     schedule: Schedule
@@ -54,41 +60,45 @@ class Run:
 
 
 def to_json(run: Run, results: Results, records: Sequence[Record], *, detailed: bool) -> bytes:
-    """The run as one JSON object; latencies in milliseconds, lists of `detailed` in seconds and schedule order."""
+    """The run as one JSON object; latencies in milliseconds, lists of `detailed` in seconds and schedule order.
+
+    With `detailed` the page of `loadgen.page` can be made from it.
+    """
     fields = _summary_fields(run, results)
     if detailed:
-        fields |= _detailed_fields(records)
-    return orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        fields |= _detailed_fields(run, records)
+    return orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
 
 
 def to_json_lines(run: Run, records: Iterable[Record]) -> bytes:
     """One JSON object for each row of the schedule; times are seconds after the start of the run."""
-    lines = (
-        {
-            "request_id": f"replay-{run.run_id}-{record.row.row}",
-            "row": record.row.row,
-            "trace_index": record.row.trace_index,
-            "bucket": record.bucket,
-            "detail": record.detail,
-            "intended_s": record.row.at_s,
-            "sent_s": record.sent_s,
-            "first_token_s": record.first_token_s,
-            "last_token_s": record.last_token_s,
-            "answered_s": record.answered_s,
-            "gaps_s": record.gaps_s,
-            "input_tokens": record.row.input_tokens,
-            "prompt_tokens": record.prompt_tokens,
-            "served_prompt_tokens": record.served_prompt_tokens,
-            "cached_tokens": record.cached_tokens,
-            "wanted_output_tokens": record.row.output_tokens,
-            "output_tokens": record.output_tokens,
-            "finish_reason": record.finish_reason,
-            "timings": record.stamps,
-        }
-        for record in records
-    )
     options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
-    return b"".join(orjson.dumps(line, option=options) for line in lines)
+    return b"".join(orjson.dumps(_request_fields(run, record), option=options) for record in records)
+
+
+def _request_fields(run: Run, record: Record) -> dict[str, Any]:
+    return {
+        "request_id": f"replay-{run.run_id}-{record.row.row}",
+        "row": record.row.row,
+        "trace_index": record.row.trace_index,
+        "bucket": record.bucket,
+        "detail": record.detail,
+        "intended_s": record.row.at_s,
+        "sent_s": record.sent_s,
+        "first_token_s": record.first_token_s,
+        "last_token_s": record.last_token_s,
+        "answered_s": record.answered_s,
+        "ended_s": record.ended_s,
+        "gaps_s": record.gaps_s,
+        "input_tokens": record.row.input_tokens,
+        "prompt_tokens": record.prompt_tokens,
+        "served_prompt_tokens": record.served_prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "wanted_output_tokens": record.row.output_tokens,
+        "output_tokens": record.output_tokens,
+        "finish_reason": record.finish_reason,
+        "timings": record.stamps,
+    }
 
 
 def notes(run: Run, results: Results) -> list[str]:
@@ -146,8 +156,11 @@ def _summary_fields(run: Run, results: Results) -> dict[str, Any]:
     settings, schedule, duration_s = run.settings, run.schedule, results.duration_s
     fields: dict[str, Any] = {
         "date": run.date,
+        "started_unix": run.started_unix_s,
         "backend": run.backend,
+        "server": run.server,
         "endpoint": run.endpoint,
+        "client": run.client,
         "model_id": run.model,
         "prompts": run.prompts,
         "trace": run.trace,
@@ -155,6 +168,8 @@ def _summary_fields(run: Run, results: Results) -> dict[str, Any]:
         "seed": settings.seed,
         "schedule_sha256": run.schedule_sha256,
         "num_prompts": len(schedule.rows),
+        "rows": settings.rows,
+        "window": settings.window_s,
         "arrivals": settings.arrivals,
         "request_rate": settings.request_rate_per_s,
         "burstiness": settings.burstiness,
@@ -216,7 +231,7 @@ def _summary_in_ms(name: str, summary: Summary | None) -> dict[str, float | None
     }
 
 
-def _detailed_fields(records: Sequence[Record]) -> dict[str, Any]:
+def _detailed_fields(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "input_lens": [record.prompt_tokens for record in records],
         "output_lens": [record.output_tokens for record in records],
@@ -226,6 +241,7 @@ def _detailed_fields(records: Sequence[Record]) -> dict[str, Any]:
         "start_times": [record.sent_s for record in records],
         "intended_times": [record.row.at_s for record in records],
         "errors": ["" if record.completed else f"{record.bucket}: {record.detail}" for record in records],
+        "requests": [_request_fields(run, record) for record in records],
     }
 
 

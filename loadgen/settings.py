@@ -1,6 +1,7 @@
 """Reads the command line's compound options."""
 
 from collections.abc import Iterable
+from math import isfinite
 
 from loadgen.measure import Slo
 from shared.errors import StartupError
@@ -63,6 +64,9 @@ def _bounds(option: str, text: str | None) -> tuple[float, float | None] | None:
 
 def _number(option: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         raise StartupError(f"{option}: {text!r} is no number") from None
+    if not isfinite(number):
+        raise StartupError(f"{option}: {text!r} is no finite number")
+    return number

@@ -39,4 +39,5 @@ def record(row: int = 0, at_s: float = 0.0, bucket: str = COMPLETED, **fields) -
         "finish_reason": "length",
         "stamps": {},
     }
+    known["ended_s"] = fields.get("answered_s")
     return Record(row=scheduled(row, at_s), bucket=bucket, **(known | fields))

@@ -94,7 +94,7 @@ def test_the_bucket_of_an_answer(fields, bucket):
 
 def test_a_contradiction_that_comes_later_makes_a_completed_row_a_duplicate():
     seen = Observation(output_tokens=3, duplicated=True)
-    known = {"started_s": 0.0, "prompt_tokens": 4, "detail": ""}
+    known = {"started_s": 0.0, "ended_s": 1.0, "prompt_tokens": 4, "detail": ""}
     assert record_of(scheduled(0), seen, bucket=COMPLETED, **known).bucket == "duplicate"
     assert record_of(scheduled(0), seen, bucket="timeout", **known).bucket == "timeout"
 
@@ -103,7 +103,7 @@ def test_the_numbers_of_a_run():
     records = [
         answered(0, at_s=0.0, cached_tokens=2),
         answered(1, at_s=0.5, served_prompt_tokens=6),
-        record(2, at_s=0.5, bucket="http_429", prompt_tokens=3),
+        record(2, at_s=0.5, bucket="http_429", prompt_tokens=3, ended_s=0.6),
         record(3, at_s=9.0, bucket="not_sent", sent_s=None, prompt_tokens=None),
     ]
     results = measure(records, Slo(), 4.0, 0.0)
@@ -112,9 +112,23 @@ def test_the_numbers_of_a_run():
     assert (results.total_input_tokens, results.total_output_tokens, results.total_cached_tokens) == (10, 6, 2)
     assert (results.prompts_off, results.counts_differ) == (1, 1)
     assert results.max_concurrent_requests == 3
+    assert measure([*records, answered(4, at_s=2.5)], Slo(), 4.5, 0.0).max_concurrent_requests == 3
     assert results.lateness.count == 3
     assert results.latencies["itl"].count == 4
     assert results.latencies["ttft"].mean == pytest.approx(1.0)
+
+
+def test_a_failed_request_is_under_way_until_its_failure():
+    records = [
+        record(0, at_s=0.0, bucket="http_429", ended_s=0.5),
+        answered(1, at_s=1.0),
+        record(2, at_s=9.0, bucket="not_sent", sent_s=None),
+    ]
+    assert measure(records, Slo(), 10.0, 0.0).max_concurrent_requests == 1
+
+
+def test_no_rows_are_no_attainment():
+    assert attainment([], Slo(ttft_ms=1)).share == 0
 
 
 def test_stages_are_differences_of_successive_events_from_the_send_to_the_receipt():

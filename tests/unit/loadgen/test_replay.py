@@ -92,6 +92,7 @@ def test_sends_do_not_wait_for_answers():
     assert [record.ttft_s for record in replayed.records] == [None, 0.5, 0.5, 0.5]
     assert [record.e2el_s for record in replayed.records[1:]] == [1.5, 1.5, 1.5]
     assert replayed.duration_s == 60
+    assert [record.ended_s for record in replayed.records] == [60, 1.5, 2.5, 3.5]
     assert not replayed.interrupted
     assert (progress.sent, progress.ended, progress.in_flight, progress.output_tokens) == (4, 4, 0, 9)
 

@@ -29,10 +29,13 @@ RECORDS = [
 RUN = Run(
     trace="t.jsonl",
     backend="openai",
+    server="http://edge:8000",
     endpoint="/v1/completions",
+    client="host, 2 cores",
     model="m",
     prompts="ids of size 5",
     date="20260101-000000",
+    started_unix_s=0.0,
     run_id="r",
     settings=ScheduleSettings(length_scale=0.02, max_input_tokens=9, max_output_tokens=8),
     schedule=Schedule(0, (scheduled(0), scheduled(1)), clipped_inputs=1, clipped_outputs=2, stretched=1),

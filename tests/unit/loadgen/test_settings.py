@@ -32,6 +32,8 @@ def test_pairs_may_hold_equals_signs():
         (parse_rows, "5"),
         (parse_rows, "1.5:3"),
         (parse_rows, "5:5"),
+        (parse_rows, "nan:"),
+        (parse_rows, ":inf"),
         (parse_window, "-1:5"),
         (parse_window, "a:5"),
         (lambda text: parse_pairs("--metadata", [text]), "novalue"),
