@@ -341,7 +341,7 @@ HOPS = Row(
     [
         Panel(
             title="Stages of a request, p50",
-            description="From one event of a request's life to the next (docs/request_life.md). Stacked to compare "
+            description="From one event of a completed request's life to the next (docs/request_life.md). Stacked to compare "
             "them: the sum of medians is not the median of the sum.",
             queries=[Query(quantile(0.5, "baton_stage_seconds", "stage"), "{{stage}}")],
             unit=Unit.SECONDS,
@@ -391,7 +391,7 @@ KV = Row(
         Panel(
             title="KV pulled",
             description="Bytes of KV per second that each decode worker pulls from prefill workers over UCX.",
-            queries=[Query(rate("baton_kv_pull_bytes_total", "role", "instance"), WORKER)],
+            queries=[Query(rate('baton_kv_pull_bytes_total{role="decode"}', "role", "instance"), WORKER)],
             unit=Unit.BYTES_PER_S,
         ),
         Panel(
@@ -404,7 +404,7 @@ KV = Row(
             title="Computed on the decode worker",
             description="Prompts whose KV could not be pulled, so that the decode worker computed them. Should be "
             "nothing: answers stay right and come late.",
-            queries=[Query(rate("baton_local_prefills_total", "role", "instance"), WORKER)],
+            queries=[Query(rate('baton_local_prefills_total{role="decode"}', "role", "instance"), WORKER)],
             unit=Unit.PER_S,
         ),
         Panel(
@@ -442,7 +442,7 @@ KV = Row(
         Panel(
             title="Held for decode",
             description="Requests whose KV waits on its prefill worker to be pulled. If it only grows, nobody pulls.",
-            queries=[Query("baton_kv_held_requests", WORKER)],
+            queries=[Query('baton_kv_held_requests{role="prefill"}', WORKER)],
         ),
         Panel(
             title="How holds ended",
@@ -523,18 +523,18 @@ PROCESSES = Row(
             title="CPU",
             description="Cores each process uses. Edge and ingest have one event loop each: near 1 they are at their "
             "limit.",
-            queries=[Query("rate(process_cpu_seconds_total{job='baton'}[$__rate_interval])", WORKER)],
+            queries=[Query('rate(process_cpu_seconds_total{job="baton"}[$__rate_interval])', WORKER)],
         ),
         Panel(
             title="Memory",
             description="Resident memory of each process, without its GPU's.",
-            queries=[Query("process_resident_memory_bytes{job='baton'}", WORKER)],
+            queries=[Query('process_resident_memory_bytes{job="baton"}', WORKER)],
             unit=Unit.BYTES,
         ),
         Panel(
             title="Age",
             description="Time since each process started. A line that falls to 0 is a restart.",
-            queries=[Query("time() - process_start_time_seconds{job='baton'}", WORKER)],
+            queries=[Query('time() - process_start_time_seconds{job="baton"}', WORKER)],
             unit=Unit.SECONDS,
         ),
         Panel(
@@ -556,7 +556,7 @@ PROCESSES = Row(
         Panel(
             title="Open files",
             description="Sockets and files of each process: an edge has one for each client.",
-            queries=[Query("process_open_fds{job='baton'}", WORKER)],
+            queries=[Query('process_open_fds{job="baton"}', WORKER)],
         ),
     ],
 )

@@ -13,6 +13,10 @@ from shared.wire.openai_answers import ENDS_AS_ERROR, Usage
 FRAME_AGE_BUCKETS_S = (*(n / 4000 for n in range(1, 21)), *(bound for bound in LATENCY_BUCKETS_S if bound > 0.005))
 """Up to 5 ms in steps of 0.25 ms: a frame should take about one."""
 
+STAGE_BUCKETS_S = tuple(round(mantissa * 10.0**exponent, 6) for exponent in range(-4, 2) for mantissa in (1, 2, 5))
+"""From 0.1 ms to 50 s, coarser than other latencies: a request has eight stages, and a scrape holds up the loop that
+reads frames for some 6 µs a bucket."""
+
 
 class EdgeMetrics:
     """Metrics of one edge."""
@@ -21,8 +25,8 @@ class EdgeMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        def latency(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=LATENCY_BUCKETS_S, registry=registry)
+        def latency(name: str, text: str) -> Histogram:
+            return Histogram(name, text, buckets=LATENCY_BUCKETS_S, registry=registry)
 
         self.http_answers = counter("baton_http_answers", "HTTP answers", "route", "status")
         self.unknown_fields = counter("baton_edge_unknown_fields", "Request fields that were ignored as unknown")
@@ -50,8 +54,12 @@ class EdgeMetrics:
             "vllm:request_time_per_output_token_seconds", "A choice's mean time per token behind its first"
         )
         self.e2e = latency("vllm:e2e_request_latency_seconds", "From acceptance to the last token")
-        self.stages = latency(
-            "baton_stage_seconds", "From one event of a request's life to the next that it passed", "stage"
+        self.stages = Histogram(
+            "baton_stage_seconds",
+            "From one event of a completed request's life to the next that it passed",
+            ["stage"],
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
         )
         self.frame_age = Histogram(
             "baton_frame_age_seconds",
@@ -69,17 +77,17 @@ class EdgeMetrics:
         stamps = timings_of(state)
         _observe(self.ttft, stamps, Event.ACCEPTED, Event.FIRST_TOKEN)
         _observe(self.e2e, stamps, Event.ACCEPTED, Event.FINISHED)
-        stamps[Event.DELIVERED] = delivered_s
-        for before, after in pairwise(stamps):
-            _observe(self.stages.labels(f"{before}_{after}"), stamps, before, after)
-        for choice in state.choices.values():
-            self._observe_choice(choice, completed=status == COMPLETED)
+        if status == COMPLETED:
+            stamps[Event.DELIVERED] = delivered_s
+            for before, after in pairwise(stamps):
+                _observe(self.stages.labels(f"{before}_{after}"), stamps, before, after)
+            for choice in state.choices.values():
+                self._observe_choice(choice)
 
-    def _observe_choice(self, choice: ChoiceState, *, completed: bool) -> None:
+    def _observe_choice(self, choice: ChoiceState) -> None:
+        assert choice.end is not None, "the request completed"
         stamps = choice.stamps
         _observe(self.handoff_gap, stamps, Event.FIRST_TOKEN, Event.DECODING)
-        if not completed or choice.end is None:
-            return
         self.success.labels(choice.end.finish).inc()
         num_gaps = len(choice.ids) - 1
         if num_gaps > 0 and Event.FIRST_TOKEN in stamps and Event.FINISHED in stamps:

@@ -96,6 +96,13 @@ def test_what_was_refused_has_an_end_and_no_latency(metrics, registry):
     assert stages(registry) == {}
 
 
+def test_what_ended_early_adds_no_stage_that_is_none(metrics, registry):
+    stamps = {event: STAMPS[event] for event in (Event.PLACED, Event.PREFILLING, Event.FIRST_TOKEN)}
+    metrics.observe_end(a_request("ab", FinishReason.EXPIRED, stamps), "expired", 99.0)
+    assert registry.get_sample_value("vllm:time_to_first_token_seconds_count") == 1
+    assert stages(registry) == {}
+
+
 def test_clocks_of_two_hosts_never_make_a_time_negative(metrics, registry):
     metrics.observe_end(a_request("abc", FinishReason.STOP, {**STAMPS, Event.PLACED: 10.0}), "completed", 14.5)
     assert stages(registry)["admitted_placed"] == 0
