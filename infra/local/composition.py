@@ -47,6 +47,9 @@ class Composition:
         counts: processes of each service, by its name.
         model: folder of the model.
         model_name: what clients call it; the folder's name if empty.
+        device: of the workers, "cpu" or "cuda".
+        gpus: numbers of the GPUs of a service's processes, by its name, as in "0,1"; each process sees one of them,
+            in turn. Where a service has none, its processes see what this one sees and use the first.
         dtype: "float32" or "bfloat16".
         num_pages: KV pages of each worker.
         max_restarts: how often a process that died is started again before it is left dead.
@@ -58,6 +61,7 @@ class Composition:
     model: str
     model_name: str = ""
     device: str = "cpu"
+    gpus: Mapping[str, str] = field(default_factory=dict[str, str])
     dtype: str = "bfloat16"
     num_pages: int = 512
     max_restarts: int = 3
@@ -90,6 +94,12 @@ def service_spec(
             "PYTHONUNBUFFERED": "1",
             # UCX reports a variable that it sets itself, on the standard output that carries the logs.
             "UCX_WARN_UNUSED_ENV_VARS": "n",
+            **_gpu_env(composition.gpus.get(service.name, ""), index),
             **composition.env,
         },
     )
+
+
+def _gpu_env(gpus: str, index: int) -> dict[str, str]:
+    numbers = gpus.split(",") if gpus else []
+    return {"CUDA_VISIBLE_DEVICES": numbers[index % len(numbers)].strip()} if numbers else {}

@@ -11,8 +11,9 @@ from shared.errors import StartupError
 from shared.kv.copy import gather_pages, scatter_pages
 from shared.kv.paged_cache import PagedCache
 
-MESSAGE_BYTES = 64 * 2**20
-"""Default size of a staging buffer, the largest message: where the rate of NVLink levels off."""
+MESSAGE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+"""Default size of a staging buffer, the largest message, by the kind of device. Between GPUs a message costs about a
+millisecond beside its bytes: 64 MiB pull 50 GB/s on an H100, 256 MiB 160 GB/s."""
 
 NUM_BUFFERS = 2
 """Default number of staging buffers each way: one is copied while the other is on the wire."""
@@ -86,10 +87,14 @@ class Staging:
         cache: PagedCache,
         environ: Mapping[str, str],
         *,
-        message_bytes: int = MESSAGE_BYTES,
+        message_bytes: int | None = None,
         num_buffers: int = NUM_BUFFERS,
     ) -> None:
-        """`num_buffers` are for sending and as many for receiving. Raises StartupError."""
+        """`num_buffers` are for sending and as many for receiving; None takes the device's `MESSAGE_BYTES`.
+
+        Raises StartupError.
+        """
+        message_bytes = MESSAGE_BYTES[cache.device.type] if message_bytes is None else message_bytes
         if message_bytes < cache.layout.page_bytes:
             raise StartupError(
                 f"staging buffers of {message_bytes} bytes hold no page of {cache.layout.page_bytes} bytes"

@@ -25,3 +25,15 @@ def test_a_service_is_told_everything_by_its_environment():
         "PYTHONUNBUFFERED": "1",
         "UCX_WARN_UNUSED_ENV_VARS": "n",
     }
+
+
+def test_each_worker_sees_one_gpu_of_its_service_in_turn():
+    composition = Composition(counts={}, model="/m", gpus={"decode": "1,2"})
+
+    def visible(service, index):
+        spec = service_spec(service, index, composition, kafka_address="", redis_url="", http_port=1)
+        return spec.env.get("CUDA_VISIBLE_DEVICES")
+
+    by_name = {service.name: service for service in SERVICES}
+    assert [visible(by_name["decode"], index) for index in range(3)] == ["1", "2", "1"]
+    assert visible(by_name["prefill"], 0) is None
