@@ -67,7 +67,7 @@ class Panel:
         most: upper end of the axis.
         bad_from: numbers from here on are red.
         empty: what is said when there is nothing to show.
-        names_only: the series' names matter, not their values.
+        now: only the end of the time shown is asked for. What was and is no more would pass for what is.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Panel:
     most: float | None = None
     bad_from: float | None = None
     empty: str = ""
-    names_only: bool = False
+    now: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,11 @@ def quantiles(metric: str, *by: str, shares: Sequence[float] = (0.5, 0.95, 0.99)
     return [Query(quantile(share, metric, *by), f"p{share * 100:.0f} {legend}".strip()) for share in shares]
 
 
+def lately(metric: str) -> list[Query]:
+    """Median and p95 over the last minute; nothing, rather than NaN, if nothing happened in it."""
+    return [Query(f"{quantile(share, metric, window='1m')} >= 0", f"p{share * 100:.0f}") for share in (0.5, 0.95)]
+
+
 GLANCE = Row(
     "At a glance",
     [
@@ -129,7 +134,7 @@ GLANCE = Row(
             height=5,
             bad_from=1,
             empty="none",
-            names_only=True,
+            now=True,
         ),
         Panel(
             title="Requests",
@@ -153,28 +158,24 @@ GLANCE = Row(
             title="Time to first token",
             description="From the broker's acceptance of a request to its first token, of requests that ended in the "
             "last minute.",
-            queries=[
-                Query(quantile(share, "vllm:time_to_first_token_seconds", window="1m"), f"p{share * 100:.0f}")
-                for share in (0.5, 0.95)
-            ],
+            queries=lately("vllm:time_to_first_token_seconds"),
             unit=Unit.SECONDS,
             kind=Kind.NUMBERS,
             width=4,
             height=5,
             empty="no request",
+            now=True,
         ),
         Panel(
             title="Time per token",
             description="Mean time per token behind the first, of answers that ended in the last minute.",
-            queries=[
-                Query(quantile(share, "vllm:request_time_per_output_token_seconds", window="1m"), f"p{share * 100:.0f}")
-                for share in (0.5, 0.95)
-            ],
+            queries=lately("vllm:request_time_per_output_token_seconds"),
             unit=Unit.SECONDS,
             kind=Kind.NUMBERS,
             width=4,
             height=5,
             empty="no request",
+            now=True,
         ),
         Panel(
             title="Failed",
@@ -185,6 +186,7 @@ GLANCE = Row(
             width=2,
             height=5,
             bad_from=0.5,
+            now=True,
         ),
         Panel(
             title="Processes that answer",
@@ -193,6 +195,7 @@ GLANCE = Row(
             kind=Kind.NUMBERS,
             width=4,
             height=5,
+            now=True,
         ),
         Panel(
             title="Requests by end",
@@ -341,8 +344,8 @@ HOPS = Row(
     [
         Panel(
             title="Stages of a request, p50",
-            description="From one event of a completed request's life to the next (docs/request_life.md). Stacked to compare "
-            "them: the sum of medians is not the median of the sum.",
+            description="From one event of a completed request's life to the next (docs/request_life.md). Stacked to "
+            "compare them: the sum of medians is not the median of the sum.",
             queries=[Query(quantile(0.5, "baton_stage_seconds", "stage"), "{{stage}}")],
             unit=Unit.SECONDS,
             stacked=True,
@@ -416,6 +419,7 @@ KV = Row(
             kind=Kind.BARS,
             most=1,
             bad_from=0.95,
+            now=True,
         ),
         Panel(
             title="Pages free",
@@ -623,16 +627,14 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _target(panel: Panel, query: Query, ref: str) -> dict[str, Any]:
-    # What is true now is asked once; the rest for every point of the time shown.
-    once = panel.kind is Kind.BARS or "$__range]" in query.expr or panel.names_only
     return {
         "refId": ref,
         "datasource": DATASOURCE,
         "editorMode": "code",
         "expr": query.expr,
         "legendFormat": query.legend,
-        "instant": once,
-        "range": not once,
+        "instant": panel.now,
+        "range": not panel.now,
         **({"format": "heatmap"} if panel.kind is Kind.HEATMAP else {}),
     }
 
@@ -697,8 +699,8 @@ def _options(panel: Panel) -> dict[str, Any]:
             return {
                 "reduceOptions": last,
                 "colorMode": "value",
-                "graphMode": "none" if many or panel.bad_from is not None else "area",
-                "textMode": "name" if panel.names_only else ("value_and_name" if many else "value"),
+                "graphMode": "none" if panel.now else "area",
+                "textMode": "value_and_name" if many else "value",
                 "justifyMode": "center",
                 "orientation": "auto",
             }

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from infra.grafana import dashboard
 from infra.grafana.dashboard import GRID_COLUMNS, ROWS, Kind
@@ -64,3 +65,9 @@ def test_panels_lie_beside_and_below_one_another():
         }
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def test_grafana_is_given_the_source_that_the_dashboard_names():
+    provisioned = yaml.safe_load((dashboard.FILE.parents[1] / "provisioning/datasources/prometheus.yml").read_text())
+    (source,) = provisioned["datasources"]
+    assert {"type": source["type"], "uid": source["uid"]} == dashboard.DATASOURCE
