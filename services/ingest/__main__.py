@@ -11,7 +11,7 @@ from shared.bus.metrics import BusMetrics
 from shared.observe import log
 from shared.observe.metrics import IngestMetrics, process_registry
 from shared.request import Incarnation, PlacementId
-from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
+from shared.runtime.run import health_routes, run, serve_http, settle_memory, unix_clock_s
 from shared.state.redis import redis_state
 from shared.text.tokeniser import Tokeniser
 
@@ -36,6 +36,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
             new_placement_id=lambda: PlacementId(uuid.uuid4().hex),
         )
         routes = health_routes(registry, service.ready)
+        settle_memory()
         async with serve_http(routes, host=settings.http_host, port=settings.http_port):
             await service.run(stop)
 

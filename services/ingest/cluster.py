@@ -1,5 +1,7 @@
 """What ingest knows of the workers: registry and credits, read afresh; block announcements, gathered over time."""
 
+import asyncio
+
 from shared.observe.metrics import IngestMetrics
 from shared.policy.holders import Holders
 from shared.policy.views import ClusterView, WorkerView
@@ -27,8 +29,10 @@ class Cluster:
 
         A store that came up less than a lease ago may not know all workers and credits yet: then nobody is there.
         """
-        workers = await self._state.workers(num_slots=NUM_SLOTS)
-        if await self._state.up_ms(lease_ms=keys.LEASE_MS) < keys.LEASE_MS:
+        workers, up_ms = await asyncio.gather(
+            self._state.workers(num_slots=NUM_SLOTS), self._state.up_ms(lease_ms=keys.LEASE_MS)
+        )
+        if up_ms < keys.LEASE_MS:
             self.view = ClusterView((), ())
             return self.view
         alive = {worker.card.incarnation for worker in workers}

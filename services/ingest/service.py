@@ -39,6 +39,9 @@ FEED_INTERVAL_S = 0.5
 LEAVE_TIMEOUT_S = 5.0
 """Records and placements begun before the end get this long."""
 
+MAX_ADMITTED_HERE_BYTES = 8192
+"""A larger body is tokenised in a thread; for a smaller one going there and back takes longer than the work."""
+
 MAX_JOBS_IN_HAND = 1024
 """Jobs read and not dealt with; beyond it the log is the buffer."""
 
@@ -220,6 +223,8 @@ class IngestService:
     async def _admit(self, job: Job, capacity: int | None) -> Admitted:
         """Raises RequestError, for a defect of ours too: it ends one job, or the service would fail on it for ever."""
         try:
+            if len(job.body) <= MAX_ADMITTED_HERE_BYTES:
+                return self._admission.admit(job, capacity)
             return await asyncio.to_thread(self._admission.admit, job, capacity)
         except RequestError:
             raise

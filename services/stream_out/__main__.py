@@ -13,7 +13,7 @@ from shared.bus.metrics import BusMetrics
 from shared.observe import log
 from shared.observe.metrics import process_registry
 from shared.request import Incarnation
-from shared.runtime.run import health_routes, run, serve_http, unix_clock_s
+from shared.runtime.run import health_routes, run, serve_http, settle_memory, unix_clock_s
 from shared.state.redis import redis_state
 from shared.text.tokeniser import Tokeniser
 
@@ -40,6 +40,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         requests = Requests(edge, draw_name=lambda: uuid.uuid4().hex)
         routes = [*health_routes(registry, edge.ready), *Api(edge, requests).routes(), not_found_route(edge)]
+        settle_memory()
         async with (
             edge.running(),
             serve_http(routes, host=settings.http_host, port=settings.http_port) as port,

@@ -19,7 +19,7 @@ from shared.errors import StartupError
 from shared.observe import log
 from shared.observe.metrics import WorkerMetrics, process_registry
 from shared.request import Incarnation
-from shared.runtime.run import health_routes, serve_http, unix_clock_s
+from shared.runtime.run import health_routes, serve_http, settle_memory, unix_clock_s
 from shared.state.port import Role as RoleName
 from shared.state.redis import redis_state
 from shared.text.tokeniser import Tokeniser
@@ -106,5 +106,6 @@ async def serve_worker(
             )
         )
         routes = health_routes(registry, worker.ready)
+        settle_memory()
         async with serve_http(routes, host=settings.http_host, port=settings.http_port):
             await worker.run(stop)
