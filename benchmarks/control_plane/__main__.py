@@ -54,6 +54,7 @@ def main(
     profile_load: Annotated[str, typer.Option(help="The load that is profiled; default: the last.")] = "",
     out: Annotated[Path | None, typer.Option(help="The result; by default under benchmarks/results.")] = None,
     machine_name: Annotated[str, typer.Option(help="Ends the default result's name.")] = "machine",
+    at_commit: Annotated[str, typer.Option("--commit", help="Where this copy has no git folder.")] = "",
     keep: Annotated[Path | None, typer.Option(help="Run folder to keep, with the services' logs.")] = None,
 ) -> None:
     """Measure what the path from client to engine and back adds.
@@ -94,6 +95,7 @@ def main(
     except StartupError as error:
         err.print(f"control_plane: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+    result["commit"] = at_commit or commit()
     path = out or RESULTS / f"control-plane-{time.strftime('%Y-%m-%d')}-{machine_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -118,7 +120,7 @@ def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Pa
         "measure": "the message path against the same engine called directly",
         "command": shlex.join(["python", "-m", "benchmarks.control_plane", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
+        "commit": None,
         "seconds": round(time.monotonic() - began_s, 1),
         "machine": machine(),
         "setup": asdict(setup) | {"model": Path(setup.model).name},

@@ -90,9 +90,13 @@ async def _closed(
             await asyncio.sleep(load.pause_s)
             job, seen = closed_job(maker, load, next(places), setup), Observation()
             try:
-                await transport.exchange(job, seen)
+                async with asyncio.timeout(job.timeout_s):
+                    await transport.exchange(job, seen)
             except ExchangeFailed as failure:
-                failures[failure.label] += 1
+                failures[str(failure)] += 1
+                continue
+            except TimeoutError:
+                failures["timeout"] += 1
                 continue
             assert seen.sent_s is not None
             assert seen.first_token_s is not None

@@ -21,7 +21,7 @@ from benchmarks.control_plane.machine import cpu_shares, cpu_times
 from benchmarks.control_plane.profiler import profiled
 from benchmarks.control_plane.samples import Sample, hops, served_itl_mean_ms, summary
 from infra.local.composition import SERVICES, Composition, Service
-from infra.local.stack import Stack, local_stack
+from infra.local.stack import Report, Stack, local_stack
 from shared.bus.kafka import KafkaBus
 from shared.errors import StartupError
 
@@ -38,8 +38,6 @@ WARM_UP_S = 3.0
 
 CLIENT_START_TIMEOUT_S = 60.0
 
-Report = Any
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathOptions:
@@ -49,8 +47,8 @@ class PathOptions:
         counts: processes of each service.
         gpus: the GPU that workers of a service see, by service; empty: they see all.
         env: more settings of every service.
-        stream_per_client: streams that one client process serves.
-        profile: folder for profiles of the services, None for none.
+        streams_per_client: streams that one client process serves.
+        profile: folder for profiles of the services under the load `profiled_load`; None for none.
     """
 
     counts: Mapping[str, int]
@@ -72,6 +70,7 @@ async def measure_path(
         device=setup.device,
         dtype=setup.dtype,
         num_pages=setup.num_pages,
+        gpus=options.gpus,
         max_restarts=0,
         env={
             "BATON_MAX_RUNNING": str(setup.max_running),
@@ -81,7 +80,7 @@ async def measure_path(
         kafka_port=None,
         redis_port=None,
     )
-    async with local_stack(composition, run_dir, services=services(setup, options.gpus), report=say) as stack:
+    async with local_stack(composition, run_dir, services=services(setup), report=say) as stack:
         say("measuring the log's own hop")
         hop = await raw_hop(stack.kafka_address)
         run = _Run(setup, options, stack, run_dir, say)
@@ -89,15 +88,13 @@ async def measure_path(
         return {"log_hop": hop, "results": {load.name: await run.measure(load) for load in loads}}
 
 
-def services(setup: Setup, gpus: Mapping[str, str]) -> list[Service]:
-    """The stack's services; workers are told which GPU they see, and paced ones take the model's place."""
+def services(setup: Setup) -> list[Service]:
+    """The stack's services; paced workers take the place of those with a model."""
     made: list[Service] = []
     for service in SERVICES:
         command = service.command
         if setup.fake_step_ms is not None and service.name in ("prefill", "decode"):
             command = (sys.executable, "-m", "benchmarks.control_plane.paced", service.name, str(setup.fake_step_ms))
-        if service.name in gpus:
-            command = ("env", f"CUDA_VISIBLE_DEVICES={gpus[service.name]}", *command)
         made.append(Service(service.name, command, service.default_port))
     return made
 

@@ -59,7 +59,7 @@ def top_functions(folded: Iterable[str], count: int = 40) -> str:
         if not frames:
             continue
         own.setdefault(thread, Counter())[frames[-1]] += int(number)
-        for frame in set(frames):
+        for frame in dict.fromkeys(frames):  # a recursive function counts once
             inclusive.setdefault(thread, Counter())[frame] += int(number)
     parts: list[str] = []
     for thread in sorted(own, key=lambda name: -own[name].total()):
