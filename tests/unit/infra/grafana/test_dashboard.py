@@ -71,3 +71,12 @@ def test_grafana_is_given_the_source_that_the_dashboard_names():
     provisioned = yaml.safe_load((dashboard.FILE.parents[1] / "provisioning/datasources/prometheus.yml").read_text())
     (source,) = provisioned["datasources"]
     assert {"type": source["type"], "uid": source["uid"]} == dashboard.DATASOURCE
+
+
+def test_the_dashboard_is_mounted_where_grafana_looks_for_it():
+    infra = dashboard.FILE.parents[2]
+    compose = yaml.safe_load((infra.parent / "docker-compose.yml").read_text())
+    mounts = dict(volume.split(":")[:2] for volume in compose["services"]["grafana"]["volumes"])
+    provisioned = yaml.safe_load((infra / "grafana/provisioning/dashboards/baton.yml").read_text())
+    (provider,) = provisioned["providers"]
+    assert mounts["./infra/grafana/dashboards"] == provider["options"]["path"]

@@ -39,6 +39,8 @@ def test_each_alert_comes_when_it_should_and_not_before():
 def test_every_service_is_scraped_however_many_processes_it_has():
     (found,) = CONFIG["scrape_configs"][0]["dns_sd_configs"]
     assert sorted(found["names"]) == sorted(service.name for service in SERVICES)
+    services = yaml.safe_load((FOLDER.parents[1] / "docker-compose.yml").read_text())["services"]
+    assert {services[name]["environment"]["BATON_HTTP_PORT"] for name in found["names"]} == {found["port"]}
 
 
 def test_alerts_ask_for_what_is_exported():
