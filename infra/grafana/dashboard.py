@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 FILE = Path(__file__).parent / "dashboards" / "baton.json"
@@ -620,7 +621,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "title": panel.title,
         "description": panel.description,
         "datasource": DATASOURCE,
-        "targets": [_target(panel, query, ref) for query, ref in zip(panel.queries, "ABCDEF", strict=False)],
+        "targets": [_target(panel, query, ref) for query, ref in zip(panel.queries, ascii_uppercase, strict=False)],
         "fieldConfig": {"defaults": _field(panel), "overrides": _overrides(panel)},
         "options": _options(panel),
     }
