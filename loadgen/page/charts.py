@@ -14,7 +14,7 @@ from loadgen.page.timeline import Flow, Timeline
 from loadgen.page.wording import figures, ms_text, percent_text, seconds_text, short
 
 WIDE, HALF, THIRD = 1080.0, 520.0, 344.0
-LEFT, RIGHT = 48.0, 12.0
+LEFT, RIGHT = 52.0, 12.0
 CROSS = 3.0
 
 MAX_TIMELINE_HEIGHT = 620.0
@@ -82,7 +82,7 @@ def _number_ticks(count: int, step: float) -> list[int]:
 def _bins_chart(timeline: Timeline) -> Markup:
     drawing = Drawing(WIDE, 300, "Latency over the time of arrival")
     bins = [entry for entry in timeline.bins if entry.ttft is not None and entry.e2el is not None]
-    x = Scale(0, timeline.end_s, LEFT + 10, WIDE - RIGHT)
+    x = Scale(0, timeline.end_s, LEFT, WIDE - RIGHT)
     values = [
         summary.percentiles[percent]
         for entry in bins
@@ -92,7 +92,7 @@ def _bins_chart(timeline: Timeline) -> Markup:
     ]
     plot = Plot(drawing, x, Scale(*log_bounds(values), 250, 24, is_log=True))
     plot.x_axis(x.ticks(12), short, "seconds after the start, by intended time")
-    plot.y_axis(plot.y.ticks(5), seconds_text, "median (line) and p99 (dashes) of the requests that came then")
+    plot.y_axis(plot.y.ticks(5), _tick_text, "median (line) and p99 (dashes) of the requests that came then")
     for style, name in (("c-ttft", "ttft"), ("c-e2el", "e2el")):
         for percent, dashes in ((50, ""), (99, " dashed")):
             points = [((entry.from_s + entry.to_s) / 2, getattr(entry, name).percentiles[percent]) for entry in bins]
@@ -112,7 +112,7 @@ def flow_chart(flow: Flow, end_s: float) -> Markup:
         ("answer tokens a second", flow.tokens_per_s, "k k-stream"),
     )
     panel_height, gap = 74.0, 30.0
-    drawing = Drawing(WIDE, len(panels) * (panel_height + gap) + 32, "Load over time")
+    drawing = Drawing(WIDE, len(panels) * (panel_height + gap) + 24, "Load over time")
     for number, (title, heights, style) in enumerate(panels):
         top = 22 + number * (panel_height + gap)
         x = Scale(0, end_s, LEFT, WIDE - RIGHT)
@@ -155,7 +155,8 @@ def _tails_chart(curves: Sequence[tuple[Distribution, str]], width: float, heigh
     for share in shares:
         at = plot.y(depth_of(share))
         drawing.line(x.start, at, x.end, at, "grid")
-        drawing.text(x.start - 6, at + 4, f"p{share * 100:g}", "tick", "end")
+        if share:
+            drawing.text(x.start - 6, at + 4, f"p{share * 100:g}", "tick", "end")
     for found, style in curves:
         if found.limit_s is not None:
             plot.limit(found.limit_s, f"limit {seconds_text(found.limit_s)}")
@@ -224,7 +225,7 @@ def gap_places_chart(hand_off: HandOff) -> Markup:
 
 def waterfall_chart(waterfall: Waterfall, label: str) -> Markup:
     """The median request and the slowest, stage by stage."""
-    row_height, names_width, totals_width = 27.0, 186.0, 62.0
+    row_height, names_width, totals_width = 27.0, 224.0, 62.0
     height = row_height * len(waterfall.lives)
     drawing = Drawing(WIDE, height + 42, label)
     longest_s = max((_end_s(life) for life in waterfall.lives), default=1.0) or 1.0
@@ -233,7 +234,7 @@ def waterfall_chart(waterfall: Waterfall, label: str) -> Markup:
     plot.x_axis(x.ticks(10), short, "seconds after the intended time")
     for number, life in enumerate(waterfall.lives):
         top, record = 6 + number * row_height, life.record
-        name = f"#{record.row.row}, the median" if life.is_median else f"#{record.row.row}"
+        name = f"#{record.row.row} (median)" if life.is_median else f"#{record.row.row}"
         sizes = f"{record.row.input_tokens} → {record.output_tokens} tokens"
         drawing.text(0, top + 16, name, "row-name strong" if life.is_median else "row-name")
         drawing.text(names_width - 10, top + 16, sizes, "tick", "end")

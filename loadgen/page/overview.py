@@ -34,10 +34,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One key figure."""
+    """One key figure; `of` says briefly what the value is."""
 
     title: str
     value: str
+    of: str
     detail: str
 
 
@@ -81,12 +82,12 @@ def cards_of(saved: SavedResult, records: Sequence[Record], found: Mapping[str, 
         for title, name in (("TTFT", "ttft"), ("TPOT", "tpot"), ("E2E", "e2el"), ("Hand-off gap", "handoff"))
     ]
     return [
-        Card("Requests", f"{len(done):,} ok", f"{failed:,} failed of {len(records):,}"),
+        Card("Requests", f"{len(done):,}", "completed", f"{failed:,} failed of {len(records):,}"),
         *latencies,
         _slo_card(saved.slo, attained, duration_s),
-        Card("Requests a second", figures(len(done) / duration_s), "completed, over the whole run"),
+        Card("Requests a second", figures(len(done) / duration_s), "completed", "over the whole run"),
         Card(
-            "Tokens a second", figures(output_tokens / duration_s), f"made; {figures(input_tokens / duration_s)} read"
+            "Tokens a second", figures(output_tokens / duration_s), "made", f"{figures(input_tokens / duration_s)} read"
         ),
     ]
 
@@ -165,29 +166,30 @@ def _lengths_text(saved: SavedResult) -> str:
 
 def _latency_card(title: str, found: Distribution) -> Card:
     if found.summary is None:
-        return Card(title, "–", "not measured")
+        return Card(title, "–", "", "not measured")
     p99_s, median_s = found.summary.percentiles[99], found.summary.median
-    return Card(title, seconds_text(median_s), f"p50; p99 {seconds_text(p99_s)}")
+    return Card(title, seconds_text(median_s), "p50", f"p99 {seconds_text(p99_s)}")
 
 
 def _slo_card(slo: Slo, attained: Attainment, duration_s: float) -> Card:
     limits = limits_text(slo)
     if not limits:
-        return Card("SLO attainment", "–", "no limits given (--goodput)")
-    return Card(
-        "SLO attainment", percent_text(attained.share), f"{figures(attained.good / duration_s)} good requests/s"
-    )
+        return Card("SLO attainment", "–", "", "no limits given (--goodput)")
+    good_per_s = figures(attained.good / duration_s)
+    return Card("SLO attainment", percent_text(attained.share), "of all", f"{good_per_s} good requests a second")
 
 
 def _outcome(records: Sequence[Record], duration_s: float) -> Finding:
     failures = failures_of(records)
     in_all = f"{counted(len(records), 'request')} in {seconds_text(duration_s)}"
     if not failures:
-        return Finding(Tone.GOOD, f"All went well: {in_all}, none failed.")
+        return Finding(Tone.GOOD, f"{in_all}, none failed.")
     num_failed = sum(kind.count for kind in failures)
     kinds = ", ".join(f"{kind.bucket} {kind.count:,}" for kind in failures)
-    share = "Every request" if num_failed == len(records) else f"{num_failed:,} of {len(records):,} requests"
-    return Finding(Tone.BAD, f"{share} failed ({kinds}); latencies are of the others only.")
+    if num_failed == len(records):
+        return Finding(Tone.BAD, f"Every request failed ({kinds}).")
+    text = f"{num_failed:,} of {len(records):,} requests failed ({kinds}); latencies are of the others only."
+    return Finding(Tone.BAD, text)
 
 
 def _slo_finding(slo: Slo, records: Sequence[Record]) -> list[Finding]:
@@ -205,12 +207,12 @@ def _slo_finding(slo: Slo, records: Sequence[Record]) -> list[Finding]:
 
 
 def _slowest_finding(stages: Stages) -> list[Finding]:
-    if not stages.has_stamps or not stages.shares:
+    if not stages.has_stamps or not stages.num_slowest:
         return []
     worst = max(stages.shares, key=lambda stage: stage.share_of_slowest)
     text = (
-        f"The slowest tenth spent {percent_text(worst.share_of_slowest)} of their time in {worst.name} "
-        f"({worst.meaning}); all requests together {percent_text(worst.share)}."
+        f"Of the time of the {counted(stages.num_slowest, 'slowest request')} {percent_text(worst.share_of_slowest)} "
+        f"passed in {worst.name} ({worst.meaning}), of that of all {percent_text(worst.share)}."
     )
     return [Finding(Tone.PLAIN, text)]
 
@@ -221,8 +223,8 @@ def _hand_off_finding(hand_off: HandOff) -> list[Finding]:
     first, extra = hand_off.first.summary, hand_off.extra
     assert first is not None
     text = (
-        f"The hand-off from prefill to decode shows between token 1 and 2: {seconds_text(first.median)} at p50, "
-        f"{_signed(extra)} its request's usual gap."
+        f"Between token 1 and 2, where it goes from prefill to decode, a request waits {seconds_text(first.median)} "
+        f"at p50, {_signed(extra)} its usual gap."
     )
     return [Finding(Tone.PLAIN, text)]
 

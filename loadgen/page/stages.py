@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import ceil
 from statistics import fmean
 
 from loadgen.measure import Record, Stage, percentile, stages_of
@@ -81,7 +82,7 @@ class StageShare:
 
     Attributes:
         share: of the time of all of them, from intended time to last token.
-        share_of_slowest: the same over the slowest tenth by E2E.
+        share_of_slowest: the same over the slowest by E2E.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Stages:
     """Everything about stages.
 
     Attributes:
+        num_slowest: how many requests are the slowest tenth; one at least, if there is any.
         has_stamps: the server told when its events were; without that only the client's own moments are known.
         skewed: stages whose stamps ran backwards, over all requests.
     """
@@ -107,6 +109,7 @@ class Stages:
     by_ttft: Waterfall
     by_e2el: Waterfall
     shares: tuple[StageShare, ...]
+    num_slowest: int
     has_stamps: bool
     skewed: int
 
@@ -115,10 +118,12 @@ def stages_page_of(records: Sequence[Record], started_unix_s: float) -> Stages:
     """Of the completed requests."""
     done = [record for record in records if record.completed]
     lives = [_whole_life(record, started_unix_s) for record in done]
+    num_slowest = ceil(len(done) * SLOWEST_SHARE)
     return Stages(
         by_ttft=_waterfall(done, started_unix_s, lambda record: record.ttft_s, _until_first_piece),
         by_e2el=_waterfall(done, started_unix_s, lambda record: record.e2el_s, _whole_life),
-        shares=_shares(done, lives),
+        shares=_shares(done, lives, num_slowest),
+        num_slowest=num_slowest,
         has_stamps=any(record.stamps for record in done),
         skewed=sum(stage.took_s < -SKEW_S for stages in lives for stage in stages),
     )
@@ -191,29 +196,22 @@ def _kind(stage: Stage) -> tuple[StageKind, str]:
     return KINDS[stage.earlier]
 
 
-def _shares(done: Sequence[Record], lives: Sequence[Sequence[Stage]]) -> tuple[StageShare, ...]:
-    slow_from_s = _slow_from_s(done)
+def _shares(done: Sequence[Record], lives: Sequence[Sequence[Stage]], num_slowest: int) -> tuple[StageShare, ...]:
+    slowest = set(sorted(range(len(done)), key=lambda place: done[place].e2el_s or 0.0)[len(done) - num_slowest :])
     took: dict[str, list[float]] = {}
     slow_took: dict[str, float] = {}
     found: dict[str, Stage] = {}
-    for record, stages in zip(done, lives, strict=True):
-        is_slow = record.e2el_s is not None and record.e2el_s >= slow_from_s
+    for place, stages in enumerate(lives):
         for stage in stages:
             found.setdefault(stage.name, stage)
             took.setdefault(stage.name, []).append(stage.took_s)
-            slow_took[stage.name] = slow_took.get(stage.name, 0.0) + (stage.took_s if is_slow else 0.0)
+            slow_took[stage.name] = slow_took.get(stage.name, 0.0) + (stage.took_s if place in slowest else 0.0)
     total_s = sum(map(sum, took.values())) or 1.0
     slow_total_s = sum(slow_took.values()) or 1.0
     return tuple(
         _share(found[name], sorted(took[name]), total_s, slow_took[name] / slow_total_s)
         for name in sorted(found, key=lambda name: _place(found[name]))
     )
-
-
-def _slow_from_s(done: Sequence[Record]) -> float:
-    ascending = sorted(record.e2el_s for record in done if record.e2el_s is not None)
-    count = max(1, round(len(ascending) * SLOWEST_SHARE))
-    return ascending[-count] if ascending else 0.0
 
 
 def _share(stage: Stage, ascending_s: Sequence[float], total_s: float, share_of_slowest: float) -> StageShare:

@@ -13,8 +13,8 @@ Point = tuple[float, float]
 
 TICK_STEPS = (1.0, 2.0, 5.0)
 TICK_LENGTH = 4.0
-MAX_DECADES_WITH_STEPS = 2.2
-"""A log axis over more decades than this has ticks at powers of ten only."""
+LOG_STEPS = ((0.9, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)), (2.2, TICK_STEPS))
+"""Up to how many decades a log axis has ticks at which steps; over more it has them at powers of ten only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,9 @@ def linear_ticks(lowest: float, highest: float, wanted: int) -> list[float]:
 
 
 def log_ticks(lowest: float, highest: float) -> list[float]:
-    """Powers of ten, over few decades also twice and five times those."""
-    steps = TICK_STEPS if log10(highest / lowest) <= MAX_DECADES_WITH_STEPS else TICK_STEPS[:1]
+    """Powers of ten, over few decades also multiples of those."""
+    decades = log10(highest / lowest)
+    steps = next((steps for most, steps in LOG_STEPS if decades <= most), (1.0,))
     powers = range(floor(log10(lowest)), ceil(log10(highest)) + 1)
     ticks = [float(f"{step}e{power}") for power in powers for step in steps]
     return [tick for tick in ticks if lowest * (1 - 1e-9) <= tick <= highest * (1 + 1e-9)]

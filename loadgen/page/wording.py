@@ -24,6 +24,7 @@ def figures(value: float) -> str:
     """Three figures, no exponent; below a hundredth `0` or two decimals."""
     if value == 0:
         return "0"
+    value = float(f"{value:.3g}")
     decimals = max(0, min(2, 2 - floor(log10(abs(value)))))
     return f"{value:,.{decimals}f}".replace("-", "−")
 
