@@ -152,6 +152,12 @@ def test_a_stopped_worker_may_drain_to_its_end():
         assert SERVICES[name]["stop_grace_period"] == f"${{WORKER_STOP_GRACE:-{grace_s}s}}"
 
 
+@pytest.mark.parametrize("name", BATON_SERVICES)
+def test_kafka_and_redis_stop_after_those_who_drain_into_them(name: str):
+    # A composition stops in the order of direct dependencies; that on the topics does not count, they have ended.
+    assert {"kafka", "redis"} <= SERVICES[name]["depends_on"].keys()
+
+
 def test_what_must_outlive_a_container_lies_in_a_volume():
     mounts = {name: [str(volume).split(":") for volume in SERVICES[name].get("volumes", [])] for name in SERVICES}
     assert ["kafka", "/var/lib/kafka/data"] in mounts["kafka"]
