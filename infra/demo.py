@@ -34,6 +34,7 @@ from shared.errors import StartupError
 from shared.state.keys import BEAT_INTERVAL_S
 
 RUN_DIR = Path(".run/demo")
+REPORT = RUN_DIR / "report.html"
 COUNTS = {"ingest": 1, "prefill": 1, "decode": 2, "edge": 1}
 NUM_PAGES = 128
 CHUNK_TOKENS = 128  # what one core prefills in a quarter of a second; other requests wait for the end of a step
@@ -144,7 +145,7 @@ async def replay(edge: str) -> list[str]:
     arguments = ("-m", "loadgen", "replay", "--base-url", edge, *REPLAY_ARGUMENTS)
     console.print(f"  $ python {' '.join(arguments)}\n", markup=False, soft_wrap=True)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, *arguments, "--tokenizer", str(smollm2_folder())),
+        *(sys.executable, *arguments, "--tokenizer", str(smollm2_folder()), "--html", str(REPORT)),
         env=os.environ | _columns(),
         start_new_session=True,  # Ctrl-C reaches this process only, which then asks that one once
     )
@@ -156,6 +157,8 @@ async def replay(edge: str) -> list[str]:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), REPLAY_STOPS_WITHIN_S)
             kill_group(process.pid)
+    if status in (0, 1):  # all rows completed, or some failed: either way it has reported
+        console.print(f"  the same as a page, with charts: {REPORT}")
     return [] if status == 0 else [f"the replay ended with exit status {status}"]
 
 

@@ -210,9 +210,10 @@ def _slowest_finding(stages: Stages) -> list[Finding]:
     if not stages.has_stamps or not stages.num_slowest:
         return []
     worst = max(stages.shares, key=lambda stage: stage.share_of_slowest)
+    slowest = "The slowest request" if stages.num_slowest == 1 else f"The slowest {stages.num_slowest:,} requests"
     text = (
-        f"Of the time of the {counted(stages.num_slowest, 'slowest request')} {percent_text(worst.share_of_slowest)} "
-        f"passed in {worst.name} ({worst.meaning}), of that of all {percent_text(worst.share)}."
+        f"{slowest} spent {percent_text(worst.share_of_slowest)} of the time in {worst.name} ({worst.meaning}); "
+        f"all requests together {percent_text(worst.share)}."
     )
     return [Finding(Tone.PLAIN, text)]
 

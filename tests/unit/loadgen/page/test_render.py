@@ -106,7 +106,7 @@ def test_the_page_says_how_it_went_and_why():
     for part in (
         "4 of 40 requests failed (http_429 4)",
         "of all requests met TTFT ≤ 500 ms, TPOT ≤ 100 ms; missed:",
-        "Of the time of the 4 slowest requests",
+        "The slowest 4 requests spent",
         "placed → prefilling (waits for the prefill worker)",
         "Between token 1 and 2",
         "The client kept to its schedule",
