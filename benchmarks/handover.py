@@ -1,0 +1,316 @@
+"""`python -m benchmarks.handover`: the whole stack on one or two GPUs, held against one engine alone, as JSON.
+
+1. Prompts one after the other: each is prefilled on one worker and pulled by the other, which counts bytes and seconds.
+2. Prompts of many lengths at once through the edge, greedy: their tokens are compared with the lone engine's
+   (`benchmarks.lone_engine`), up to ties in bf16.
+3. Afterwards all KV pages must be free, no prompt may have been computed twice, and between GPUs the protocol lines
+   that UCX prints must name `cuda_ipc`.
+
+Exit status 1 if something of that does not hold; `problems` in the output says what.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import torch
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.lone_engine import Task
+from infra.local.composition import Composition
+from infra.local.model import smollm2_folder
+from infra.local.stack import Stack, local_stack
+from shared.state.keys import BEAT_INTERVAL_S
+from shared.text.tokeniser import Tokeniser
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ("docs/architecture.md", "docs/request_life.md", "README.md", "docs/glossary.md")
+COUNTS = {"ingest": 1, "prefill": 1, "decode": 1, "edge": 1}
+REQUEST_TIMEOUT_S = 120.0
+FREE_WITHIN_S = 20.0
+WORKERS = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        gpus: of `Composition`.
+        lengths: prompt lengths in tokens, those of the second part.
+        new_tokens: length of each answer.
+        pulls: prompts of the first part, `pull_tokens` long.
+        margin: see `Task`.
+        min_gb_per_s: median rate below which the pulls of the first part are a problem.
+    """
+
+    model: Path
+    device: str
+    gpus: Mapping[str, str]
+    num_pages: int
+    lengths: Sequence[int]
+    new_tokens: int
+    pulls: int
+    pull_tokens: int
+    margin: float
+    min_gb_per_s: float
+
+
+def cut_prompts(ids: Sequence[int], lengths: Iterable[int]) -> list[list[int]]:
+    """A prompt of each length; no two begin alike, so none finds another's pages."""
+    prompts: list[list[int]] = []
+    for begin, length in enumerate(lengths):
+        repeated = -(-(begin + length) // len(ids))
+        prompts.append((list(ids) * repeated)[begin : begin + length])
+    return prompts
+
+
+def protocol_rows(log: str) -> list[str]:
+    """The distinct rows about CUDA memory of the tables that UCX prints with UCX_PROTO_INFO=y.
+
+    A table has a head of two cells and a row of three cells for each range of message sizes:
+
+        | ucp_context_0 intra-node cfg#2 | rendezvous data fetch into cuda/GPU0 from cuda/GPU0 |
+        |                         0..inf | zero-copy read from remote        | cuda_ipc/cuda   |
+    """
+    rows: dict[str, None] = {}
+    head = ""
+    for line in log.splitlines():
+        cells = [cell.strip() for cell in line.partition("|")[2].rstrip(" |").split("|")]
+        if len(cells) == 2:
+            head = cells[1]
+        elif len(cells) == 3 and "cuda" in head + line:
+            rows[f"{head}: {' | '.join(cells)}"] = None
+    return list(rows)
+
+
+async def ask(http: httpx.AsyncClient, edge: str, model: str, prompt: Sequence[int], new_tokens: int) -> list[str]:
+    """Texts of the tokens of one greedy answer."""
+    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    answer = await http.post(f"{edge}/v1/completions", json=body | {"logprobs": 0})
+    if answer.status_code != httpx.codes.OK:
+        raise RuntimeError(f"the edge answered {answer.status_code}: {answer.text[:500]}")
+    return answer.json()["choices"][0]["logprobs"]["tokens"]
+
+
+async def metrics(http: httpx.AsyncClient, address: str) -> dict[str, float]:
+    """A worker's metrics by name."""
+    answer = await http.get(f"{address}/metrics")
+    answer.raise_for_status()
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+        if not sample.name.endswith("_bucket")
+    }
+
+
+async def single_pulls(http: httpx.AsyncClient, stack: Stack, model: str, plan: Plan, ids: Sequence[int]) -> list[Any]:
+    """Bytes and seconds of one pull after the other, the first of all being the slow one that opens the connection."""
+    (edge,), (decode,) = stack.addresses("edge"), stack.addresses("decode")
+    prompts = cut_prompts(ids[::-1], [plan.pull_tokens] * plan.pulls)
+    pulls: list[Any] = []
+    for prompt in prompts:
+        before = await metrics(http, decode)
+        asked_s = time.monotonic()
+        await ask(http, edge, model, prompt, 2)
+        took_s = time.monotonic() - asked_s
+        after = await metrics(http, decode)
+        num_bytes = after["baton_kv_pull_bytes_total"] - before["baton_kv_pull_bytes_total"]
+        seconds = after["baton_kv_pull_seconds_sum"] - before["baton_kv_pull_seconds_sum"]
+        pulls.append(
+            {
+                "mib": round(num_bytes / 2**20, 1),
+                "pull_ms": round(1000 * seconds, 2),
+                "gb_per_s": round(num_bytes / 1e9 / seconds, 2) if seconds else 0.0,
+                "request_ms": round(1000 * took_s, 1),
+            }
+        )
+    return pulls
+
+
+async def workers_at_rest(http: httpx.AsyncClient, stack: Stack) -> dict[str, dict[str, int]]:
+    """Pages and counts of each worker once all is free, or after a while."""
+    deadline_s = time.monotonic() + FREE_WITHIN_S
+    while True:
+        await asyncio.sleep(2 * BEAT_INTERVAL_S)  # gauges are as of the last beat
+        read = {name: await metrics(http, stack.addresses(name)[0]) for name in WORKERS}
+        at_rest = all(
+            each["baton_kv_pages_free"] == each["baton_kv_pages"] and each["baton_kv_held_requests"] == 0
+            for each in read.values()
+        )
+        if at_rest or time.monotonic() > deadline_s:
+            names = ("baton_kv_pages", "baton_kv_pages_free", "baton_kv_held_requests", "baton_local_prefills_total")
+            return {worker: {name: int(each[name]) for name in names} for worker, each in read.items()}
+
+
+async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> dict[str, Any]:
+    """All that needs the running stack."""
+    composition = Composition(
+        counts=COUNTS,
+        model=str(plan.model),
+        device=plan.device,
+        gpus=plan.gpus,
+        num_pages=plan.num_pages,
+        max_restarts=0,
+        kafka_port=None,
+        redis_port=None,
+        env={"UCX_PROTO_INFO": "y"},
+    )
+    began_s = time.monotonic()
+    model = plan.model.name
+    async with (
+        local_stack(composition, run_dir, report=_say) as stack,
+        httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as http,
+    ):
+        ready_s = time.monotonic() - began_s
+        pulls = await single_pulls(http, stack, model, plan, ids)
+        (edge,) = stack.addresses("edge")
+        asked_s = time.monotonic()
+        answers = await asyncio.gather(*(ask(http, edge, model, prompt, plan.new_tokens) for prompt in prompts))
+        answered_s = time.monotonic() - asked_s
+        workers = await workers_at_rest(http, stack)
+    rows = {name: protocol_rows((run_dir / "logs" / f"{name}-0.log").read_text(errors="replace")) for name in WORKERS}
+    return {
+        "ready_s": round(ready_s, 1),
+        "first_pull": pulls[0],
+        "pulls": pulls[1:],
+        "answered_s": round(answered_s, 2),
+        "workers": workers,
+        "protocols": rows,
+        "answers": answers,
+    }
+
+
+async def lone_engine(plan: Plan, prompts: Sequence[Sequence[int]], answers: list[list[str]]) -> dict[str, Any]:
+    """What `benchmarks.lone_engine` says of the answers, on the GPU of the prefill worker."""
+    task = Task(
+        model=str(plan.model),
+        device=plan.device,
+        dtype="bfloat16",
+        num_pages=plan.num_pages,
+        prompts=[list(prompt) for prompt in prompts],
+        answers=answers,
+        margin=plan.margin,
+    )
+    gpu = {"CUDA_VISIBLE_DEVICES": plan.gpus["prefill"]} if plan.gpus else {}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.lone_engine"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | gpu,
+        cwd=ROOT,
+    )
+    out, _ = await process.communicate(json.dumps(asdict(task)).encode())
+    if process.returncode != 0:
+        raise RuntimeError(f"the lone engine ended with exit status {process.returncode}")
+    return json.loads(out)
+
+
+def problems(plan: Plan, served: Mapping[str, Any], compared: Mapping[str, Any]) -> list[str]:
+    """What does not hold, in words."""
+    found = [f"wrong token: {wrong}" for wrong in compared["wrong"]]
+    for worker, counts in served["workers"].items():
+        if counts["baton_kv_pages_free"] != counts["baton_kv_pages"] or counts["baton_kv_held_requests"]:
+            found.append(f"{worker} holds pages still: {counts}")
+        if counts["baton_local_prefills_total"]:
+            found.append(f"{worker} computed {counts['baton_local_prefills_total']} prompts because a pull failed")
+    if plan.device == "cuda" and not any("cuda_ipc" in row for rows in served["protocols"].values() for row in rows):
+        found.append("no protocol line of the workers names cuda_ipc")
+    rate = median_rate(served["pulls"])
+    if rate < plan.min_gb_per_s:
+        found.append(f"the median pull ran at {rate} GB/s, not {plan.min_gb_per_s}")
+    return found
+
+
+def median_rate(pulls: Sequence[Mapping[str, float]]) -> float:
+    """GB/s."""
+    return round(statistics.median(pull["gb_per_s"] for pull in pulls), 2) if pulls else 0.0
+
+
+async def run(plan: Plan, run_dir: Path) -> dict[str, Any]:
+    """Everything, as one report."""
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXTS)
+    ids = list(Tokeniser.load(plan.model).encode(text))
+    prompts = cut_prompts(ids, plan.lengths)
+    began_s = time.monotonic()
+    served = await serve(plan, run_dir, prompts, ids)
+    _say(f"served after {time.monotonic() - began_s:.0f} s; now the lone engine")
+    compared = await lone_engine(plan, prompts, served.pop("answers"))
+    return {
+        "problems": problems(plan, served, compared),
+        "median_gb_per_s": median_rate(served["pulls"]),
+        "lone_engine": compared,
+        **served,
+        "plan": {name: value if isinstance(value, int | float | str) else str(value) for name, value in _of(plan)},
+        "machine": machine(plan.device),
+        "date": time.strftime("%Y-%m-%d"),
+        "took_s": round(time.monotonic() - began_s, 1),
+    }
+
+
+def _of(plan: Plan) -> Iterable[tuple[str, object]]:
+    return asdict(plan).items()
+
+
+def machine(device: str) -> str:
+    """What it ran on."""
+    if device == "cpu":
+        return f"{os.cpu_count()} cores"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; {os.cpu_count()} cores; torch {torch.__version__}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Option(help="Folder of a model; by default SmolLM2-135M-Instruct.")] = "",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    prefill_gpu: Annotated[str, typer.Option(help="GPU of the prefill worker.")] = "0",
+    decode_gpu: Annotated[str, typer.Option(help="GPU of the decode worker; the same one is allowed.")] = "1",
+    num_pages: Annotated[int, typer.Option(help="KV pages of each worker.")] = 512,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1,63,64,65,128,1000,4096",
+    rounds: Annotated[int, typer.Option(help="Prompts of each length.")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    pulls: Annotated[int, typer.Option(help="Prompts that are pulled one by one, the first as a warm-up.")] = 9,
+    pull_tokens: Annotated[int, typer.Option(help="Their length.")] = 4096,
+    margin: Annotated[float, typer.Option(help="Logits this close are a tie.")] = 0.25,
+    min_gb_per_s: Annotated[float, typer.Option(help="Lowest median rate of a pull.")] = 0.0,
+    out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
+) -> None:
+    """Run the stack on GPUs and compare it with one engine alone."""
+    plan = Plan(
+        model=Path(model).resolve() if model else smollm2_folder(),
+        device=device,
+        gpus={"prefill": prefill_gpu, "decode": decode_gpu} if device == "cuda" else {},
+        num_pages=num_pages,
+        lengths=[int(length) for length in lengths.split(",")] * rounds,
+        new_tokens=new_tokens,
+        pulls=pulls,
+        pull_tokens=pull_tokens,
+        margin=margin,
+        min_gb_per_s=min_gb_per_s,
+    )
+    with tempfile.TemporaryDirectory() as run_dir:
+        report = json.dumps(asyncio.run(run(plan, Path(run_dir))), indent=1)
+    sys.stdout.write(report + "\n")
+    if out:
+        Path(out).write_text(report + "\n")
+    sys.exit(1 if json.loads(report)["problems"] else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
