@@ -29,6 +29,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 ROLES = ("prefill", "decode")
 DEFAULT_COUNTS = {"ingest": 1, "prefill": 1, "decode": 1, "edge": 1}
 
+WIDTH_IN_FILES = 160
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -61,7 +63,7 @@ def main(
 
     Exit status: 0 measured, 1 the run could not start or a part of it failed.
     """
-    err = Console(stderr=True)
+    err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH_IN_FILES)
     try:
         setup = Setup(
             model=str((model or smollm2_folder()).resolve()),
@@ -79,6 +81,8 @@ def main(
         )
         names = parse_names(streams)
         calibrated_streams(names, max_running)
+        if profile_load and profile_load not in names:
+            raise StartupError(f"--profile-load {profile_load}: it is one of --streams {streams}")
         if profile is not None:
             py_spy_program()
             profile.mkdir(parents=True, exist_ok=True)

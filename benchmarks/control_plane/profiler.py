@@ -11,6 +11,7 @@ from pathlib import Path
 from shared.errors import StartupError
 
 RATE_HZ = 250
+NUM_TOP = 40
 
 
 def py_spy_program() -> str:
@@ -25,14 +26,16 @@ def py_spy_program() -> str:
 async def profiled(pids: Mapping[str, int], folder: Path, seconds: float) -> AsyncGenerator[None]:
     """Samples each process for `seconds` while the body runs.
 
+    Only a thread that holds the interpreter's lock is sampled: a waiting event loop or device costs nobody anything.
     Writes `<name>.folded` (one stack a line, for flame graphs) and `<name>.txt` (the functions at the top). Processes
     are not paused for a sample, so that what is measured meanwhile stays nearly right.
     """
     py_spy = py_spy_program()
+    whole_s = max(1, int(seconds) - 1)
     recorders = {
         name: await asyncio.create_subprocess_exec(
-            *(py_spy, "record", "--pid", str(pid), "--duration", str(max(1, int(seconds) - 1)), "--rate", str(RATE_HZ)),
-            *("--format", "raw", "--threads", "--nonblocking", "--output", str(folder / f"{name}.folded")),
+            *(py_spy, "record", "--pid", str(pid), "--duration", str(whole_s), "--rate", str(RATE_HZ)),
+            *("--format", "raw", "--threads", "--gil", "--nonblocking", "--output", str(folder / f"{name}.folded")),
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
@@ -46,11 +49,14 @@ async def profiled(pids: Mapping[str, int], folder: Path, seconds: float) -> Asy
         if recorder.returncode != 0:
             raise StartupError(f"py-spy could not profile {name}: {errors.decode(errors='replace').strip()[-500:]}")
         lines = (folder / f"{name}.folded").read_text().splitlines()
-        (folder / f"{name}.txt").write_text(top_functions(lines))
+        (folder / f"{name}.txt").write_text(top_functions(lines, whole_s * RATE_HZ))
 
 
-def top_functions(folded: Iterable[str], count: int = 40) -> str:
-    """By thread the functions in which most samples were, by themselves and with what they called."""
+def top_functions(folded: Iterable[str], num_looks: int) -> str:
+    """By thread the functions that were met most often, by themselves and with what they called.
+
+    Percentages are of `num_looks`, which is how often a look was taken: 100% is a whole core's time.
+    """
     own: dict[str, Counter[str]] = {}
     inclusive: dict[str, Counter[str]] = {}
     for line in folded:
@@ -63,9 +69,8 @@ def top_functions(folded: Iterable[str], count: int = 40) -> str:
             inclusive.setdefault(thread, Counter())[frame] += int(number)
     parts: list[str] = []
     for thread in sorted(own, key=lambda name: -own[name].total()):
-        total = own[thread].total()
-        parts.append(f"{thread}: {total} samples")
+        parts.append(f"{100 * own[thread].total() / num_looks:6.2f}%  {thread}")
         for title, counts in (("itself", own[thread]), ("with callees", inclusive[thread])):
             parts.append(f"  {title}")
-            parts += [f"    {100 * number / total:6.2f}%  {frame}" for frame, number in counts.most_common(count)]
+            parts += [f"    {100 * number / num_looks:6.2f}%  {frame}" for frame, number in counts.most_common(NUM_TOP)]
     return "\n".join(parts) + "\n"

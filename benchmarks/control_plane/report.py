@@ -35,6 +35,9 @@ def _comparison(result: dict[str, Any], loads: list[str]) -> Table:
         "ITL ms mean, bare": [_number(bare[name]["itl_mean_ms"]) for name in loads],
         "ITL ms mean, path at the client": [_number(path[name]["itl_mean_ms"]) for name in loads],
         "ITL ms mean, path by the servers": [_number(path[name]["itl_mean_by_servers_ms"]) for name in loads],
+        "step ms mean (rows), decode workers": [_steps(path[name], "decode") for name in loads],
+        "step ms mean (rows), prefill workers": [_steps(path[name], "prefill") for name in loads],
+        "hand-off gap ms p50 / p99": [_two(path[name]["second_token_ms"]) for name in loads],
         "ITL, % more than decode steps alone": [
             _number(added[name]["itl_mean_percent_of_bare_decode"]) for name in loads
         ],
@@ -79,6 +82,11 @@ def _log(result: dict[str, Any], load: str) -> dict[str, str]:
 
 def _ages(path: dict[str, Any]) -> str:
     return ", ".join(_two(age) for age in path.get("frame_age_ms", {}).values()) or "not told"
+
+
+def _steps(path: dict[str, Any], role: str) -> str:
+    workers = [worker for name, worker in path["workers"].items() if name.startswith(role)]
+    return ", ".join(f"{_number(of['step_mean_ms'])} ({_number(of['token_rows_mean'])})" for of in workers)
 
 
 def _rate(load: dict[str, Any]) -> str:

@@ -8,18 +8,18 @@ FOLDED = [
 
 
 def test_functions_are_ranked_by_thread_by_themselves_and_with_callees():
-    assert top_functions(FOLDED).splitlines() == [
-        'thread (1): "MainThread": 40 samples',
+    assert top_functions(FOLDED, 100).splitlines() == [
+        ' 40.00%  thread (1): "MainThread"',
         "  itself",
-        "     75.00%  send (b.py:2)",
-        "     25.00%  encode (c.py:3)",
+        "     30.00%  send (b.py:2)",
+        "     10.00%  encode (c.py:3)",
         "  with callees",
-        "    100.00%  main (a.py:1)",
-        "    100.00%  send (b.py:2)",
-        "     25.00%  encode (c.py:3)",
-        'thread (2): "engine": 5 samples',
+        "     40.00%  main (a.py:1)",
+        "     40.00%  send (b.py:2)",
+        "     10.00%  encode (c.py:3)",
+        '  5.00%  thread (2): "engine"',
         "  itself",
-        "    100.00%  step (d.py:4)",
+        "      5.00%  step (d.py:4)",
         "  with callees",
-        "    100.00%  step (d.py:4)",
+        "      5.00%  step (d.py:4)",
     ]
