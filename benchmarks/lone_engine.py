@@ -5,7 +5,8 @@ Reads a JSON object with the fields of `Task` from standard input and writes wha
 Two computations of the same prompt in bf16 differ in the last bits where their batches have other shapes, and so a
 token differs where the two best logits lie closer than that. So the engine computes each answer greedily; where the
 served token is another one, its log probability must be within `margin` of the best one's, and the engine goes on from
-the served token. Each served token is thus checked against the engine's choice after the same prefix.
+the served token. Each served token is thus checked against the engine's choice after the same prefix. Tokens are told
+apart by their text, as the edge gives no ids; only halves of characters share one.
 """
 
 import json
