@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.control_plane.loads import FULL, HALF, Load, Setup, calibrated_streams, parse_names
+from benchmarks.control_plane.loads import FULL, HALF, Load, Setup, calibrated_streams, check_pages, parse_names
 from benchmarks.control_plane.machine import commit, machine
 from benchmarks.control_plane.path import PathOptions, measure_path
 from benchmarks.control_plane.profiler import py_spy_program
@@ -81,6 +81,7 @@ def main(
         )
         names = parse_names(streams)
         calibrated_streams(names, max_running)
+        check_pages(setup)
         if profile_load and profile_load not in names:
             raise StartupError(f"--profile-load {profile_load}: it is one of --streams {streams}")
         if profile is not None:

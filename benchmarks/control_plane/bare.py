@@ -237,7 +237,10 @@ def measure(setup: Setup, names: list[str]) -> dict[str, object]:
             "decode_step": decode_steps(driver, max(1, rows), next_job, setup),
         }
     driver.engine.check()
+    stats = driver.engine.stats()
     return {
+        "num_preemptions": stats.num_preemptions,
+        "num_prefix_hits": stats.num_prefix_hits,
         "calibrations": [
             {
                 "streams": found.streams,

@@ -10,6 +10,7 @@ from loadgen.arrivals import poisson_times
 from loadgen.jobs import COMPLETIONS, Job, JobMaker, RequestShape
 from loadgen.prompts import IdPrompts, load_tokenizer, vocabulary_of
 from loadgen.schedule import ScheduledRow
+from shared.blocks import pages_for
 from shared.errors import StartupError
 
 HALF = "half"
@@ -115,6 +116,17 @@ def calibrated_streams(names: Sequence[str], max_running: int) -> list[int]:
     if too_many:
         raise StartupError(f"--streams {too_many[0]}: the engine runs at most --max-running {max_running} at once")
     return sorted(counts)
+
+
+def check_pages(setup: Setup) -> None:
+    """Raises StartupError if an engine could not hold its most requests: it would preempt, on both sides unequally."""
+    # One page more each: where pure decode steps are timed, contexts differ around their mean.
+    needed = setup.max_running * (pages_for(setup.input_tokens + setup.output_tokens) + 1)
+    if setup.num_pages < needed:
+        raise StartupError(
+            f"--num-pages {setup.num_pages}: {setup.max_running} requests of {setup.input_tokens} and "
+            f"{setup.output_tokens} tokens need {needed}; fewer do with a lower --max-running"
+        )
 
 
 def load_of(name: str, place: int, setup: Setup, calibrations: Sequence[Calibration]) -> Load:

@@ -14,6 +14,7 @@ from benchmarks.control_plane.loads import (
     Load,
     Setup,
     calibrated_streams,
+    check_pages,
     closed_job,
     job_maker,
     load_of,
@@ -53,6 +54,12 @@ def test_calibration_ends_at_what_the_engine_runs_at_once():
     assert calibrated_streams(("16", "1", HALF), 64) == [1, 16, 64]
     with pytest.raises(StartupError, match="--max-running 8"):
         calibrated_streams(("16",), 8)
+
+
+def test_engines_must_hold_the_most_requests():
+    check_pages(setup(max_running=4, input_tokens=100, output_tokens=28, num_pages=12))
+    with pytest.raises(StartupError, match="need 16"):
+        check_pages(setup(max_running=4, input_tokens=100, output_tokens=29, num_pages=12))
 
 
 def test_rate_and_duration_follow_littles_law():
