@@ -287,7 +287,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
     pulls: Annotated[int, typer.Option(help="Prompts that are pulled one by one, the first as a warm-up.")] = 9,
     pull_tokens: Annotated[int, typer.Option(help="Their length.")] = 4096,
-    margin: Annotated[float, typer.Option(help="Logits this close are a tie.")] = 0.25,
+    margin: Annotated[
+        float, typer.Option(help="Logits this close are a tie; bf16 logits of 16 to 32 are multiples of 0.125.")
+    ] = 0.5,
     min_gb_per_s: Annotated[float, typer.Option(help="Lowest median rate of a pull.")] = 0.0,
     out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
 ) -> None:

@@ -123,7 +123,7 @@ def check(task: Task) -> Mapping[str, object]:
         "tokens": sum(len(answer) for answer in task.answers),
         "answers_equal": sum(not each for each in found),
         "ties": len(ties),
-        "largest_tie": round(max(ties, default=0.0), 4),
+        "tie_gaps": sorted(round(gap, 4) for gap in ties),
         "margin": task.margin,
         "wrong": [asdict(difference) for difference in wrong],
     }
