@@ -1,16 +1,16 @@
 """Draws what the other modules of this folder worked out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import log10
 
 from markupsafe import Markup
 
-from loadgen.measure import Record
+from loadgen.measure import Record, Summary
 from loadgen.page.latency import Distribution, HandOff
 from loadgen.page.slo import SloGrid
 from loadgen.page.stages import Life, Waterfall
 from loadgen.page.svg import Drawing, Plot, Point, Scale, log_bounds
-from loadgen.page.timeline import Flow, Timeline
+from loadgen.page.timeline import Flow, LatencyBin, Timeline
 from loadgen.page.wording import figures, ms_text, percent_text, seconds_text, short
 
 WIDE, HALF, THIRD = 1080.0, 520.0, 344.0
@@ -81,27 +81,33 @@ def _number_ticks(count: int, step: float) -> list[int]:
 
 def _bins_chart(timeline: Timeline) -> Markup:
     drawing = Drawing(WIDE, 300, "Latency over the time of arrival")
-    bins = [entry for entry in timeline.bins if entry.ttft is not None and entry.e2el is not None]
+    curves = {
+        f"{style}{dashes}": [
+            ((entry.from_s + entry.to_s) / 2, summary.percentiles[percent])
+            for entry in timeline.bins
+            if (summary := of_bin(entry)) is not None
+        ]
+        for style, of_bin in _BIN_QUANTITIES.items()
+        for percent, dashes in ((50, ""), (99, " dashed"))
+    }
     x = Scale(0, timeline.end_s, LEFT, WIDE - RIGHT)
-    values = [
-        summary.percentiles[percent]
-        for entry in bins
-        for summary in (entry.ttft, entry.e2el)
-        if summary
-        for percent in (50, 99)
-    ]
-    plot = Plot(drawing, x, Scale(*log_bounds(values), 250, 24, is_log=True))
+    bounds = log_bounds(value for points in curves.values() for _, value in points)
+    plot = Plot(drawing, x, Scale(*bounds, 250, 24, is_log=True))
     plot.x_axis(x.ticks(12), short, "seconds after the start, by intended time")
     plot.y_axis(plot.y.ticks(5), _tick_text, "median (line) and p99 (dashes) of the requests that came then")
-    for style, name in (("c-ttft", "ttft"), ("c-e2el", "e2el")):
-        for percent, dashes in ((50, ""), (99, " dashed")):
-            points = [((entry.from_s + entry.to_s) / 2, getattr(entry, name).percentiles[percent]) for entry in bins]
-            plot.line(points, style + dashes)
+    for style, points in curves.items():
+        plot.line(points, style)
     for entry in timeline.bins:
         if entry.failed:
             words = f"{entry.failed} of {entry.requests} requests from {entry.from_s:g} to {entry.to_s:g} s failed"
             drawing.cross(x((entry.from_s + entry.to_s) / 2), 242, CROSS + 1, "cross", title=words)
     return drawing.markup()
+
+
+_BIN_QUANTITIES: Mapping[str, Callable[[LatencyBin], Summary | None]] = {
+    "c-ttft": lambda entry: entry.ttft,
+    "c-e2el": lambda entry: entry.e2el,
+}
 
 
 def flow_chart(flow: Flow, end_s: float) -> Markup:
@@ -116,7 +122,7 @@ def flow_chart(flow: Flow, end_s: float) -> Markup:
     for number, (title, heights, style) in enumerate(panels):
         top = 22 + number * (panel_height + gap)
         x = Scale(0, end_s, LEFT, WIDE - RIGHT)
-        y = Scale(0, max(*heights, 0.0, 0.0) * 1.05 or 1.0, top + panel_height, top)
+        y = Scale(0, max(heights, default=0.0) * 1.05 or 1.0, top + panel_height, top)
         plot = Plot(drawing, x, y)
         is_last = number == len(panels) - 1
         plot.x_axis(x.ticks(12), short if is_last else _nothing, "seconds after the start" if is_last else "")
@@ -268,7 +274,7 @@ def slo_chart(grid: SloGrid) -> Markup:
             opacity = f"{share:.2f}"
             style = "cell given" if grid.given == (ttft_ms, tpot_ms) else "cell"
             drawing.rect(x, top, cell_width - 2, cell_height - 2, style, title=words, **{"fill-opacity": opacity})
-            text_style = "cell-text strong-cell" if share > 0.6 else "cell-text"
+            text_style = "cell-text strong-cell" if share > 0.8 else "cell-text"
             drawing.text(x + cell_width / 2 - 1, top + 18, f"{share * 100:.0f}", text_style, "middle")
     for column, ttft_ms in enumerate(grid.ttft_limits_ms):
         is_given = grid.given is not None and ttft_ms == grid.given[0]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from loadgen.page.render import render_page
+from loadgen.saved import read_saved
 from tests.e2e.loadgen_server import TTFT_S, FakeServer, serving
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,7 @@ def test_a_slice_of_a_trace_gets_the_right_medians_and_every_field(tmp_path):
     fake = FakeServer()
     saved = ["--save-result", "--save-detailed", "--result-dir", tmp_path, "--result-filename", "r.json"]
     saved += ["--save-requests", tmp_path / "requests.jsonl", "--save-schedule", tmp_path / "schedule.jsonl"]
+    saved += ["--html", tmp_path / "page.html"]
     with serving(fake) as base_url:
         status, out, err = run(
             *("--trace", MOONCAKE, "--base-url", base_url, "--vocab-size", 1000, "--num-prompts", 20, "--speed", 10),
@@ -77,6 +80,7 @@ def test_a_slice_of_a_trace_gets_the_right_medians_and_every_field(tmp_path):
     for text in ("TTFT", "Where the time went", "cut to that", "times 0.02", result["schedule_sha256"][:16]):
         assert text in out
     assert "sent 20/20" in err
+    assert (tmp_path / "page.html").read_bytes() == render_page(read_saved(tmp_path / "r.json"))
 
 
 def test_two_runs_of_the_same_arguments_send_the_same_bytes(tmp_path):
