@@ -11,9 +11,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata, TopicPartition
+from aiokafka import AIOKafkaConsumer, OffsetAndMetadata, TopicPartition
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import KafkaError, for_code
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from shared.bus.port import BusUnavailable, Committed, Producer, Reader, Record, Start
 from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, SendingProducer, Unsent
@@ -21,10 +23,10 @@ from shared.observe.log import Logger, logger
 from shared.wire.topics import MAX_RECORD_BYTES
 
 PRODUCE_TIMEOUT_MS = 10_000
-"""How long aiokafka itself tries a batch: above a change of leader (2-10 s), and then we send again ourselves."""
+"""An append that takes longer has failed; a change of leader takes 2-10 s."""
 
-APPEND_TIMEOUT_S = 30.0
-"""After this an append counts as stuck in the library, whose own limit may stretch to twice PRODUCE_TIMEOUT_MS."""
+ALL_REPLICAS = -1
+"""An append is acknowledged when all replicas in sync have it."""
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 5.0
@@ -108,11 +110,14 @@ class KafkaBus:
 
 
 class KafkaAppender:
-    """Appends batches through one AIOKafkaProducer, which is thrown away whenever a batch fails.
+    """Appends each batch by a produce request of its own, over one client that is thrown away whenever one fails.
 
-    No idempotent producer: after a batch that it lost it either leaves a silent hole or fails for ever, and the
-    readers bear second copies anyway. The old producer is closed before the new one sends, so that what it still
-    held cannot come late from this side; what the broker has already taken in still can.
+    aiokafka's producer would buffer, retry and give up by itself, which is all settled in `sending`, and would hand a
+    batch from task to task on its way: a millisecond of a worker's thread for each step of its engine.
+
+    No idempotence: after a batch that was lost it either leaves a silent hole or fails for ever, and the readers bear
+    second copies anyway. The old client is closed before the new one sends, so that what it still held cannot come
+    late from this side; what the broker has already taken in still can.
     """
 
     def __init__(self, address: str, client_id: str, log: Logger, counters: BusCounters) -> None:
@@ -120,19 +125,18 @@ class KafkaAppender:
         self._client_id = client_id
         self._log = log
         self._counters = counters
-        self._producer: Any = None
+        self._client: Any = None
         self._lock = asyncio.Lock()
 
     async def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
         """See `sending.Append`."""
-        producer = await self._connected()
+        client = self._client or await self._connect()
         try:
-            async with asyncio.timeout(APPEND_TIMEOUT_S):
-                return await _append_batch(producer, topic, partition, records)
+            return await _append_batch(client, TopicPartition(topic, partition), records)
         except Exception as error:
             # Whatever it was (aiokafka also fails by assertion), the records stay in the buffer and go out again.
             self._log.warning("append failed", topic=topic, partition=partition, error=repr(error))
-            await self._replace(producer)
+            await self._give_up(client)
             raise AppendFailed(f"{topic}/{partition}: {error!r}") from error
 
     def note_failure(self, topic: str, partition: int) -> None:  # noqa: ARG002 - the failure is logged where it arises
@@ -140,82 +144,80 @@ class KafkaAppender:
 
     async def close(self) -> None:
         async with self._lock:
-            if self._producer is not None:
-                await _abandon_producer(self._producer, self._log)
-                self._producer = None
+            if self._client is not None:
+                await _closed(self._client.close(), self._log)
+                self._client = None
 
-    async def _connected(self) -> Any:
-        if self._producer is not None and not _sender_is_dead(self._producer):
-            return self._producer
+    async def _connect(self) -> Any:
         async with self._lock:
-            if self._producer is not None and _sender_is_dead(self._producer):
-                await self._abandon()
-            if self._producer is None:
-                self._producer = await self._start()
-            return self._producer
+            if self._client is None:
+                self._client = await self._started()
+            return self._client
 
-    async def _start(self) -> Any:
-        producer: Any = AIOKafkaProducer(
+    async def _started(self) -> Any:
+        client: Any = AIOKafkaClient(
             bootstrap_servers=self._address,
             client_id=self._client_id,
-            acks="all",
-            linger_ms=0,
-            max_batch_size=MAX_BATCH_BYTES,
             request_timeout_ms=PRODUCE_TIMEOUT_MS,
             retry_backoff_ms=RETRY_BACKOFF_MS,
         )
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await producer.start()
+                await client.bootstrap()
         except BaseException as error:
-            await _abandon_producer(producer, self._log)
+            await _closed(client.close(), self._log)
             if isinstance(error, Exception):  # whatever it is: who sends would end and nobody would hear of it
                 raise AppendFailed(f"no connection: {error!r}") from error
             raise
-        return producer
+        return client
 
-    async def _replace(self, failed: Any) -> None:
+    async def _give_up(self, failed: Any) -> None:
         async with self._lock:
-            if self._producer is failed:
-                await self._abandon()
-
-    async def _abandon(self) -> None:
-        failed, self._producer = self._producer, None
-        self._counters.num_producers_replaced += 1
-        await _abandon_producer(failed, self._log)
+            if self._client is failed:
+                self._client = None
+                self._counters.num_producers_replaced += 1
+                await _closed(failed.close(), self._log)
 
 
-async def _append_batch(producer: Any, topic: str, partition: int, records: Sequence[Unsent]) -> int:
-    batch: Any = producer.create_batch()
-    for record in records:
-        added = batch.append(timestamp=None, key=record.key, value=record.value, headers=list(record.headers))
-        assert added is not None, "the buffer's batches fit the client's"
-    batch.close()
-    acknowledged: asyncio.Future[Any] = await producer.send_batch(batch, topic, partition=partition)
-    acknowledged.add_done_callback(_mark_retrieved)
-    await asyncio.wait({acknowledged, producer._sender.sender_task}, return_when=asyncio.FIRST_COMPLETED)  # noqa: SLF001
-    if not acknowledged.done():
-        raise KafkaConnectionError("the client's sender task ended")
-    return acknowledged.result().offset
+async def _append_batch(client: Any, place: TopicPartition, records: Sequence[Unsent]) -> int:
+    request = ProduceRequest(
+        required_acks=ALL_REPLICAS,
+        timeout=PRODUCE_TIMEOUT_MS,
+        topics=[(place.topic, [(place.partition, _batch(records))])],
+        transactional_id=None,
+    )
+    response: Any = await client.send(await _leader_of(client, place), request)
+    ((_, ((_, error_code, first_offset, *_),)),) = response.topics
+    if error_code:
+        raise for_code(error_code)
+    return first_offset
 
 
-def _mark_retrieved(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled():
-        future.exception()
+def _batch(records: Sequence[Unsent]) -> bytes:
+    builder: Any = DefaultRecordBatchBuilder(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=0,
+        batch_size=2 * MAX_BATCH_BYTES,
+    )
+    for number, record in enumerate(records):
+        added = builder.append(number, None, key=record.key, value=record.value, headers=list(record.headers))
+        assert added is not None, "the buffer's batches fit"
+    return bytes(builder.build())
 
 
-def _sender_is_dead(producer: Any) -> bool:
-    return producer._sender.sender_task.done()  # noqa: SLF001
-
-
-async def _abandon_producer(producer: Any, log: Logger) -> None:
-    """Close so that nothing it still holds is sent any more: empty it, then cut its connections, then stop it."""
-    held: Any = producer._message_accumulator  # noqa: SLF001
-    held.fail_all(KafkaConnectionError("this producer was given up"))
-    held._batches.clear()  # noqa: SLF001
-    await _closed(producer.client.close(), log)
-    await _closed(producer.stop(), log)
-    await _closed(producer.client.close(), log)
+async def _leader_of(client: Any, place: TopicPartition) -> int:
+    """The broker that takes appends to the partition; asked for until it is known."""
+    leader: int | None = client.cluster.leader_for_partition(place)
+    if leader is None or leader < 0:
+        client.add_topic(place.topic)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            while (leader := client.cluster.leader_for_partition(place)) is None or leader < 0:
+                await client.force_metadata_update()
+    return leader
 
 
 async def _stop_consumer(consumer: Any, log: Logger) -> None:

@@ -374,7 +374,7 @@ async def test_cut_connections_lose_and_reorder_nothing(kafka_world):
                 producer.post(topic, 0, value)
                 await asyncio.sleep(0.002)
                 if number % 100 == 50:
-                    cut_connections(producer._append.__self__._producer.client)
+                    cut_connections(producer._append.__self__._client)
                 if number % 100 == 99:
                     cut_connections(reader._consumer._client)
             await reading
@@ -382,13 +382,16 @@ async def test_cut_connections_lose_and_reorder_nothing(kafka_world):
     assert [record.offset for record in records] == list(range(len(records)))
 
 
-async def test_a_dead_sender_task_is_replaced(kafka_world):
+async def fail_inside(*_):
+    raise AssertionError("inside the library")
+
+
+async def test_a_client_that_fails_in_an_unforeseen_way_is_replaced(kafka_world, monkeypatch):
     topic = await kafka_world.topic()
     bus = kafka_world.bus()
     async with bus.producer() as producer:
         assert await producer.send(topic, 0, b"0") == 0
-        producer._append.__self__._producer._sender.sender_task.cancel()
-        await asyncio.sleep(0.01)
+        monkeypatch.setattr(producer._append.__self__._client, "send", fail_inside)
         assert await asyncio.wait_for(producer.send(topic, 0, b"1"), 10) == 1
     assert bus.counters.num_producers_replaced == 1
 

@@ -27,14 +27,12 @@ class ConsumerOfThree:
 
 
 def never_answers(**_):
-    accumulator = SimpleNamespace(fail_all=lambda _: None, _batches={})
-    client = SimpleNamespace(close=nothing)
-    return SimpleNamespace(start=asyncio.Event().wait, stop=nothing, client=client, _message_accumulator=accumulator)
+    return SimpleNamespace(bootstrap=asyncio.Event().wait, close=nothing)
 
 
 async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monkeypatch):
     monkeypatch.setattr(kafka, "AIOKafkaConsumer", ConsumerOfThree)
-    monkeypatch.setattr(kafka, "AIOKafkaProducer", never_answers)
+    monkeypatch.setattr(kafka, "AIOKafkaClient", never_answers)
     monkeypatch.setattr(kafka, "FLUSH_TIMEOUT_S", 0.01)
     registry = CollectorRegistry()
     bus = KafkaBus("nowhere:1", client_id="test")

@@ -21,13 +21,12 @@ async def fail():
     raise AssertionError("inside the library")
 
 
-def a_broken_producer(**_):
-    held = SimpleNamespace(fail_all=lambda _: None, _batches={})
-    return SimpleNamespace(start=fail, stop=nothing, client=SimpleNamespace(close=nothing), _message_accumulator=held)
+def a_broken_client(**_):
+    return SimpleNamespace(bootstrap=fail, close=nothing)
 
 
 async def test_an_append_whose_connection_fails_is_an_append_that_failed(monkeypatch):
-    monkeypatch.setattr(kafka, "AIOKafkaProducer", a_broken_producer)
+    monkeypatch.setattr(kafka, "AIOKafkaClient", a_broken_client)
     appender = KafkaAppender("nowhere:1", "test", SILENT, BusCounters())
     with pytest.raises(AppendFailed, match="inside the library"):
         await appender.append("topic", 0, ())
