@@ -47,6 +47,7 @@ async def work(role: str, device: str, num_pages: int, buffers: Sequence[Buffers
     wanted = torch.empty_like(cache.pages).normal_(generator=torch.Generator(device).manual_seed(SEED))
     if role == "source":
         cache.pages.copy_(wanted)
+    _wait_for(device)
     async with AsyncExitStack() as lifetime:
         context = await lifetime.enter_async_context(UcxContext())
         transfers = [
@@ -71,6 +72,7 @@ async def work(role: str, device: str, num_pages: int, buffers: Sequence[Buffers
         given = json.loads(await asyncio.to_thread(sys.stdin.readline))
         for transfer, (num_bytes, number), tickets in zip(transfers, buffers, given, strict=True):
             cache.pages.zero_()
+            _wait_for(device)
             seconds = [await _pull(transfer, ticket, num_pages) for ticket in tickets]
             _say(
                 {
@@ -82,6 +84,11 @@ async def work(role: str, device: str, num_pages: int, buffers: Sequence[Buffers
                     "median_gb_per_s": round(cache.pages.nbytes / statistics.median(seconds[1:]) / 1e9, 1),
                 }
             )
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()  # copies of a transfer run on a stream of their own
 
 
 def _offer(transfer: UcxTransfer, key: str, num_pages: int) -> KvTicket:

@@ -47,22 +47,24 @@ class JoinedParts(io.RawIOBase):
     """The parts of a pack, read as the one file that they were."""
 
     def __init__(self, parts: list[Path]) -> None:
-        self._files = (part.open("rb") for part in parts)
-        self._file = next(self._files)
+        self._parts = iter(parts)
+        self._file = next(self._parts).open("rb")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while True:
-            count = self._file.readinto(buffer)
-            if count:
-                return count
-            self._file.close()
-            try:
-                self._file = next(self._files)
-            except StopIteration:
+        while not (count := self._file.readinto(buffer)):
+            part = next(self._parts, None)
+            if part is None:
                 return 0
+            self._file.close()
+            self._file = part.open("rb")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def join_parts(pack: Path) -> None:
@@ -75,10 +77,23 @@ def join_parts(pack: Path) -> None:
     if parts != wanted:
         odd = sorted(part.name for part in set(parts) ^ set(wanted))
         raise InstallError(f"{pack} should hold parts 1 to {count}; missing or of another pack: {', '.join(odd)}")
-    with tarfile.open(fileobj=io.BufferedReader(JoinedParts(parts), READ_BYTES), mode="r|") as archive:
-        archive.extractall(pack, filter="data")
+    try:
+        with (
+            io.BufferedReader(JoinedParts(parts), READ_BYTES) as joined,
+            tarfile.open(fileobj=joined, mode="r|") as archive,
+        ):
+            _extract(archive, pack)
+    except tarfile.ReadError as error:
+        raise InstallError(f"the parts in {pack} do not make a whole; copy them again: {error}") from error
     for part in parts:
         part.unlink()
+
+
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    # Python 3.11 has this protection since 3.11.4, and the systems this is for may have an older one.
+    if hasattr(tarfile, "data_filter"):
+        archive.extraction_filter = tarfile.data_filter
+    archive.extractall(folder)  # noqa: S202 (with that filter)
 
 
 def read_manifest(pack: Path) -> dict[str, Any]:
@@ -134,7 +149,7 @@ def lay_out_source(pack: Path, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise InstallError(f"{folder} is not empty; --checkout {folder} sets up the checkout that it holds")
     with tarfile.open(pack / SOURCE) as archive:
-        archive.extractall(folder, filter="data")
+        _extract(archive, folder)
 
 
 def fill_cache(pack: Path, cache: Path) -> None:
