@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Measure what the path from client to engine and back adds.
 
-    Exit status: 0 measured, 1 the run could not start or a part of it failed.
+    Exit status: 0 measured, 1 the run could not start or a part of it failed; the result then holds what was measured.
     """
     err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH_IN_FILES)
     try:
@@ -106,13 +106,15 @@ def main(
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print_report(err, result)
     err.print(f"written to {path}", highlight=False)
+    if result["path"]["error"] is not None:
+        raise typer.Exit(1)
 
 
 def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Path, err: Console) -> dict[str, Any]:
     def say(text: str) -> None:
         err.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
-    began_s = time.monotonic()
+    began_s, described = time.monotonic(), machine()
     run_dir.mkdir(parents=True, exist_ok=True)
     say("bare engine")
     bare = _bare(setup, names, options, run_dir)
@@ -120,6 +122,7 @@ def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Pa
         say(f"bare, {calibration['streams']} streams: {calibration['requests_per_s']} requests a second")
     loads = [Load(**load) for load in bare["loads"]]
     path = asyncio.run(measure_path(setup, loads, options, run_dir, say))
+    measured = [load for load in loads if load.name in path["results"]]
     saturating = bare["calibrations"][-1]["requests_per_s"]
     return {
         "measure": "the message path against the same engine called directly",
@@ -127,7 +130,7 @@ def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Pa
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": None,
         "seconds": round(time.monotonic() - began_s, 1),
-        "machine": machine(),
+        "machine": described,
         "setup": asdict(setup) | {"model": Path(setup.model).name},
         "counts": dict(options.counts),
         "gpus": dict(options.gpus),
@@ -144,7 +147,7 @@ def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Pa
                 bare["results"][load.name],
                 bare["results"][load.name]["decode_step"]["step_ms"]["mean"],
             )
-            for load in loads
+            for load in measured
         },
     }
 

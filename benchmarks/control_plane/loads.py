@@ -20,7 +20,8 @@ FULL = "full"
 """Names the load that keeps as many requests in flight as the engine runs at once."""
 
 RAMP_SHARE = 1.2
-"""A load runs for this many mean durations of a request before and after the part that is measured."""
+MIN_RAMP_S = 1.0
+"""A load runs for this many mean durations of a request, or so long, before and after the part that is measured."""
 
 PAUSE_S = 0.05
 """Pause of a lone stream between two requests, so that a first token does not wait for its predecessor's last work."""
@@ -143,14 +144,14 @@ def load_of(name: str, place: int, setup: Setup, calibrations: Sequence[Calibrat
         streams, duration_s = wanted, calibration.duration_s(output_tokens)
         is_closed = name == FULL or wanted == 1
         rate_per_s = None if is_closed else calibration.rate_per_s(output_tokens)
-    ramp_s = RAMP_SHARE * duration_s
+    ramp_s = max(MIN_RAMP_S, RAMP_SHARE * duration_s)
     return Load(
         name=name,
         streams=streams,
         rate_per_s=rate_per_s,
         lead_s=ramp_s,
         seconds=setup.seconds,
-        trail_s=ramp_s if rate_per_s else 0.0,
+        trail_s=ramp_s,
         pause_s=PAUSE_S if streams == 1 else 0.0,
         first_index=(place + 1) * 1_000_000,
     )

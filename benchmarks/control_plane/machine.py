@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -62,7 +62,7 @@ def machine() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "gpu_driver": _gpu_driver(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "kafka": {
             "acks": "all",
             "linger_ms": 0,
@@ -84,6 +84,13 @@ def commit() -> str | None:
     head = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     changed = subprocess.run([git, "diff", "--quiet", "HEAD"], cwd=root, capture_output=True, check=False)
     return head.stdout.strip() + ("+" if changed.returncode else "") if head.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

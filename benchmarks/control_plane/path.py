@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import httpx
@@ -62,7 +63,11 @@ class PathOptions:
 async def measure_path(
     setup: Setup, loads: Sequence[Load], options: PathOptions, run_dir: Path, say: Report
 ) -> dict[str, Any]:
-    """Starts a stack, runs every load against it, stops it."""
+    """Starts a stack, runs every load against it, stops it.
+
+    What was measured before something failed is kept: `error` says what failed, None if nothing did.
+    """
+    measured: dict[str, Any] = {"log_hop": None, "results": {}, "error": None}
     composition = Composition(
         counts=options.counts,
         model=setup.model,
@@ -80,12 +85,18 @@ async def measure_path(
         kafka_port=None,
         redis_port=None,
     )
-    async with local_stack(composition, run_dir, services=services(setup), report=say) as stack:
-        say("measuring the log's own hop")
-        hop = await raw_hop(stack.kafka_address)
-        run = _Run(setup, options, stack, run_dir, say)
-        await run.warm_up()
-        return {"log_hop": hop, "results": {load.name: await run.measure(load) for load in loads}}
+    try:
+        async with local_stack(composition, run_dir, services=services(setup), report=say) as stack:
+            say("measuring the log's own hop")
+            measured["log_hop"] = await raw_hop(stack.kafka_address)
+            run = _Run(setup, options, stack, run_dir, say)
+            await run.warm_up()
+            for load in loads:
+                measured["results"][load.name] = await run.measure(load)
+    except Exception as error:  # noqa: BLE001 - minutes of measuring must not be lost to whatever failed at their end
+        measured["error"] = "".join(format_exception(error))
+        say(measured["error"])
+    return measured
 
 
 def services(setup: Setup) -> list[Service]:

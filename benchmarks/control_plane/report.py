@@ -8,12 +8,14 @@ from rich.table import Table
 
 def print_report(console: Console, result: dict[str, Any]) -> None:
     """The figures of every load side by side, then the hops and the processors' shares."""
-    loads = [load["name"] for load in result["bare"]["loads"]]
+    loads = list(result["path"]["results"])
     console.print(_comparison(result, loads))
     console.print(_by_load("hops, ms: p50 / p99", {name: _hops(result, name) for name in loads}))
     console.print(_by_load("percent of one core", {name: _cpu(result, name) for name in loads}))
     console.print(_by_load("log: records / bytes per output token", {name: _log(result, name) for name in loads}))
     hop = result["path"]["log_hop"]
+    if hop is None:
+        return
     console.print(
         f"the log's own hop, ms: append to read {_two(hop['append_to_read_ms'])}, "
         f"append to acknowledgement {_two(hop['append_to_ack_ms'])}"
@@ -24,7 +26,7 @@ def _comparison(result: dict[str, Any], loads: list[str]) -> Table:
     table = Table("", *(f"load {name}" for name in loads), title="control plane")
     bare, path, added = result["bare"]["results"], result["path"]["results"], result["added"]
     for title, cells in {
-        "requests a second": [_rate(load) for load in result["bare"]["loads"]],
+        "requests a second": [_rate(load) for load in result["bare"]["loads"] if load["name"] in loads],
         "share of the saturating rate": [_number(result["share_of_saturation"][name]) for name in loads],
         "requests measured, bare / path": [f"{bare[n]['requests']} / {path[n]['requests']}" for n in loads],
         "streams in flight, bare / path": [f"{bare[n]['mean_streams']} / {path[n]['mean_streams']}" for n in loads],

@@ -72,7 +72,12 @@ def test_a_number_of_streams_becomes_the_rate_that_keeps_so_many_in_flight():
     load = load_of("16", 1, setup(), CALIBRATIONS)
     assert load.rate_per_s == 128.0
     assert load.streams == pytest.approx(load.rate_per_s * CALIBRATIONS[1].duration_s(10))
-    assert load.lead_s == load.trail_s == pytest.approx(1.2 * 0.125)
+
+
+def test_a_load_runs_longer_than_a_request_takes_before_and_after_what_is_measured():
+    quick, slow = load_of("16", 1, setup(), CALIBRATIONS), load_of("1", 0, setup(output_tokens=500), CALIBRATIONS)
+    assert quick.lead_s == quick.trail_s == 1.0
+    assert slow.lead_s == slow.trail_s == pytest.approx(1.2 * 5)
 
 
 def test_half_is_half_the_saturating_rate():
