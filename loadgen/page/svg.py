@@ -13,6 +13,9 @@ Point = tuple[float, float]
 
 TICK_STEPS = (1.0, 2.0, 5.0)
 TICK_LENGTH = 4.0
+LEAST_ON_LOG = 1e-9
+"""Where a log axis may begin: nothing here is measured more finely than to a nanosecond."""
+
 LOG_STEPS = ((0.9, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)), (2.2, TICK_STEPS))
 """Up to how many decades a log axis has ticks at which steps; over more it has them at powers of ten only."""
 
@@ -60,8 +63,8 @@ def round_up(value: float) -> float:
 
 
 def log_bounds(values: Iterable[float], least_ratio: float = 4.0) -> tuple[float, float]:
-    """Bounds for a log scale around the positive `values`, a little wider than they are."""
-    positive = [value for value in values if value > 0] or [1.0]
+    """Bounds for a log scale around all `values` above `LEAST_ON_LOG`, a little wider than they are."""
+    positive = [value for value in values if value > LEAST_ON_LOG] or [1.0]
     lowest, highest = min(positive) / 1.15, max(positive) * 1.15
     widen = max(1.0, (least_ratio / (highest / lowest)) ** 0.5)
     return lowest / widen, highest * widen

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.page.svg import Drawing, Scale, linear_ticks, log_bounds, log_ticks
+from loadgen.page.svg import LEAST_ON_LOG, Drawing, Scale, linear_ticks, log_bounds, log_ticks
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,9 @@ def test_log_ticks_are_closer_over_fewer_decades():
 
 
 @given(st.lists(st.floats(0, 1e5)))
-def test_log_bounds_enclose_the_positive_values_and_have_ticks(values):
+def test_log_bounds_enclose_all_but_the_least_values_and_have_ticks(values):
     lowest, highest = log_bounds(values)
-    assert all(lowest <= value <= highest for value in values if value > 0)
+    assert all(lowest <= value <= highest for value in values if value > LEAST_ON_LOG)
     assert log_ticks(lowest, highest)
 
 
