@@ -48,7 +48,7 @@ def limits_ms(values_s: Sequence[float | None], given_ms: float | None) -> tuple
     limits = set[float]()
     if ascending:
         lowest, highest = percentile(ascending, 10), ascending[-1]
-        powers = range(floor(log10(lowest)), ceil(log10(highest)) + 2)
+        powers = range(floor(log10(lowest)) - 1, ceil(log10(highest)) + 2)
         round_limits = [float(f"{step}e{power}") for power in powers for step in STEPS]
         below = max(limit for limit in round_limits if limit <= lowest)
         above = min(limit for limit in round_limits if limit >= highest)

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from loadgen.measure import Slo, attainment
 from loadgen.page.slo import MAX_LIMITS, limits_ms, slo_grid_of
@@ -36,3 +38,12 @@ def test_limits_are_round_few_and_reach_the_largest_value(values_s, first_ms, la
     assert limits[0] >= first_ms
     assert limits[-1] == last_ms
     assert limits_ms([None, 0.0], None) == (None,)
+
+
+@given(st.lists(st.floats(1e-9, 1e5), min_size=1), st.none() | st.floats(0.001, 1e6))
+@example([99_999.999_999_999_99], None)
+def test_limits_rise_and_the_loosest_is_met_by_all(values_s, given_ms):
+    *limits, _ = limits_ms(values_s, given_ms)
+    assert limits == sorted(set(limits))
+    assert limits[-1] >= max(values_s) * 1e3
+    assert given_ms is None or given_ms in limits
