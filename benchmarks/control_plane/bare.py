@@ -9,10 +9,10 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -45,6 +45,9 @@ CALIBRATION_S = 4.0
 
 WARM_UP_S = 1.0
 """Before all else the engine runs for so long: kernels are loaded and the allocator's pools grow."""
+
+MADE_AHEAD = 1.5
+"""Requests of a closed load that are made before it, as a multiple of those that the calibration lets expect."""
 
 NUM_DECODE_STEPS = 64
 NUM_WARM_STEPS = 8
@@ -134,7 +137,7 @@ def run_open(driver: Driver, requests: deque[tuple[float, EngineRequest]]) -> li
     return driver.take_samples(started_s)
 
 
-def run_closed(driver: Driver, load: Load, next_request: Callable[[], EngineRequest]) -> list[Sample]:
+def run_closed(driver: Driver, load: Load, requests: Iterator[EngineRequest]) -> list[Sample]:
     """Keeps `load.streams` requests in flight for the load's time."""
     started_s = time.monotonic()
     num_free = load.streams
@@ -143,7 +146,7 @@ def run_closed(driver: Driver, load: Load, next_request: Callable[[], EngineRequ
         if within and num_free:
             time.sleep(load.pause_s)
         while within and num_free:
-            driver.add(next_request(), time.monotonic())
+            driver.add(next(requests), time.monotonic())
             num_free -= 1
         if not driver.running:
             return driver.take_samples(started_s)
@@ -220,15 +223,16 @@ def measure(setup: Setup, names: list[str]) -> dict[str, object]:
             replace(row_of(place, place, 0.0, setup), input_tokens=input_tokens, output_tokens=output_tokens)
         )
 
-    counts = calibrated_streams(names, setup.max_running)
+    stream_counts = calibrated_streams(names, setup.max_running)
     of_length = partial(next_job, setup.input_tokens)
-    calibrate(driver, counts[-1], of_length, setup, WARM_UP_S)
-    calibrations = [calibrate(driver, count, of_length, setup, CALIBRATION_S) for count in counts]
+    calibrate(driver, stream_counts[-1], of_length, setup, WARM_UP_S)
+    calibrations = [calibrate(driver, streams, of_length, setup, CALIBRATION_S) for streams in stream_counts]
     loads = [load_of(name, place, setup, calibrations) for place, name in enumerate(names)]
+    rates_per_s = {found.streams: found.rate_per_s(setup.output_tokens) for found in calibrations}
     results: dict[str, object] = {}
     for load in loads:
         cpu_s, began_s = _cpu_s(), time.monotonic()
-        samples = _run(driver, load, setup, maker)
+        samples = _run(driver, load, setup, maker, rates_per_s.get(load.streams, 0.0))
         cpu_share = (_cpu_s() - cpu_s) / (time.monotonic() - began_s)
         rows = round(mean_in_flight(samples, load)) if load.name == HALF else load.streams
         results[load.name] = {
@@ -271,12 +275,14 @@ def engine_of(setup: Setup) -> PagedEngine:
     return build_engine(settings) if setup.fake_step_ms is None else paced_engine(settings, setup.fake_step_ms)
 
 
-def _run(driver: Driver, load: Load, setup: Setup, maker: JobMaker) -> list[Sample]:
+def _run(driver: Driver, load: Load, setup: Setup, maker: JobMaker, per_s: float) -> list[Sample]:
     if load.rate_per_s is not None:
         rows = open_rows(load, setup)
         return run_open(driver, deque((row.at_s, request_of(maker.make(row))) for row in rows))
-    places = iter(range(1_000_000))
-    return run_closed(driver, load, lambda: request_of(closed_job(maker, load, next(places), setup)))
+    requests = (request_of(closed_job(maker, load, place, setup)) for place in count())
+    # The first are made ahead: making one takes as long as a few of a step's rows.
+    ahead = list(islice(requests, round(MADE_AHEAD * per_s * load.total_s) + 2 * load.streams))
+    return run_closed(driver, load, chain(ahead, requests))
 
 
 def _cpu_s() -> float:

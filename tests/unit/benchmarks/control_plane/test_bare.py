@@ -1,4 +1,5 @@
 from collections import deque
+from itertools import count
 
 import pytest
 
@@ -62,15 +63,15 @@ def test_open_loop_runs_every_request_to_its_end(driver):
 
 def test_closed_loop_keeps_its_streams_and_ends_clean(driver):
     load = Load(name="full", streams=3, rate_per_s=None, lead_s=0, seconds=0.05, trail_s=0, pause_s=0, first_index=0)
-    places = iter(range(100_000))
     most = 0
 
-    def next_request():
+    def requests():
         nonlocal most
-        most = max(most, len(driver.running) + 1)
-        return request(next(places))
+        for place in count():
+            most = max(most, len(driver.running) + 1)
+            yield request(place)
 
-    samples = run_closed(driver, load, next_request)
+    samples = run_closed(driver, load, requests())
     assert most == 3
     assert len(samples) > 3
     assert all(sample.output_tokens == 4 for sample in samples)
