@@ -94,6 +94,16 @@ def protocol_rows(log: str) -> list[str]:
     return list(rows)
 
 
+def show_protocols(folder: Path) -> dict[str, str]:
+    """Environment of a process whose UCX writes what `read_protocols` reads."""
+    return {"UCX_PROTO_INFO": "y", "UCX_LOG_FILE": f"{folder}/ucx-%p.log"}
+
+
+def read_protocols(folder: Path) -> list[str]:
+    """`protocol_rows` of all processes that wrote to `folder`."""
+    return protocol_rows("\n".join(log.read_text() for log in sorted(folder.glob("ucx-*.log"))))
+
+
 async def ask(http: httpx.AsyncClient, edge: str, model: str, prompt: Sequence[int], new_tokens: int) -> list[str]:
     """Texts of the tokens of one greedy answer."""
     body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
@@ -165,7 +175,7 @@ async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids
         max_restarts=0,
         kafka_port=None,
         redis_port=None,
-        env={"UCX_PROTO_INFO": "y"},
+        env=show_protocols(run_dir),
     )
     began_s = time.monotonic()
     model = plan.model.name
@@ -180,14 +190,13 @@ async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids
         answers = await asyncio.gather(*(ask(http, edge, model, prompt, plan.new_tokens) for prompt in prompts))
         answered_s = time.monotonic() - asked_s
         workers = await workers_at_rest(http, stack)
-    rows = {name: protocol_rows((run_dir / "logs" / f"{name}-0.log").read_text(errors="replace")) for name in WORKERS}
     return {
         "ready_s": round(ready_s, 1),
         "first_pull": pulls[0],
         "pulls": pulls[1:],
         "answered_s": round(answered_s, 2),
         "workers": workers,
-        "protocols": rows,
+        "protocols": read_protocols(run_dir),
         "answers": answers,
     }
 
@@ -225,7 +234,7 @@ def problems(plan: Plan, served: Mapping[str, Any], compared: Mapping[str, Any])
             found.append(f"{worker} holds pages still: {counts}")
         if counts["baton_local_prefills_total"]:
             found.append(f"{worker} computed {counts['baton_local_prefills_total']} prompts because a pull failed")
-    if plan.device == "cuda" and not any("cuda_ipc" in row for rows in served["protocols"].values() for row in rows):
+    if plan.device == "cuda" and not any("cuda_ipc" in row for row in served["protocols"]):
         found.append("no protocol line of the workers names cuda_ipc")
     rate = median_rate(served["pulls"])
     if rate < plan.min_gb_per_s:

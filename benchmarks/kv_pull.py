@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from pydantic import TypeAdapter
 
-from benchmarks.handover import machine, protocol_rows
+from benchmarks.handover import machine, read_protocols, show_protocols
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
 from shared.request import Incarnation
@@ -33,8 +34,6 @@ LAYOUT = KvLayout(model_fingerprint="random", num_layers=32, num_kv_heads=8, hea
 SECRET = bytes(16)
 SEED = 1
 TIMEOUT_S = 60.0
-SAY = "baton-kv-pull: "
-"""Begins the lines that the two processes mean for the other; UCX writes to the same stream."""
 
 Buffers = tuple[int, int]
 """Bytes of a staging buffer, and how many there are each way."""
@@ -111,7 +110,7 @@ async def _pull(transfer: UcxTransfer, ticket: Any, num_pages: int) -> float:
 
 
 def _say(content: object) -> None:
-    sys.stdout.write(f"{SAY}{json.dumps(content)}\n")
+    sys.stdout.write(json.dumps(content) + "\n")
     sys.stdout.flush()
 
 
@@ -119,6 +118,22 @@ async def measure(
     device: str, gpus: tuple[str, str], num_pages: int, buffers: Sequence[Buffers], num_pulls: int
 ) -> Any:
     """Starts both processes and collects what the puller says."""
+    with TemporaryDirectory() as logs:
+        results = await _measure(device, gpus, num_pages, buffers, num_pulls, Path(logs))
+        protocols = read_protocols(Path(logs))
+    return {
+        "mib": num_pages * LAYOUT.page_bytes / 2**20,
+        "results": results,
+        "protocols": protocols,
+        "gpus": ", ".join(gpus) if device == "cuda" else "",
+        "machine": machine(device),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+async def _measure(
+    device: str, gpus: tuple[str, str], num_pages: int, buffers: Sequence[Buffers], num_pulls: int, logs: Path
+) -> list[Any]:
 
     async def start(role: str, gpu: str) -> asyncio.subprocess.Process:
         job = {"role": role, "device": device, "num_pages": num_pages, "buffers": buffers, "num_pulls": num_pulls}
@@ -126,34 +141,24 @@ async def measure(
             *(sys.executable, "-m", "benchmarks.kv_pull", "--job", json.dumps(job)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ
-            | {"UCX_PROTO_INFO": "y", "UCX_WARN_UNUSED_ENV_VARS": "n"}
-            | ({"CUDA_VISIBLE_DEVICES": gpu} if device == "cuda" else {}),
+            env=os.environ | show_protocols(logs) | ({"CUDA_VISIBLE_DEVICES": gpu} if device == "cuda" else {}),
             cwd=ROOT,
             limit=2**24,
         )
 
     source, puller = [await start(role, gpu) for role, gpu in zip(("source", "puller"), gpus, strict=True)]
-    printed: list[str] = []
     try:
-        tickets = await _hear(source, printed)
-        _tell(puller, tickets)
-        results = [await _hear(puller, printed) for _ in buffers]
+        _tell(puller, await _hear(source))
+        results = [await _hear(puller) for _ in buffers]
         _tell(source, "done")
-        printed += [(await process.communicate())[0].decode(errors="replace") for process in (source, puller)]
+        for process in (source, puller):
+            await process.wait()
     finally:
         for process in (source, puller):
             if process.returncode is None:
                 process.kill()
-            await process.wait()
-    return {
-        "mib": num_pages * LAYOUT.page_bytes / 2**20,
-        "results": results,
-        "protocols": protocol_rows("\n".join(printed)),
-        "gpus": ", ".join(gpus) if device == "cuda" else "",
-        "machine": machine(device),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+                await process.wait()
+    return results
 
 
 def _tell(process: asyncio.subprocess.Process, content: object) -> None:
@@ -161,14 +166,13 @@ def _tell(process: asyncio.subprocess.Process, content: object) -> None:
     process.stdin.write(json.dumps(content).encode() + b"\n")
 
 
-async def _hear(process: asyncio.subprocess.Process, printed: list[str]) -> Any:
+async def _hear(process: asyncio.subprocess.Process) -> Any:
     assert process.stdout is not None
     async with asyncio.timeout(2 * TIMEOUT_S):
-        while line := (await process.stdout.readline()).decode(errors="replace"):
-            if line.startswith(SAY):
-                return json.loads(line.removeprefix(SAY))
-            printed.append(line.rstrip("\n"))
-    raise RuntimeError("a process of the measurement ended early:\n" + "\n".join(printed[-20:]))
+        line = await process.stdout.readline()
+    if not line:
+        raise RuntimeError("a process of the measurement ended early")
+    return json.loads(line)
 
 
 def main(

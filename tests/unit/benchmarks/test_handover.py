@@ -50,7 +50,7 @@ def served(**changes):
     }
     return {
         "workers": {"prefill": worker, "decode": worker | changes},
-        "protocols": {"prefill": [], "decode": protocol_rows(LOG)},
+        "protocols": protocol_rows(LOG),
         "pulls": [{"gb_per_s": 120.0}],
     }
 
@@ -61,7 +61,7 @@ def test_all_is_well():
 
 def test_each_thing_that_does_not_hold_is_named():
     without_ipc = served(baton_kv_pages_free=8, baton_local_prefills_total=2) | {
-        "protocols": {"decode": []},
+        "protocols": [],
         "pulls": [{"gb_per_s": 3.0}],
     }
     told = "\n".join(problems(a_plan(), without_ipc, {"wrong": [{"index": 3}]}))
