@@ -49,6 +49,10 @@ class Unit(StrEnum):
     SHARE = "percentunit"
 
 
+LEAST_TOP = {Unit.COUNT: 1, Unit.PER_S: 0.1, Unit.REQUESTS_PER_S: 0.1}
+"""An axis reaches at least so far; Grafana's own choice for what is always 0 is 100, as if much were expected."""
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """What is asked, and how its series are called."""
@@ -657,13 +661,16 @@ def _field(panel: Panel) -> dict[str, Any]:
     if panel.kind is Kind.LINES:
         field["custom"] = {
             "drawStyle": "line",
-            "lineWidth": 1,
-            "fillOpacity": 40 if panel.stacked else 5,
-            "showPoints": "auto",
+            # Areas have no lines: on a stack, that of a series at 0 would cover the one below it.
+            "lineWidth": 0 if panel.stacked else 1,
+            "fillOpacity": 60 if panel.stacked else 5,
+            "showPoints": "never" if panel.stacked else "auto",
             "pointSize": 3,
             "spanNulls": BRIDGED_GAP_MS,
             "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
         }
+        if panel.unit in LEAST_TOP:
+            field["custom"]["axisSoftMax"] = LEAST_TOP[panel.unit]
     return field
 
 
