@@ -86,3 +86,13 @@ def test_a_python_that_does_not_fit_is_named(in_env):
     status, _, told = finish(in_env("where", PRETEND_VERSION="3.13"))
     assert status == 1
     assert "is no Python 3.11 or 3.12" in told
+
+
+def test_it_says_where_an_environment_belongs_without_making_it(in_env, tmp_path):
+    status, out, _ = finish(in_env("--where", "3.12"))
+    assert status == 0
+    assert Path(out.strip()).parent == tmp_path / "cache"
+    assert not (tmp_path / "cache" / "made").exists()
+    finish(in_env("where"))
+    (made,) = (tmp_path / "cache").glob("venv-3.11-*")
+    assert Path(out.strip()).name == made.name.replace("3.11", "3.12")
