@@ -177,7 +177,9 @@ def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
     shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
     content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     vocab: dict[str, int] = content["model"]["vocab"]
-    known = {*vocab.values(), *(token["id"] for token in content["added_tokens"])}
+    # Added tokens that are not in it would be numbered anew, behind all that are.
+    vocab |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    known = set(vocab.values())
     if max(known) >= vocab_size:
         raise StartupError(f"the tokenizer of {source} has ids up to {max(known)}, vocab_size is {vocab_size}")
     vocab |= {f"<|{token_id}|>": token_id for token_id in range(vocab_size) if token_id not in known}

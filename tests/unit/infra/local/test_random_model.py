@@ -35,9 +35,12 @@ def test_every_id_has_a_text_of_its_own(tmp_path, tokenizer):
     write_random_model(folder, SHAPES["tiny"] | {"vocab_size": 1000}, tokenizer, torch.device("cpu"))
     tokeniser = Tokeniser.load(folder)
     assert tokeniser.vocab_size == 1000
-    known = Tokeniser.load(tokenizer).vocab_size
-    assert [tokeniser.token_text(token) for token in (known, 999)] == [f"<|{known}|>", "<|999|>"]
-    assert list(tokeniser.encode("hello")) == list(Tokeniser.load(tokenizer).encode("hello"))
+    source = Tokeniser.load(tokenizer)
+    texts = [tokeniser.token_text(token) for token in range(1000)]
+    assert texts[: source.vocab_size] == [source.token_text(token) for token in range(source.vocab_size)]
+    assert texts[source.vocab_size :] == [f"<|{token}|>" for token in range(source.vocab_size, 1000)]
+    text = "hello <tool call> there"
+    assert list(tokeniser.encode(text)) == list(source.encode(text))
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, tokenizer):
