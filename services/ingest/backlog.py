@@ -15,7 +15,7 @@ from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, place
-from shared.policy.views import RequestView
+from shared.policy.views import ClusterView, RequestView
 from shared.request import PlacementId
 from shared.state import keys
 from shared.state.port import Placement, PlacementKey, State, StateUnavailable
@@ -95,6 +95,8 @@ class Backlog:
         """None: there is no room for it now."""
         is_late = self._is_late(waiting)
         try:
+            if not is_late and (placement := await self._place_by_recent_view(waiting)) is not None:
+                return placement
             decision = NoRoomNow() if is_late else await self._decide(waiting)
             if isinstance(decision, Chosen):
                 return await self._take_credits(waiting, decision)
@@ -113,8 +115,18 @@ class Backlog:
             return Expired()
         return decision if isinstance(decision, NeverFits) else None
 
+    async def _place_by_recent_view(self, waiting: Waiting) -> Placement | None:
+        """Place without asking who is there: whether a worker still takes it is the store's to say."""
+        view = self._cluster.recent()
+        if view is None:
+            return None
+        decision = self._decide_by(view, waiting)
+        return await self._take_credits(waiting, decision) if isinstance(decision, Chosen) else None
+
     async def _decide(self, waiting: Waiting) -> Decision:
-        view = await self._cluster.refresh()
+        return self._decide_by(await self._cluster.refresh(), waiting)
+
+    def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision:
         return place(self._request_view(waiting), view, self._cluster.holders, tie_break=self._num_placed)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
@@ -148,6 +160,7 @@ class Backlog:
         if placement is not None:
             self._num_placed += 1
             self._metrics.placed.inc()
+            self._cluster.count(chosen)
         return placement
 
 

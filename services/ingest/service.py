@@ -36,6 +36,9 @@ READ_TIMEOUT_S = 1.0
 COMMIT_INTERVAL_S = 1.0
 FEED_INTERVAL_S = 0.5
 
+VIEW_INTERVAL_S = 0.1
+"""The workers are looked at so often, so that a placement need not wait for it."""
+
 LEAVE_TIMEOUT_S = 5.0
 """Records and placements begun before the end get this long."""
 
@@ -75,7 +78,7 @@ class IngestService:
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
-        self._cluster = Cluster(state, metrics)
+        self._cluster = Cluster(state, metrics, clock_s)
         self._backlog = Backlog(
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
@@ -104,7 +107,8 @@ class IngestService:
             loops = [
                 _every(keys.BEAT_INTERVAL_S, partitions.renew),
                 _every(COMMIT_INTERVAL_S, partitions.commit),
-                _every(FEED_INTERVAL_S, self._look_at_workers),
+                _every(VIEW_INTERVAL_S, self._look_at_workers),
+                _every(FEED_INTERVAL_S, self._follow_feeds),
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
                 self._place_for_ever(),
@@ -144,9 +148,14 @@ class IngestService:
     async def _look_at_workers(self) -> None:
         try:
             await self._cluster.refresh()
-            await self._cluster.follow_feeds()
         except StateUnavailable as error:
             self._log.warning("workers not seen", error=str(error))
+
+    async def _follow_feeds(self) -> None:
+        try:
+            await self._cluster.follow_feeds()
+        except StateUnavailable as error:
+            self._log.warning("block announcements not read", error=str(error))
 
     # Admitting
 

@@ -53,4 +53,6 @@ def _page_index(cache: PagedCache, pages: Sequence[int], run: torch.Tensor) -> t
         raise ValueError(
             f"{len(pages)} pages of {cache.layout.page_bytes} bytes do not fill a run of {run.numel()} bytes"
         )
-    return torch.tensor(pages, dtype=torch.int64, device=cache.device)
+    index = torch.tensor(pages, dtype=torch.int64)
+    # From pinned memory the copy is queued; from ordinary memory it waits for all that the stream has to do before it.
+    return index.pin_memory().to(cache.device, non_blocking=True) if cache.device.type == "cuda" else index
