@@ -7,7 +7,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import MessageSizeTooLargeError
 
-from shared.bus import kafka, sending
+from shared.bus import kafka_reader, sending
 from shared.bus.kafka import KafkaBus
 from shared.bus.port import RECORD_OVERHEAD_BYTES, BusUnavailable, Committed, Start
 from shared.wire.topics import MAX_RECORD_BYTES
@@ -321,7 +321,7 @@ async def test_reachable(world):
 
 
 async def test_a_log_that_is_away_gives_nothing_and_takes_nothing_in(world, topic, monkeypatch):
-    monkeypatch.setattr("shared.bus.kafka.CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("shared.bus.kafka_reader.CALL_TIMEOUT_S", 0.1)
     monkeypatch.setattr("shared.bus.memory.CALL_TIMEOUT_S", 0.1)
     monkeypatch.setattr("shared.bus.kafka.FLUSH_TIMEOUT_S", 0.1)
     monkeypatch.setattr("shared.bus.memory.FLUSH_TIMEOUT_S", 0.1)
@@ -374,7 +374,7 @@ async def test_cut_connections_lose_and_reorder_nothing(kafka_world):
                 producer.post(topic, 0, value)
                 await asyncio.sleep(0.002)
                 if number % 100 == 50:
-                    cut_connections(producer._append.__self__._client)
+                    cut_connections(producer._append.__self__._connection.client)
                 if number % 100 == 99:
                     cut_connections(reader._consumer._client)
             await reading
@@ -391,14 +391,14 @@ async def test_a_client_that_fails_in_an_unforeseen_way_is_replaced(kafka_world,
     bus = kafka_world.bus()
     async with bus.producer() as producer:
         assert await producer.send(topic, 0, b"0") == 0
-        monkeypatch.setattr(producer._append.__self__._client, "send", fail_inside)
+        monkeypatch.setattr(producer._append.__self__._connection.client, "send", fail_inside)
         assert await asyncio.wait_for(producer.send(topic, 0, b"1"), 10) == 1
     assert bus.counters.num_producers_replaced == 1
 
 
 async def test_a_consumer_that_stands_still_is_replaced(kafka_world, monkeypatch):
-    monkeypatch.setattr(kafka, "STALL_S", 0.5)
-    monkeypatch.setattr(kafka, "WATCH_INTERVAL_S", 0.2)
+    monkeypatch.setattr(kafka_reader, "STALL_S", 0.5)
+    monkeypatch.setattr(kafka_reader, "WATCH_INTERVAL_S", 0.2)
     topic = await kafka_world.topic()
     bus = kafka_world.bus()
     async with bus.producer() as producer, bus.reader(topic, group="g") as reader:
@@ -414,8 +414,8 @@ async def test_a_consumer_that_stands_still_is_replaced(kafka_world, monkeypatch
 
 
 async def test_an_idle_consumer_is_left_alone(kafka_world, monkeypatch):
-    monkeypatch.setattr(kafka, "STALL_S", 0.5)
-    monkeypatch.setattr(kafka, "WATCH_INTERVAL_S", 0.2)
+    monkeypatch.setattr(kafka_reader, "STALL_S", 0.5)
+    monkeypatch.setattr(kafka_reader, "WATCH_INTERVAL_S", 0.2)
     topic = await kafka_world.topic()
     bus = kafka_world.bus()
     async with bus.reader(topic, group="g") as reader:

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from shared.bus import kafka
-from shared.bus.kafka import BusCounters, KafkaAppender, KafkaReader
+from shared.bus import kafka, kafka_reader
+from shared.bus.kafka import KafkaAppender
+from shared.bus.kafka_client import BusCounters
+from shared.bus.kafka_reader import KafkaReader
 from shared.bus.sending import AppendFailed
 
 SILENT = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
@@ -40,8 +42,8 @@ async def test_a_reader_whose_connection_fails_tries_again(monkeypatch):
         num_tries += 1
         return SimpleNamespace(start=fail, stop=nothing, _client=SimpleNamespace(close=nothing))
 
-    monkeypatch.setattr(kafka, "AIOKafkaConsumer", a_broken_consumer)
-    monkeypatch.setattr(kafka, "RECONNECT_BACKOFF_S", 0.001)
+    monkeypatch.setattr(kafka_reader, "AIOKafkaConsumer", a_broken_consumer)
+    monkeypatch.setattr(kafka_reader, "RECONNECT_BACKOFF_S", 0.001)
     reader = KafkaReader("nowhere:1", "test", "topic", "group", SILENT, BusCounters())
     keeper = asyncio.create_task(reader.keep_connected())
     async with asyncio.timeout(5):

@@ -1,4 +1,4 @@
-from shared.bus.kafka import STALL_S, WATCH_INTERVAL_S, Sign, StallWatch
+from shared.bus.kafka_reader import STALL_S, WATCH_INTERVAL_S, Sign, StallWatch
 
 STEP_S = 1.0
 PATIENCE = int(STALL_S / STEP_S) + 1

@@ -1,0 +1,52 @@
+"""What the writing and the reading side of the log on Kafka share: an aiokafka client and its end."""
+# pyright: reportMissingTypeStubs=false
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import TopicPartition
+
+from shared.observe.log import Logger
+
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
+RETRY_BACKOFF_MS = 50
+
+
+@dataclass(slots=True)
+class BusCounters:
+    """What went wrong with the log and was mended, since the start of the process."""
+
+    num_failed_appends: int = 0
+    num_producers_replaced: int = 0
+    num_consumers_replaced: int = 0
+
+
+async def leader_of(client: Any, place: TopicPartition) -> int:
+    """The broker that takes appends to the partition; asked for until it is known."""
+    leader: int | None = client.cluster.leader_for_partition(place)
+    if leader is None or leader < 0:
+        client.add_topic(place.topic)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            while (leader := client.cluster.leader_for_partition(place)) is None or leader < 0:
+                await client.force_metadata_update()
+    return leader
+
+
+async def closed(closing: Coroutine[Any, Any, None], log: Logger) -> None:
+    """Wait for the end of something that may be broken already, in bounds.
+
+    In a task of its own, because aiokafka's stop() can end in the CancelledError of one of its inner tasks, which must
+    not pass for ours.
+    """
+    task = asyncio.create_task(closing)
+    done, _ = await asyncio.wait({task}, timeout=CLOSE_TIMEOUT_S)
+    if not done:
+        task.cancel()
+        await asyncio.wait({task}, timeout=CLOSE_TIMEOUT_S)
+    error = task.exception() if task.done() and not task.cancelled() else None
+    if error is not None or not done:
+        log.warning("not closed cleanly", what=repr(closing), in_time=bool(done), error=repr(error))
