@@ -6,27 +6,19 @@ fetch nothing (`KafkaReader`), calls that never return while brokers are away (e
 # pyright: reportMissingTypeStubs=false
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError, for_code
-from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.errors import KafkaError
 
-from shared.bus.kafka_client import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, RETRY_BACKOFF_MS, BusCounters, closed
+from shared.bus.kafka_appender import KafkaAppender
+from shared.bus.kafka_client import CALL_TIMEOUT_S, BusCounters, closed
 from shared.bus.kafka_reader import KafkaReader
 from shared.bus.port import Producer, Reader
-from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, SendingProducer, Unsent
-from shared.observe.log import Logger, logger
-
-PRODUCE_TIMEOUT_MS = 10_000
-"""An append that takes longer has failed; a change of leader takes 2-10 s."""
-
-ALL_REPLICAS = -1
-"""An append is acknowledged when all replicas in sync have it."""
+from shared.bus.sending import SendingProducer
+from shared.observe.log import logger
 
 FLUSH_TIMEOUT_S = 10.0
 
@@ -83,161 +75,3 @@ class KafkaBus:
             return False
         finally:
             await closed(client.close(), self._log)
-
-
-class KafkaAppender:
-    """Appends over one connection, which is thrown away whenever an append fails.
-
-    No idempotence: after a batch that was lost it either leaves a silent hole or fails for ever, and the readers bear
-    second copies anyway. The old connection is closed before the new one sends, so that what it still held cannot come
-    late from this side; what the broker has already taken in still can.
-    """
-
-    def __init__(self, address: str, client_id: str, log: Logger, counters: BusCounters) -> None:
-        self._address = address
-        self._client_id = client_id
-        self._log = log
-        self._counters = counters
-        self._connection: _Connection | None = None
-        self._lock = asyncio.Lock()
-
-    async def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
-        """See `sending.Append`."""
-        connection = self._connection or await self._connect()
-        try:
-            return await connection.append(TopicPartition(topic, partition), records)
-        except Exception as error:
-            # Whatever it was (aiokafka also fails by assertion), the records stay in the buffer and go out again.
-            self._log.warning("append failed", topic=topic, partition=partition, error=repr(error))
-            await self._give_up(connection)
-            raise AppendFailed(f"{topic}/{partition}: {error!r}") from error
-
-    def note_failure(self, topic: str, partition: int) -> None:  # noqa: ARG002 - the failure is logged where it arises
-        self._counters.num_failed_appends += 1
-
-    async def close(self) -> None:
-        async with self._lock:
-            if self._connection is not None:
-                await self._connection.close(self._log)
-                self._connection = None
-
-    async def _connect(self) -> "_Connection":
-        async with self._lock:
-            if self._connection is None:
-                self._connection = _Connection(await self._started_client())
-            return self._connection
-
-    async def _started_client(self) -> Any:
-        client: Any = AIOKafkaClient(
-            bootstrap_servers=self._address,
-            client_id=self._client_id,
-            request_timeout_ms=PRODUCE_TIMEOUT_MS,
-            retry_backoff_ms=RETRY_BACKOFF_MS,
-        )
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.bootstrap()
-        except BaseException as error:
-            await _closed(client.close(), self._log)
-            if isinstance(error, Exception):  # whatever it is: who sends would end and nobody would hear of it
-                raise AppendFailed(f"no connection: {error!r}") from error
-            raise
-        return client
-
-    async def _give_up(self, failed: "_Connection") -> None:
-        async with self._lock:
-            if self._connection is failed:
-                self._connection = None
-                self._counters.num_producers_replaced += 1
-                await failed.close(self._log)
-
-
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """One partition's batch that is to be sent; `outcome` gets the offset of its first record."""
-
-    place: TopicPartition
-    batch: bytes
-    outcome: asyncio.Future[int]
-
-
-class _Connection:
-    """A client, and produce requests of our own over it: what comes in one turn of the loop shares a request.
-
-    aiokafka's producer would do that too, but it also buffers, retries and gives up by itself, all of which is settled
-    in `sending`, and hands a batch from task to task on its way: a millisecond of a worker's thread at each step.
-    """
-
-    def __init__(self, client: Any) -> None:
-        self.client = client
-        self._due: dict[int, list[_Due]] = {}
-        self._requests: set[asyncio.Task[None]] = set()
-
-    async def append(self, place: TopicPartition, records: Sequence[Unsent]) -> int:
-        """The offset of the first record. Raises what aiokafka raises."""
-        leader = await _leader_of(self.client, place)
-        outcome: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        due = self._due.setdefault(leader, [])
-        due.append(_Due(place, _batch(records), outcome))
-        if len(due) == 1:
-            # The task starts behind all that is ready in this turn and may have batches for the same broker.
-            request = asyncio.create_task(self._send(leader))
-            self._requests.add(request)
-            request.add_done_callback(self._requests.discard)
-        return await outcome
-
-    async def close(self, log: Logger) -> None:
-        """Close the client, which fails what is on its way."""
-        await _closed(self.client.close(), log)
-        for request in self._requests:
-            request.cancel()
-        await asyncio.gather(*self._requests, return_exceptions=True)
-
-    async def _send(self, leader: int) -> None:
-        due = {(each.place.topic, each.place.partition): each for each in self._due.pop(leader)}
-        error: BaseException = KafkaConnectionError("the connection was given up")
-        try:
-            response: Any = await self.client.send(leader, _produce_request(due.values()))
-            for topic, partitions in response.topics:
-                for partition, error_code, first_offset, *_ in partitions:
-                    _settle(due.pop((topic, partition)).outcome, error_code, first_offset)
-        except Exception as raised:  # noqa: BLE001 - whoever waits for an outcome gets it
-            error = raised
-        finally:
-            for each in due.values():
-                if not each.outcome.done():
-                    each.outcome.set_exception(error)
-
-
-def _produce_request(due: Iterable[_Due]) -> ProduceRequest:
-    by_topic: dict[str, list[tuple[int, bytes]]] = {}
-    for each in due:
-        by_topic.setdefault(each.place.topic, []).append((each.place.partition, each.batch))
-    return ProduceRequest(
-        required_acks=ALL_REPLICAS, timeout=PRODUCE_TIMEOUT_MS, topics=list(by_topic.items()), transactional_id=None
-    )
-
-
-def _settle(outcome: asyncio.Future[int], error_code: int, first_offset: int) -> None:
-    if outcome.done():
-        return
-    if error_code:
-        outcome.set_exception(for_code(error_code)())
-    else:
-        outcome.set_result(first_offset)
-
-
-def _batch(records: Sequence[Unsent]) -> bytes:
-    builder: Any = DefaultRecordBatchBuilder(
-        magic=2,
-        compression_type=0,
-        is_transactional=0,
-        producer_id=-1,
-        producer_epoch=-1,
-        base_sequence=0,
-        batch_size=2 * MAX_BATCH_BYTES,
-    )
-    for number, record in enumerate(records):
-        added = builder.append(number, None, key=record.key, value=record.value, headers=list(record.headers))
-        assert added is not None, "the buffer's batches fit"
-    return bytes(builder.build())

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 
-from shared.bus import kafka, kafka_reader
+from shared.bus import kafka, kafka_appender, kafka_reader
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
 
@@ -32,7 +32,7 @@ def never_answers(**_):
 
 async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monkeypatch):
     monkeypatch.setattr(kafka_reader, "AIOKafkaConsumer", ConsumerOfThree)
-    monkeypatch.setattr(kafka, "AIOKafkaClient", never_answers)
+    monkeypatch.setattr(kafka_appender, "AIOKafkaClient", never_answers)
     monkeypatch.setattr(kafka, "FLUSH_TIMEOUT_S", 0.01)
     registry = CollectorRegistry()
     bus = KafkaBus("nowhere:1", client_id="test")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from shared.bus import kafka, kafka_reader
+from shared.bus import kafka_appender, kafka_reader
 from shared.bus.kafka import KafkaAppender
 from shared.bus.kafka_client import BusCounters
 from shared.bus.kafka_reader import KafkaReader
@@ -28,7 +28,7 @@ def a_broken_client(**_):
 
 
 async def test_an_append_whose_connection_fails_is_an_append_that_failed(monkeypatch):
-    monkeypatch.setattr(kafka, "AIOKafkaClient", a_broken_client)
+    monkeypatch.setattr(kafka_appender, "AIOKafkaClient", a_broken_client)
     appender = KafkaAppender("nowhere:1", "test", SILENT, BusCounters())
     with pytest.raises(AppendFailed, match="inside the library"):
         await appender.append("topic", 0, ())
