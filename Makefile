@@ -10,7 +10,7 @@ ARGS ?=
 help:  ## Show this help
 	@awk 'BEGIN { FS = ":.*## " } \
 	    /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	    /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	    /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Fetch all that is needed, once: Python packages, Kafka, the small model
 	@$(STACK) setup
@@ -34,7 +34,7 @@ status:  ## Show what runs
 	@$(STACK) status $(ARGS)
 
 ##@ Check
-.PHONY: check test clean
+.PHONY: check test check-docker clean
 check:  ## Format, lint, types and the direction of imports
 	@$(IN_ENV) ruff format --check --quiet .
 	@$(IN_ENV) ruff check --quiet .
@@ -43,6 +43,9 @@ check:  ## Format, lint, types and the direction of imports
 
 test:  ## Run all tests, real Kafka, Redis and UCX included (ARGS="-k fold")
 	@$(IN_ENV) python -m pytest $(ARGS)
+
+check-docker:  ## Try docker-compose.yml on this host's docker engine, from up to down
+	@$(IN_ENV) python -m infra.docker.check
 
 clean:  ## Remove what runs and checks leave in the checkout
 	@if [ -e .run/state.json ]; then $(STACK) down; fi
