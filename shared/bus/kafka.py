@@ -1,7 +1,7 @@
 """The log on Kafka, by aiokafka.
 
-What the client does not promise is settled here: order through failures (`sending`), consumers that look alive and
-fetch nothing (`KafkaReader`), calls that never return while brokers are away (every one has a deadline).
+What the client does not promise is settled here: order through failures (`sending`), fetches that are never answered
+(`kafka_reader`), calls that never return while brokers are away (every one has a deadline).
 """
 # pyright: reportMissingTypeStubs=false
 
@@ -55,15 +55,14 @@ class KafkaBus:
     @asynccontextmanager
     async def reader(self, topic: str, *, group: str) -> AsyncGenerator[Reader]:
         reader = KafkaReader(self._address, self._client_id, topic, group, self._log, self.counters)
-        keeper = asyncio.create_task(reader.keep_connected(), name=f"read {topic}")
+        reading = asyncio.create_task(reader.run(), name=f"read {topic}")
         self.open_readers.add(reader)
         try:
             yield reader
         finally:
             self.open_readers.discard(reader)
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-            await reader.close()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def reachable(self) -> bool:
         client: Any = AIOKafkaClient(bootstrap_servers=self._address, client_id=self._client_id)

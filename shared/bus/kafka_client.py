@@ -33,6 +33,7 @@ async def leader_of(client: Any, place: TopicPartition) -> int:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             while (leader := client.cluster.leader_for_partition(place)) is None or leader < 0:
                 await client.force_metadata_update()
+                await asyncio.sleep(RETRY_BACKOFF_MS / 1000)
     return leader
 
 

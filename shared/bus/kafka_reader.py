@@ -1,86 +1,71 @@
-"""Reading of the log on Kafka, by aiokafka's consumer: some look alive and fetch nothing, calls may never return."""
+"""Reading of the log on Kafka by fetch requests of its own.
+
+aiokafka's consumer would keep a subscription, positions and a prefetch of its own, with four tasks between the socket
+and the caller, and some of its failures look like an idle log. Here every request has a deadline, and a client with
+which anything went wrong is replaced.
+"""
 # pyright: reportMissingTypeStubs=false
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aiokafka import AIOKafkaConsumer, OffsetAndMetadata, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
+from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
+from aiokafka.errors import CorruptRecordException, KafkaError, OffsetOutOfRangeError, for_code
+from aiokafka.protocol.api import Request
+from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.coordination import FindCoordinatorRequest
+from aiokafka.protocol.fetch import FetchRequest_v11
+from aiokafka.protocol.offset import OffsetRequest
+from aiokafka.record.memory_records import MemoryRecords
 
-from shared.bus.kafka_client import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, RETRY_BACKOFF_MS, BusCounters, closed
+from shared.bus.kafka_client import (
+    CALL_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    RETRY_BACKOFF_MS,
+    BusCounters,
+    closed,
+    leader_of,
+)
 from shared.bus.port import BusUnavailable, Committed, Record, Start
 from shared.observe.log import Logger
 from shared.wire.topics import MAX_RECORD_BYTES
 
-REQUEST_TIMEOUT_MS = 10_000
+FETCH_MAX_WAIT_MS = 500
+"""The broker's long poll. Records end it at once; only what an assignment changed waits for its end."""
+
+REQUEST_TIMEOUT_MS = FETCH_MAX_WAIT_MS + 3_500
+"""A connection that answers nothing for so long is broken. Less than CALL_TIMEOUT_S, so that the next call has a new
+one."""
+
+MAX_ANSWER_BYTES = 4 * MAX_RECORD_BYTES
+"""What one fetch brings at most."""
+
+MAX_AHEAD_BYTES = 1024 * 1024
+"""Nothing more is fetched while more than this waits for `read`."""
+
 RECONNECT_BACKOFF_S = 0.2
 
-FETCH_MAX_WAIT_MS = 500
-"""The broker's long poll. Records end it at once; only a partition that joins a running poll waits for its end."""
-
-STALL_S = 10.0
-"""A partition that shows no sign of life for so long, while it is polled, gets a new consumer."""
-
-WATCH_INTERVAL_S = 1.0
+READ_UNCOMMITTED = 0
+ANY_REPLICA = -1
+NO_LEADER_EPOCH = -1
+NO_LOG_START = -1
+NO_GENERATION = -1
+"""Commits of a group without members."""
+DEFAULT_RETENTION = -1
+TIMESTAMPS = {Start.BEGINNING: -2, Start.END: -1}
+"""By which ListOffsets knows the ends of a partition."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """What is seen of one partition.
-
-    Attributes:
-        position: next offset to be handed out.
-        answered_ms: when the broker last answered a fetch of it.
-        behind: the broker has told of records that were not handed out.
-    """
-
-    position: int
-    answered_ms: int | None
-    behind: bool
-
-
-class StallWatch:
-    """Finds partitions that are polled and do not move.
-
-    Only time spent polling counts: a caller may stop reading for as long as it likes.
-    """
-
-    def __init__(self) -> None:
-        self._polled_s = 0.0
-        self._signs: dict[int, Sign] = {}
-        self._silent_s: dict[int, float] = {}
-
-    def is_due(self, polled_s: float) -> bool:
-        """Add a poll; whether it is time to `look` again."""
-        self._polled_s += polled_s
-        return self._polled_s >= WATCH_INTERVAL_S
-
-    def look(self, signs: Mapping[int, Sign]) -> list[int]:
-        """The partitions that have shown no sign of life for STALL_S."""
-        polled_s, self._polled_s = self._polled_s, 0.0
-        for partition, sign in signs.items():
-            silent_s = self._silent_s.get(partition, 0.0) + polled_s
-            self._silent_s[partition] = 0.0 if _lives(self._signs.get(partition), sign) else silent_s
-            self._signs[partition] = sign
-        return [partition for partition in signs if self._silent_s[partition] > STALL_S]
-
-
-def _lives(before: Sign | None, now: Sign) -> bool:
-    if before is None or now.position != before.position:
-        return True
-    return now.answered_ms != before.answered_ms and not now.behind
-
-
 class KafkaReader:
-    """Reads by manual assignment through one AIOKafkaConsumer, which is replaced when it fails or stops moving.
+    """Reads by manual assignment over one client, which is replaced whenever a fetch fails.
 
-    The positions are kept here and are those of records handed out, so a new consumer, or a new assignment (aiokafka
-    forgets all positions with it), goes on behind the last record that the caller has seen. No pause() and resume():
-    a resumed partition waits out the running long poll.
+    For each broker that leads assigned partitions there is one fetch under way; the next one leaves as soon as an
+    answer is there, so that the broker holds a poll while the caller works. A position is where the next fetch begins;
+    it moves when an answer is taken in, so a fetch that failed or was given up is simply made again.
     """
 
     def __init__(
@@ -93,41 +78,47 @@ class KafkaReader:
         self._log = log
         self._counters = counters
         self._positions: dict[int, int] = {}
-        self._assignment = 0
+        self._ends: dict[int, int] = {}
         self._assigned = asyncio.Event()
-        self._consumer: Any = None
+        self._records: list[Record] = []
+        self._arrived = asyncio.Event()
+        self._num_ahead_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._client: Any = None
         self._connected = asyncio.Event()
-        self._broken = asyncio.Event()
-        self._broken.set()
-        self._watch = StallWatch()
+        self._coordinator: int | None = None
 
     async def assign(self, starts: Mapping[int, int | Start]) -> None:
         fresh = {partition: start for partition, start in starts.items() if partition not in self._positions}
         settled = await self._settle(fresh)
-        if settled or starts.keys() != self._positions.keys():
-            self._positions = {partition: (self._positions | settled)[partition] for partition in starts}
-            self._install()
+        if not settled and starts.keys() == self._positions.keys():
+            return
+        self._positions = {partition: (self._positions | settled)[partition] for partition in starts}
+        self._ends = {partition: end for partition, end in self._ends.items() if partition in starts}
+        self._records = [record for record in self._records if record.partition in starts]
+        self._tell_of_records()
+        self._assigned.set()
 
     async def read(self, timeout_s: float) -> Sequence[Record]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while True:
-            left_s = max(0.0, deadline - loop.time())
-            if not self._positions:
-                await _happened(self._assigned, left_s)
-            elif not self._connected.is_set():
-                await _happened(self._connected, left_s)
-            elif records := await self._fetched(left_s):
-                return records
-            if loop.time() >= deadline:
+        while not self._records:
+            if not await _happened(self._arrived, deadline - loop.time()):
                 return ()
+        records, self._records = self._records, []
+        self._tell_of_records()
+        return records
 
     async def committed(self, partition: int) -> Committed | None:
-        async def ask(consumer: Any) -> Committed | None:
-            place = self._place(partition)
-            # AIOKafkaConsumer.committed drops the note.
-            found = (await consumer._coordinator.fetch_committed_offsets([place])).get(place)  # noqa: SLF001
-            return None if found is None or found.offset < 0 else Committed(found.offset, found.metadata)
+        request = OffsetFetchRequest(self._group, [(self.topic, [partition])])
+
+        async def ask(client: Any) -> Committed | None:
+            response = await self._ask_coordinator(client, request)
+            _check(response.error_code)
+            ((_, offset, note, error_code),) = _of_partitions(response)
+            _check(error_code)
+            return None if offset < 0 else Committed(offset, note)
 
         return await self._call(ask)
 
@@ -135,13 +126,16 @@ class KafkaReader:
         unassigned = commits.keys() - self._positions.keys()
         if unassigned:
             raise ValueError(f"partitions {sorted(unassigned)} of {self.topic} are not assigned")
-        offsets = {self._place(p): OffsetAndMetadata(commit.offset, commit.note) for p, commit in commits.items()}
+        if not commits:
+            return
+        offsets = [(partition, commit.offset, commit.note) for partition, commit in commits.items()]
+        request = OffsetCommitRequest(self._group, NO_GENERATION, "", DEFAULT_RETENTION, [(self.topic, offsets)])
 
-        async def ask(consumer: Any) -> None:
-            await consumer.commit(offsets)
+        async def ask(client: Any) -> None:
+            for _, error_code in _of_partitions(await self._ask_coordinator(client, request)):
+                _check(error_code)
 
-        if offsets:
-            await self._call(ask)
+        await self._call(ask)
 
     async def end_offset(self, partition: int) -> int:
         return (await self._offsets([partition], Start.END))[partition]
@@ -151,111 +145,120 @@ class KafkaReader:
 
     def num_behind(self) -> int:
         """Records that the broker has told of and that were not handed out."""
-        if not self._connected.is_set():
-            return 0
-        ends: dict[int, int | None] = {p: self._consumer.highwater(self._place(p)) for p in self._positions}
-        return sum(max(0, end - self._positions[p]) for p, end in ends.items() if end is not None)
+        not_fetched = sum(max(0, end - self._positions[partition]) for partition, end in self._ends.items())
+        return not_fetched + len(self._records)
 
-    async def keep_connected(self) -> None:
-        """Start a consumer whenever there is none or it was given up, until cancelled."""
+    async def run(self) -> None:
+        """Fetch what is assigned, over one client after another, until cancelled."""
         while True:
-            await self._broken.wait()
-            await self.close()
-            self._consumer = await self._start()
-            if self._consumer is None:
-                await asyncio.sleep(RECONNECT_BACKOFF_S)
-                continue
-            self._broken.clear()
-            self._install()
-            self._connected.set()
+            client = await self._started()
+            if client is not None:
+                await self._use(client)
+            await asyncio.sleep(RECONNECT_BACKOFF_S)
 
-    async def close(self) -> None:
-        """Stop the consumer, if there is one."""
-        if self._consumer is not None:
-            await _stop_consumer(self._consumer, self._log)
-            self._consumer = None
-
-    async def _start(self) -> Any:
-        consumer: Any = AIOKafkaConsumer(
+    async def _started(self) -> Any:
+        client: Any = AIOKafkaClient(
             bootstrap_servers=self._address,
             client_id=self._client_id,
-            group_id=self._group,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
-            max_partition_fetch_bytes=MAX_RECORD_BYTES,
-            retry_backoff_ms=RETRY_BACKOFF_MS,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
         )
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await consumer.start()
+                await client.bootstrap()
         except BaseException as error:
-            await _stop_consumer(consumer, self._log)
-            if isinstance(error, Exception):  # as for producers: the reader would stay without a consumer for ever
+            await closed(client.close(), self._log)
+            if isinstance(error, Exception):  # whatever it is: the reader would stay without a client for ever
                 self._log.warning("no connection for reading", topic=self.topic, error=repr(error))
                 return None
             raise
-        return consumer
+        return client
 
-    def _install(self) -> None:
-        """Give the consumer the assignment and the positions; records of an older assignment are void."""
-        self._assignment += 1
-        self._watch = StallWatch()
-        if self._positions:
-            self._assigned.set()
-        else:
-            self._assigned.clear()
-        if self._consumer is None:
-            return
-        if not self._positions:
-            self._consumer.unsubscribe()
-            return
-        self._consumer.assign([self._place(partition) for partition in self._positions])
-        self._seek()
-
-    def _seek(self) -> None:
-        for partition, offset in self._positions.items():
-            self._consumer.seek(self._place(partition), offset)
-
-    async def _fetched(self, timeout_s: float) -> Sequence[Record]:
-        consumer, assignment = self._consumer, self._assignment
-        started_s = asyncio.get_running_loop().time()
+    async def _use(self, client: Any) -> None:
+        """Fetch until something fails."""
+        self._client = client
+        self._connected.set()
         try:
-            fetched: dict[Any, list[Any]] = await consumer.getmany(timeout_ms=timeout_s * 1000)
-        except KafkaError as error:
-            if assignment == self._assignment:
-                self._give_up(repr(error))
-            return ()
-        if assignment != self._assignment:
-            # A poll that waited through an assignment may have taken records of the new one: they must come again.
-            if fetched and consumer is self._consumer:
-                self._seek()
-            return ()
-        records = [_record(found) for of_partition in fetched.values() for found in of_partition]
-        for record in records:
-            self._positions[record.partition] = record.offset + 1
-        # A loop that stood still is not the consumer's fault: no poll counts for longer than it was meant to last.
-        polled_s = min(asyncio.get_running_loop().time() - started_s, timeout_s)
-        if self._watch.is_due(polled_s):
-            self._look_for_stall(consumer)
-        return records
+            await self._fetch(client)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                raise
+            # Whatever it was (aiokafka also fails by assertion), the positions stand where they stood.
+            self._log.warning("consumer replaced", topic=self.topic, reason=repr(error))
+            self._counters.num_consumers_replaced += 1
+        finally:
+            self._connected.clear()
+            self._client = self._coordinator = None
+            await closed(client.close(), self._log)
 
-    def _look_for_stall(self, consumer: Any) -> None:
-        signs: dict[int, Sign] = {}
-        for partition, position in self._positions.items():
-            place = self._place(partition)
-            end: int | None = consumer.highwater(place)
-            signs[partition] = Sign(position, consumer.last_poll_timestamp(place), end is not None and end > position)
-        stalled = self._watch.look(signs)
-        if stalled:
-            self._give_up(f"partitions {stalled} do not move")
+    async def _fetch(self, client: Any) -> None:
+        """One fetch after another from every leader; all begin anew with each assignment."""
+        while True:
+            self._assigned.clear()
+            partitions_of = await self._leaders(client, list(self._positions))
+            async with asyncio.TaskGroup() as fetching:
+                tasks = [
+                    fetching.create_task(self._fetch_from(client, leader, partitions))
+                    for leader, partitions in partitions_of.items()
+                ]
+                await self._assigned.wait()
+                for task in tasks:
+                    task.cancel()
 
-    def _give_up(self, reason: str) -> None:
-        self._log.warning("consumer replaced", topic=self.topic, reason=reason)
-        self._counters.num_consumers_replaced += 1
-        self._connected.clear()
-        self._broken.set()
+    async def _leaders(self, client: Any, partitions: Sequence[int]) -> dict[int, list[int]]:
+        partitions_of: dict[int, list[int]] = {}
+        for partition in partitions:
+            leader = await leader_of(client, TopicPartition(self.topic, partition))
+            partitions_of.setdefault(leader, []).append(partition)
+        return partitions_of
+
+    async def _fetch_from(self, client: Any, leader: int, partitions: Sequence[int]) -> None:
+        session = FetchSession(self.topic)
+        while True:
+            await self._room.wait()
+            if self._assigned.is_set():
+                return
+            request = session.request({partition: self._positions[partition] for partition in partitions})
+            response = await client.send(leader, request)
+            session.answered(response)
+            for partition, error_code, end, _, _, _, _, batches in _of_partitions(response):
+                if self._assigned.is_set():
+                    return  # since it was asked for, the partition may have been given up and taken again elsewhere
+                if error_code == OffsetOutOfRangeError.errno:
+                    await self._begin_anew(client, partition)
+                    continue
+                _check(error_code)
+                self._take_in(partition, end, batches)
+
+    def _take_in(self, partition: int, end: int, batches: bytes | None) -> None:
+        self._ends[partition] = end
+        if not batches:
+            return
+        records, self._positions[partition] = unpacked(self.topic, partition, self._positions[partition], batches)
+        self._records += records
+        self._num_ahead_bytes += len(batches)
+        self._tell_of_records()
+
+    def _tell_of_records(self) -> None:
+        """Tell `read` whether there are records for it, and the fetches whether there is room for more."""
+        if self._records:
+            self._arrived.set()
+        else:
+            self._arrived.clear()
+            self._num_ahead_bytes = 0
+        if self._num_ahead_bytes > MAX_AHEAD_BYTES:
+            self._room.clear()
+        else:
+            self._room.set()
+
+    async def _begin_anew(self, client: Any, partition: int) -> None:
+        asked = self._positions[partition]
+        beginning = (await self._list_offsets(client, [partition], Start.BEGINNING))[partition]
+        self._log.warning(
+            "offset is not in the log", topic=self.topic, partition=partition, offset=asked, beginning=beginning
+        )
+        if self._positions.get(partition) == asked:
+            self._positions[partition] = beginning
 
     async def _settle(self, starts: Mapping[int, int | Start]) -> dict[int, int]:
         settled = {partition: start for partition, start in starts.items() if isinstance(start, int)}
@@ -267,39 +270,146 @@ class KafkaReader:
                     break
                 except BusUnavailable as error:
                     self._log.warning("waiting for offsets", topic=self.topic, error=str(error))
-                    await asyncio.sleep(RECONNECT_BACKOFF_S)
         return settled
 
     async def _offsets(self, partitions: Sequence[int], symbol: Start) -> dict[int, int]:
-        async def ask(consumer: Any) -> dict[int, int]:
-            places = [self._place(partition) for partition in partitions]
-            query = consumer.end_offsets if symbol is Start.END else consumer.beginning_offsets
-            return {place.partition: offset for place, offset in (await query(places)).items()}
+        async def ask(client: Any) -> dict[int, int]:
+            return await self._list_offsets(client, partitions, symbol)
 
         return await self._call(ask)
 
+    async def _list_offsets(self, client: Any, partitions: Sequence[int], symbol: Start) -> dict[int, int]:
+        offsets: dict[int, int] = {}
+        for leader, led in (await self._leaders(client, partitions)).items():
+            asked = (self.topic, [(partition, TIMESTAMPS[symbol]) for partition in led])
+            response = await _ask(client, leader, OffsetRequest(ANY_REPLICA, READ_UNCOMMITTED, [asked]))
+            for partition, error_code, _, offset in _of_partitions(response):
+                _check(error_code)
+                offsets[partition] = offset
+        return offsets
+
+    async def _ask_coordinator(self, client: Any, request: Any) -> Any:
+        coordinator = self._coordinator
+        if coordinator is None:
+            lookup = FindCoordinatorRequest(self._group, CoordinationType.GROUP)
+            found = await _ask(client, client.get_random_node(), lookup)
+            _check(found.error_code)
+            self._coordinator = coordinator = found.coordinator_id
+        return await _ask(client, coordinator, request)
+
     async def _call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
+        """What the log answers, asked as often as it takes within CALL_TIMEOUT_S: leaders and coordinators move."""
+        failure: Exception | None = None
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._connected.wait()
-                return await ask(self._consumer)
+                while True:
+                    while self._client is None:
+                        await self._connected.wait()
+                    try:
+                        return await ask(self._client)
+                    except KafkaError as error:
+                        if not error.retriable:
+                            raise
+                        failure = error
+                    self._coordinator = None
+                    await asyncio.sleep(RETRY_BACKOFF_MS / 1000)
         except (KafkaError, OSError, TimeoutError) as error:
-            raise BusUnavailable(f"{self.topic}: {error!r}") from error
-
-    def _place(self, partition: int) -> TopicPartition:
-        return TopicPartition(self.topic, partition)
+            raise BusUnavailable(f"{self.topic}: {failure or error!r}") from error
 
 
-def _record(found: Any) -> Record:
+class FetchSession:
+    """What a broker remembers of the fetches over one connection (KIP-227).
+
+    A request names only the partitions whose position moved, an answer only those with news. A broker that has no room
+    for the session answers with session 0, and the next request names everything again.
+    """
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+        self._id = 0
+        self._epoch = 0
+        self._sent: dict[int, int] = {}
+
+    def request(self, positions: dict[int, int]) -> "SessionFetch":
+        """The next fetch, from these positions on."""
+        moved = [(p, position) for p, position in positions.items() if not self._epoch or self._sent.get(p) != position]
+        self._sent = positions
+        return SessionFetch(self._id, self._epoch, self._topic, moved)
+
+    def answered(self, response: Any) -> None:
+        """Note the answer; raises a KafkaError if the broker does not know the session any more."""
+        _check(response.error_code)
+        self._id = response.session_id
+        self._epoch = self._epoch + 1 if self._id else 0
+
+
+class SessionFetch(Request[FetchRequest_v11]):
+    """aiokafka's own FetchRequest knows no sessions. Brokers have this version since Kafka 2.3."""
+
+    API_KEY = FetchRequest_v11.API_KEY
+
+    def __init__(self, session_id: int, epoch: int, topic: str, positions: Sequence[tuple[int, int]]) -> None:
+        self._session = (session_id, epoch)
+        self._topic = topic
+        self._positions = positions
+
+    def build(self, request_struct_class: type[FetchRequest_v11]) -> FetchRequest_v11:
+        """The request as it goes out."""
+        partitions = [
+            (partition, NO_LEADER_EPOCH, position, NO_LOG_START, MAX_RECORD_BYTES)
+            for partition, position in self._positions
+        ]
+        topics = [(self._topic, partitions)] if partitions else []
+        min_bytes, forgotten, rack = 1, (), ""
+        limits = (FETCH_MAX_WAIT_MS, min_bytes, MAX_ANSWER_BYTES, READ_UNCOMMITTED)
+        return request_struct_class(ANY_REPLICA, *limits, *self._session, topics, forgotten, rack)
+
+
+def unpacked(topic: str, partition: int, position: int, batches: bytes) -> tuple[list[Record], int]:
+    """The records at `position` and behind it, and the position behind all of them.
+
+    The first batch may begin before `position`; a batch that was cut off at the end is left for the next fetch.
+
+    Raises:
+        CorruptRecordException: a checksum does not fit.
+    """
+    records: list[Record] = []
+    memory: Any = MemoryRecords(batches)
+    while memory.has_next():
+        batch = memory.next_batch()
+        if not batch.validate_crc():
+            raise CorruptRecordException(f"{topic}/{partition}: wrong checksum at or behind offset {position}")
+        if not batch.is_control_batch:
+            records += [_record(topic, partition, found) for found in batch if found.offset >= position]
+        position = max(position, batch.next_offset)
+    return records, position
+
+
+def _record(topic: str, partition: int, found: Any) -> Record:
     return Record(
-        topic=found.topic,
-        partition=found.partition,
+        topic=topic,
+        partition=partition,
         offset=found.offset,
         key=found.key,
         value=found.value if found.value is not None else b"",
-        headers=found.headers,
+        headers=tuple(found.headers),
         timestamp_s=found.timestamp / 1000,
     )
+
+
+async def _ask(client: Any, node: int, request: Any) -> Any:
+    # A broker answers what comes over one connection in order: behind a fetch every call would wait for the long poll.
+    return await client.send(node, request, group=ConnectionGroup.COORDINATION)
+
+
+def _of_partitions(response: Any) -> Sequence[Any]:
+    """What an answer about one topic says of each partition."""
+    return response.topics[0][1] if response.topics else ()
+
+
+def _check(error_code: int) -> None:
+    if error_code:
+        raise for_code(error_code)
 
 
 async def _happened(event: asyncio.Event, timeout_s: float) -> bool:
@@ -308,9 +418,3 @@ async def _happened(event: asyncio.Event, timeout_s: float) -> bool:
             return await event.wait()
     except TimeoutError:
         return False
-
-
-async def _stop_consumer(consumer: Any, log: Logger) -> None:
-    await closed(consumer.stop(), log)
-    # stop() gets here by itself only if nothing before it hung.
-    await closed(consumer._client.close(), log)  # noqa: SLF001

@@ -376,7 +376,8 @@ async def test_cut_connections_lose_and_reorder_nothing(kafka_world):
                 if number % 100 == 50:
                     cut_connections(producer._append.__self__._connection.client)
                 if number % 100 == 99:
-                    cut_connections(reader._consumer._client)
+                    await reader._connected.wait()
+                    cut_connections(reader._client)
             await reading
     assert first_copies(records) == sent
     assert [record.offset for record in records] == list(range(len(records)))
@@ -396,9 +397,9 @@ async def test_a_client_that_fails_in_an_unforeseen_way_is_replaced(kafka_world,
     assert bus.counters.num_producers_replaced == 1
 
 
-async def test_a_consumer_that_stands_still_is_replaced(kafka_world, monkeypatch):
-    monkeypatch.setattr(kafka_reader, "STALL_S", 0.5)
-    monkeypatch.setattr(kafka_reader, "WATCH_INTERVAL_S", 0.2)
+async def test_a_fetch_that_is_never_answered_is_given_up(kafka_world, monkeypatch):
+    monkeypatch.setattr(kafka_reader, "FETCH_MAX_WAIT_MS", 100)
+    monkeypatch.setattr(kafka_reader, "REQUEST_TIMEOUT_MS", 500)
     topic = await kafka_world.topic()
     bus = kafka_world.bus()
     async with bus.producer() as producer, bus.reader(topic, group="g") as reader:
@@ -406,16 +407,17 @@ async def test_a_consumer_that_stands_still_is_replaced(kafka_world, monkeypatch
         await producer.send(topic, 0, b"0")
         await drain(reader, 1)
 
-        reader._consumer._fetcher._fetch_task.cancel()
+        for connection in reader._client._conns.values():
+            connection._writer.transport.pause_reading()
         await producer.send(topic, 0, b"1")
 
         assert values(await drain(reader, 1)) == [b"1"]
     assert bus.counters.num_consumers_replaced == 1
 
 
-async def test_an_idle_consumer_is_left_alone(kafka_world, monkeypatch):
-    monkeypatch.setattr(kafka_reader, "STALL_S", 0.5)
-    monkeypatch.setattr(kafka_reader, "WATCH_INTERVAL_S", 0.2)
+async def test_an_idle_reader_keeps_its_connection(kafka_world, monkeypatch):
+    monkeypatch.setattr(kafka_reader, "FETCH_MAX_WAIT_MS", 100)
+    monkeypatch.setattr(kafka_reader, "REQUEST_TIMEOUT_MS", 500)
     topic = await kafka_world.topic()
     bus = kafka_world.bus()
     async with bus.reader(topic, group="g") as reader:
@@ -423,6 +425,29 @@ async def test_an_idle_consumer_is_left_alone(kafka_world, monkeypatch):
         for _ in range(8):
             assert not await reader.read(0.2)
     assert bus.counters.num_consumers_replaced == 0
+
+
+async def test_a_reader_that_is_never_asked_takes_in_only_so_much(kafka_world, monkeypatch):
+    monkeypatch.setattr(kafka_reader, "MAX_AHEAD_BYTES", 10_000)
+    monkeypatch.setattr(kafka_reader, "MAX_ANSWER_BYTES", 20_000)
+    topic = await kafka_world.topic()
+    bus = kafka_world.bus()
+    async with bus.producer() as producer, bus.reader(topic, group="g") as reader:
+        sent = [f"{number}".encode() * 1000 for number in range(100)]
+        for value in sent:
+            await producer.send(topic, 0, value)
+        await reader.assign({0: 0})
+        async with asyncio.timeout(10):
+            while reader._room.is_set():
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert 0 < len(reader._records) <= 30
+
+        await reader.assign({1: 0})
+        await producer.send(topic, 1, b"other")
+        assert values(await drain(reader, 1)) == [b"other"]
+        await reader.assign({0: 0})
+        assert values(await drain(reader, len(sent))) == sent
 
 
 def cut_connections(client):

@@ -8,22 +8,11 @@ from prometheus_client import CollectorRegistry
 from shared.bus import kafka, kafka_appender, kafka_reader
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
+from tests.unit.shared.bus.brokers import Brokers, answer, news
 
 
-async def nothing(*_):
+async def nothing():
     pass
-
-
-class ConsumerOfThree:
-    """Has been told of three records in each partition, and hands none out."""
-
-    def __init__(self, **_):
-        self.start = self.stop = nothing
-        self.seek = self.assign = lambda *_: None
-        self._client = SimpleNamespace(close=nothing)
-
-    def highwater(self, place):
-        return None if place.partition == 2 else 3
 
 
 def never_answers(**_):
@@ -31,7 +20,8 @@ def never_answers(**_):
 
 
 async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monkeypatch):
-    monkeypatch.setattr(kafka_reader, "AIOKafkaConsumer", ConsumerOfThree)
+    brokers = Brokers()
+    monkeypatch.setattr(kafka_reader, "AIOKafkaClient", brokers.client)
     monkeypatch.setattr(kafka_appender, "AIOKafkaClient", never_answers)
     monkeypatch.setattr(kafka, "FLUSH_TIMEOUT_S", 0.01)
     registry = CollectorRegistry()
@@ -41,7 +31,8 @@ async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monk
     async with bus.producer() as producer, bus.reader("read", group="g") as reader:
         assert value("baton_bus_records_behind", {"topic": "read"}) == 0
         await reader.assign({0: 1, 1: 3, 2: 0})
-        await asyncio.sleep(0)
+        _, reply = await brokers.asked()
+        reply.set_result(answer(news(0, end=3), news(1, end=3)))
         producer.post("written", 0, b"a")
         producer.post("written", 1, b"b")
         async with asyncio.timeout(5):
