@@ -33,7 +33,7 @@ from shared.observe.log import Logger
 from shared.wire.topics import MAX_RECORD_BYTES
 
 FETCH_MAX_WAIT_MS = 500
-"""The broker's long poll. Records end it at once; only what an assignment changed waits for its end."""
+"""The broker's long poll. Records end it at once; only a partition that joins a running poll waits for its end."""
 
 REQUEST_TIMEOUT_MS = FETCH_MAX_WAIT_MS + 3_500
 """A connection that answers nothing for so long is broken. Less than CALL_TIMEOUT_S, so that the next call has a new
@@ -192,18 +192,17 @@ class KafkaReader:
             await closed(client.close(), self._log)
 
     async def _fetch(self, client: Any) -> None:
-        """One fetch after another from every leader; all begin anew with each assignment."""
+        """Fetch from every leader at once; after a new assignment all go on together, when their polls have ended.
+
+        Polls are not cut short: the broker would hold the next ones until they are over.
+        """
         while True:
             self._assigned.clear()
             partitions_of = await self._leaders(client, list(self._positions))
             async with asyncio.TaskGroup() as fetching:
-                tasks = [
+                for leader, partitions in partitions_of.items():
                     fetching.create_task(self._fetch_from(client, leader, partitions))
-                    for leader, partitions in partitions_of.items()
-                ]
                 await self._assigned.wait()
-                for task in tasks:
-                    task.cancel()
 
     async def _leaders(self, client: Any, partitions: Sequence[int]) -> dict[int, list[int]]:
         partitions_of: dict[int, list[int]] = {}
@@ -213,17 +212,18 @@ class KafkaReader:
         return partitions_of
 
     async def _fetch_from(self, client: Any, leader: int, partitions: Sequence[int]) -> None:
+        """One fetch after another, until there is a new assignment."""
         session = FetchSession(self.topic)
         while True:
             await self._room.wait()
             if self._assigned.is_set():
                 return
-            request = session.request({partition: self._positions[partition] for partition in partitions})
-            response = await client.send(leader, request)
+            asked = {partition: self._positions[partition] for partition in partitions}
+            response = await client.send(leader, session.request(asked))
             session.answered(response)
             for partition, error_code, end, _, _, _, _, batches in _of_partitions(response):
-                if self._assigned.is_set():
-                    return  # since it was asked for, the partition may have been given up and taken again elsewhere
+                if self._positions.get(partition) != asked[partition]:
+                    continue  # given up, and perhaps taken again elsewhere, while the broker held the poll
                 if error_code == OffsetOutOfRangeError.errno:
                     await self._begin_anew(client, partition)
                     continue
@@ -306,7 +306,7 @@ class KafkaReader:
                     while self._client is None:
                         await self._connected.wait()
                     try:
-                        return await ask(self._client)
+                        return await self._asked(self._client, ask)
                     except KafkaError as error:
                         if not error.retriable:
                             raise
@@ -315,6 +315,13 @@ class KafkaReader:
                     await asyncio.sleep(RETRY_BACKOFF_MS / 1000)
         except (KafkaError, OSError, TimeoutError) as error:
             raise BusUnavailable(f"{self.topic}: {failure or error!r}") from error
+
+    async def _asked(self, client: Any, ask: Callable[[Any], Awaitable[T]]) -> T:
+        try:
+            return await ask(client)
+        finally:
+            if client is not self._client:  # given up meanwhile: what this call has opened since is still open
+                await closed(client.close(), self._log)
 
 
 class FetchSession:

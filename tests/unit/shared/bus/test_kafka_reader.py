@@ -16,6 +16,7 @@ from aiokafka.errors import (
     OffsetOutOfRangeError,
     TopicAuthorizationFailedError,
 )
+from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.fetch import FetchRequest_v11
 from aiokafka.record.util import calc_crc32c
 
@@ -175,9 +176,11 @@ async def test_only_the_records_of_partitions_that_stay_are_handed_out(monkeypat
         await reader.assign({0: 0, 1: 0})
         _, reply = await brokers.asked()
         reply.set_result(answer(news(0, batch(0, b"a")), news(1, batch(0, b"b"))))
-        assert (await brokers.asked())[0] == {0: 1, 1: 1}
+        positions, reply = await brokers.asked()
+        assert positions == {0: 1, 1: 1}
 
         await reader.assign({1: 0, 2: 4})
+        reply.set_result(answer(news(0, batch(1, b"c"))))
         assert (await brokers.asked())[0] == {1: 1, 2: 4}
         assert seen(await reader.read(5)) == [(1, 0, b"b")]
 
@@ -191,10 +194,21 @@ async def test_an_answer_from_before_a_partition_was_taken_anew_is_void(monkeypa
         await reader.assign({1: 0})
         await reader.assign({0: 7, 1: 0})
 
-        positions, reply = await brokers.asked()
-        assert positions == {0: 7, 1: 0}
-        reply.set_result(answer(news(0, batch(7, b"c")), news(1, batch(0, b"b"))))
-        assert seen(await reader.read(5)) == [(0, 7, b"c"), (1, 0, b"b")]
+        assert (await brokers.asked())[0] == {0: 7, 1: 1}
+        assert seen(await reader.read(5)) == [(1, 0, b"b")]
+
+
+async def test_assignments_that_follow_each_other_wait_for_one_poll(monkeypatch):
+    brokers = Brokers()
+    async with reading(monkeypatch, brokers) as reader:
+        await reader.assign({0: 0})
+        _, reply = await brokers.asked()
+        for partition in range(1, 5):
+            await reader.assign({0: 0, partition: 0})
+            await asyncio.sleep(0.001)
+        assert brokers.fetches[0].empty()
+        reply.set_result(answer())
+        assert (await brokers.asked())[0] == {0: 0, 4: 0}
 
 
 async def test_an_offset_that_is_not_in_the_log_reads_from_the_beginning(monkeypatch):
@@ -267,3 +281,33 @@ async def test_a_call_that_is_retried_in_vain_says_what_failed(monkeypatch):
     async with reading(monkeypatch, brokers) as reader:
         with pytest.raises(BusUnavailable, match="NotCoordinatorForGroup"):
             await reader.committed(0)
+
+
+async def test_what_a_call_opens_on_a_client_that_was_given_up_is_closed(monkeypatch):
+    brokers = Brokers()
+    num_open = 0
+    lookup_goes_on = asyncio.Event()
+    send = brokers.send
+
+    async def connect_and_send(node, request, *, group=None):
+        nonlocal num_open
+        if isinstance(request, FindCoordinatorRequest) and not brokers.num_lookups:
+            await lookup_goes_on.wait()
+            num_open += 1
+        return await send(node, request, group=group)
+
+    async def close():
+        nonlocal num_open
+        num_open = 0
+
+    monkeypatch.setattr(brokers, "send", connect_and_send)
+    monkeypatch.setattr(brokers, "close", close)
+    async with reading(monkeypatch, brokers) as reader:
+        await reader.assign({0: 0})
+        calling = asyncio.create_task(reader.committed(0))
+        _, reply = await brokers.asked()
+        reply.set_exception(KafkaConnectionError())
+        await brokers.asked()
+        lookup_goes_on.set()
+        assert await calling == Committed(7, "note")
+        assert num_open == 0
