@@ -67,7 +67,9 @@ class Cluster:
     def count(self, chosen: Chosen) -> None:
         """Note a placement of ours in the view, until the next reading tells of it."""
         self.view = ClusterView(
-            tuple(_with_credit(w, chosen.num_prefill_pages) if w.ref == chosen.prefill else w for w in self.view.prefill),
+            tuple(
+                _with_credit(w, chosen.num_prefill_pages) if w.ref == chosen.prefill else w for w in self.view.prefill
+            ),
             tuple(_with_credit(w, chosen.num_decode_pages) if w.ref == chosen.decode else w for w in self.view.decode),
         )
 
@@ -82,9 +84,7 @@ class Cluster:
 
 
 def _with_credit(worker: WorkerView, num_pages: int) -> WorkerView:
-    return replace(
-        worker, num_credit_pages=worker.num_credit_pages + num_pages, num_credits=worker.num_credits + 1
-    )
+    return replace(worker, num_credit_pages=worker.num_credit_pages + num_pages, num_credits=worker.num_credits + 1)
 
 
 def worker_view(worker: LiveWorker) -> WorkerView:

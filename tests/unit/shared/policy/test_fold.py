@@ -36,7 +36,9 @@ def an_open(placement, epoch=1, choice=0, **view):
 
 
 def a_frame(placement, index, ids, finish=None):
-    return Frame(DECODE, (FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish),), made_s=0.0)
+    return Frame(
+        DECODE, (FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish),), made_s=0.0
+    )
 
 
 def a_cut(epoch, outcome=None, choice=0):
