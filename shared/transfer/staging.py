@@ -126,5 +126,5 @@ class Staging:
             done = torch.cuda.Event()
             done.record()
         # Asked between the loop's turns: a thread that waits for it is woken as late as the copy is long.
-        while not done.query():
+        while not done.query():  # noqa: ASYNC110 - CUDA tells of an event only when asked
             await asyncio.sleep(0)
