@@ -22,6 +22,8 @@ PRODUCE_TIMEOUT_MS = 10_000
 ALL_REPLICAS = -1
 """An append is acknowledged when all replicas in sync have it."""
 
+GIVEN_UP = "the connection was given up"
+
 
 class KafkaAppender:
     """Appends over one connection, which is thrown away whenever an append fails.
@@ -41,7 +43,7 @@ class KafkaAppender:
 
     async def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
         """See `sending.Append`."""
-        connection = self._connection or await self._connect()
+        connection = await self._connect()
         try:
             return await connection.append(TopicPartition(topic, partition), records)
         except Exception as error:
@@ -85,9 +87,9 @@ class KafkaAppender:
     async def _give_up(self, failed: "_Connection") -> None:
         async with self._lock:
             if self._connection is failed:
-                self._connection = None
                 self._counters.num_producers_replaced += 1
                 await failed.close(self._log)
+                self._connection = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,13 @@ class _Connection:
         self.client = client
         self._due: dict[int, list[_Due]] = {}
         self._requests: set[asyncio.Task[None]] = set()
+        self._given_up = False
 
     async def append(self, place: TopicPartition, records: Sequence[Unsent]) -> int:
         """The offset of the first record. Raises what aiokafka raises."""
         leader = await leader_of(self.client, place)
+        if self._given_up:  # while the leader was looked for: a send would open what nobody closes any more
+            raise KafkaConnectionError(GIVEN_UP)
         outcome: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         due = self._due.setdefault(leader, [])
         due.append(_Due(place, _batch(records), outcome))
@@ -125,15 +130,19 @@ class _Connection:
         return await outcome
 
     async def close(self, log: Logger) -> None:
-        """Close the client, which fails what is on its way."""
-        await closed(self.client.close(), log)
+        """Fail what is on its way, then close the client: a request that went on could open a connection behind it."""
+        self._given_up = True
         for request in self._requests:
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
+        for due in self._due.values():  # of requests that were cancelled before they began
+            _fail(due, KafkaConnectionError(GIVEN_UP))
+        self._due.clear()
+        await closed(self.client.close(), log)
 
     async def _send(self, leader: int) -> None:
         due = {(each.place.topic, each.place.partition): each for each in self._due.pop(leader)}
-        error: BaseException = KafkaConnectionError("the connection was given up")
+        error: Exception = KafkaConnectionError(GIVEN_UP)
         try:
             response: Any = await self.client.send(leader, _produce_request(due.values()))
             for topic, partitions in response.topics:
@@ -142,9 +151,7 @@ class _Connection:
         except Exception as raised:  # noqa: BLE001 - whoever waits for an outcome gets it
             error = raised
         finally:
-            for each in due.values():
-                if not each.outcome.done():
-                    each.outcome.set_exception(error)
+            _fail(due.values(), error)
 
 
 def _produce_request(due: Iterable[_Due]) -> ProduceRequest:
@@ -154,6 +161,12 @@ def _produce_request(due: Iterable[_Due]) -> ProduceRequest:
     return ProduceRequest(
         required_acks=ALL_REPLICAS, timeout=PRODUCE_TIMEOUT_MS, topics=list(by_topic.items()), transactional_id=None
     )
+
+
+def _fail(due: Iterable[_Due], error: Exception) -> None:
+    for each in due:
+        if not each.outcome.done():
+            each.outcome.set_exception(error)
 
 
 def _settle(outcome: asyncio.Future[int], error_code: int, first_offset: int) -> None:
