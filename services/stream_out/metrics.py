@@ -17,6 +17,9 @@ STAGE_BUCKETS_S = tuple(round(mantissa * 10.0**exponent, 6) for exponent in rang
 """From 0.1 ms to 50 s, coarser than other latencies: a request has eight stages, and a scrape holds up the loop that
 reads frames for some 6 µs a bucket."""
 
+CUT_REASONS = ("deadline", "client gone")
+"""Why an owner cuts."""
+
 
 class EdgeMetrics:
     """Metrics of one edge."""
@@ -38,11 +41,13 @@ class EdgeMetrics:
         self.followers = counter("baton_followers", "Requests read from partitions that this edge does not own")
         self.undecodable = counter("baton_undecodable_records", "Records of stream-out that were skipped")
         self.cuts = counter("baton_cuts_written", "Cuts that the owner wrote", "reason")
+        for reason in CUT_REASONS:
+            self.cuts.labels(reason)  # from the start, or the first of its kind would not count as an increase
         self.resumes = counter("baton_placed_again", "Choices sent back to ingest to be placed again")
         self.stops = counter("baton_stops", "Workers told to stop void work")
         self.finished = counter("baton_requests_finished", "Requests whose result was written", "status")
         for status in (COMPLETED, *sorted(ENDS_AS_ERROR)):
-            self.finished.labels(status)  # from the start, or the first of its kind would not count as an increase
+            self.finished.labels(status)  # from the start, as above
         self.success = counter(
             "vllm:request_success", "Choices that ended by a token or their length", "finished_reason"
         )

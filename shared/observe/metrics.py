@@ -6,12 +6,19 @@ No label is a request id.
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from shared.errors import BodyTooLarge, ContextTooLong, InvalidRequest, ModelNotFound, RequestError, RequestFailed
+
 LATENCY_BUCKETS_S = tuple(
     round(mantissa * 10.0**exponent, 6) for exponent in range(-4, 2) for mantissa in (1, 1.5, 2, 3, 5, 7)
 )
 """From 0.1 ms to 70 s, each at most 1.7 times the one before: so far may a quantile be off that lies between two."""
 
 TOKEN_BUCKETS = tuple(float(2**n) for n in range(18))
+
+# Labels that are counted from the start at 0: otherwise the first of a kind would not count as an increase.
+REFUSALS: tuple[type[RequestError], ...] = (InvalidRequest, ContextTooLong, ModelNotFound, BodyTooLarge, RequestFailed)
+HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
+IGNORED_REASONS = ("undecodable", "other incarnation")
 
 
 def process_registry() -> CollectorRegistry:
@@ -27,6 +34,8 @@ class IngestMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.jobs = Counter("baton_jobs_total", "Jobs read from the topic ingest", registry=registry)
         self.rejected = Counter("baton_rejected_total", "Jobs refused", ["code"], registry=registry)
+        for refusal in REFUSALS:
+            self.rejected.labels(refusal.default_code or refusal.type)
         self.unknown_fields = Counter(
             "baton_unknown_fields_total",
             "Request fields that were ignored because nothing knows them",
@@ -79,7 +88,11 @@ class WorkerMetrics:
         self.holds_ended = Counter(
             "baton_kv_holds_total", "How offers of KV ended", ["model_name", "outcome"], registry=registry
         )
+        for outcome in HOLD_OUTCOMES:
+            self.holds_ended.labels(model_name, outcome)
         self.ignored = Counter(
             "baton_ignored_records_total", "Slot records ignored", ["model_name", "reason"], registry=registry
         )
+        for reason in IGNORED_REASONS:
+            self.ignored.labels(model_name, reason)
         self.model_name = model_name

@@ -110,3 +110,8 @@ def test_clocks_of_two_hosts_never_make_a_time_negative(metrics, registry):
 
 def test_the_first_failure_is_an_increase(registry, metrics):
     assert registry.get_sample_value("baton_requests_finished_total", {"status": "failed"}) == 0
+
+
+def test_reasons_to_cut_begin_at_0(registry, metrics):
+    for reason in ("deadline", "client gone"):
+        assert registry.get_sample_value("baton_cuts_written_total", {"reason": reason}) == 0
