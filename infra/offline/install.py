@@ -74,12 +74,12 @@ def join_parts(pack: Path) -> None:
         return
     count = int(parts[0].name.rpartition("-")[2])
     wanted = [pack / f"part-{number:02}-of-{count:02}" for number in range(1, count + 1)]
-    if parts != wanted:
+    if set(parts) != set(wanted):
         odd = sorted(part.name for part in set(parts) ^ set(wanted))
         raise InstallError(f"{pack} should hold parts 1 to {count}; missing or of another pack: {', '.join(odd)}")
     try:
         with (
-            io.BufferedReader(JoinedParts(parts), READ_BYTES) as joined,
+            io.BufferedReader(JoinedParts(wanted), READ_BYTES) as joined,
             tarfile.open(fileobj=joined, mode="r|") as archive,
         ):
             _extract(archive, pack)
@@ -102,6 +102,8 @@ def read_manifest(pack: Path) -> dict[str, Any]:
         manifest = json.loads((pack / MANIFEST).read_text())
     except FileNotFoundError:
         raise InstallError(f"{pack} is no pack: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise InstallError(f"{pack / MANIFEST} was changed on the way; copy it again: {error}") from None
     if manifest["format"] != FORMAT:
         raise InstallError(f"the pack has format {manifest['format']} and this installer reads {FORMAT}")
     return manifest

@@ -51,6 +51,25 @@ def test_a_pack_in_parts_is_the_same_pack_when_joined(pack):
     assert contents(pack) == whole
 
 
+def test_a_hundred_parts_are_joined_in_the_order_of_their_numbers(pack):
+    whole = contents(pack)
+    parts = cut(pack, 1)
+    joined = b"".join(part.read_bytes() for part in parts)
+    for part in parts:
+        part.unlink()
+    size = -(-len(joined) // 100)
+    for number in range(100):
+        (pack / f"part-{number + 1:02}-of-100").write_bytes(joined[number * size : (number + 1) * size])
+    install.join_parts(pack)
+    assert contents(pack) == whole
+
+
+def test_a_manifest_cut_short_is_noticed(pack):
+    (pack / install.MANIFEST).write_text('{"format"')
+    with pytest.raises(InstallError, match="copy it again"):
+        install.read_manifest(pack)
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_missing_part_is_named(pack, number):
     part = cut(pack, 1)[number]
