@@ -229,6 +229,9 @@ async def lone_engine(plan: Plan, prompts: Sequence[Sequence[int]], answers: lis
 def problems(plan: Plan, served: Mapping[str, Any], compared: Mapping[str, Any]) -> list[str]:
     """What does not hold, in words."""
     found = [f"wrong token: {wrong}" for wrong in compared["wrong"]]
+    wanted = len(plan.lengths) * plan.new_tokens
+    if compared["tokens"] != wanted:  # what an answer lacks, nobody compares
+        found.append(f"the answers have {compared['tokens']} tokens in all, not {wanted}")
     for worker, counts in served["workers"].items():
         if counts["baton_kv_pages_free"] != counts["baton_kv_pages"] or counts["baton_kv_held_requests"]:
             found.append(f"{worker} holds pages still: {counts}")

@@ -185,7 +185,7 @@ def main(
     out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
     job: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure the rate of KV pulls between two processes."""
+    """Measure the rate of KV pulls between two processes. Exit status 1: the pages that came were not those sent."""
     if job:
         asyncio.run(work(**json.loads(job)))
         return
@@ -196,6 +196,7 @@ def main(
     sys.stdout.write(report + "\n")
     if out:
         Path(out).write_text(report + "\n")
+    sys.exit(0 if all(result["pages_equal"] for result in json.loads(report)["results"]) else 1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.local.kafka import BASE_CONFIG, JVM_OPTIONS
+from infra.local.kafka import BASE_CONFIG, jvm_options
 
 LIBRARIES = ("aiokafka", "httpx", "orjson", "pydantic", "redis", "starlette", "torch", "uvicorn", "uvloop")
 
@@ -68,7 +68,7 @@ def machine() -> dict[str, object]:
             "linger_ms": 0,
             "compression": "none",
             "replication": 1,
-            "jvm": list(JVM_OPTIONS),
+            "jvm": list(jvm_options()),
             "server": [line for line in BASE_CONFIG.read_text().splitlines() if line and not line.startswith("#")],
         },
         "redis": "append-only file, fsync every second",

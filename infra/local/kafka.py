@@ -111,7 +111,7 @@ def kafka_spec(data_dir: Path, port: int, controller_port: int) -> ProcessSpec:
         _format(java, jars, config)
     return ProcessSpec(
         name="kafka",
-        command=(java, *_jvm_options(), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
+        command=(java, *jvm_options(), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
         address=f"{HOST}:{port}",
         is_ready=partial(kafka_ready, HOST, port),
         ready_within_s=60,
@@ -119,7 +119,8 @@ def kafka_spec(data_dir: Path, port: int, controller_port: int) -> ProcessSpec:
     )
 
 
-def _jvm_options() -> tuple[str, ...]:
+def jvm_options() -> tuple[str, ...]:
+    """Options of every Java that is started here."""
     return (*JVM_OPTIONS, *FEW_CORES_OPTIONS) if (os.cpu_count() or 1) < FEW_CORES else JVM_OPTIONS
 
 
@@ -138,7 +139,7 @@ def _write_config(data_dir: Path, port: int, controller_port: int) -> Path:
 
 
 def _format(java: str, jars: Path, config: Path) -> None:
-    command = (java, *_jvm_options(), "-cp", f"{jars}/*", "kafka.tools.StorageTool")
+    command = (java, *jvm_options(), "-cp", f"{jars}/*", "kafka.tools.StorageTool")
     done = subprocess.run(
         [*command, "format", "-t", CLUSTER_ID, "-c", str(config)], capture_output=True, text=True, check=False
     )

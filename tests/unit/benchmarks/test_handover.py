@@ -56,7 +56,7 @@ def served(**changes):
 
 
 def test_all_is_well():
-    assert problems(a_plan(), served(), {"wrong": []}) == []
+    assert problems(a_plan(), served(), {"wrong": [], "tokens": 1}) == []
 
 
 def test_each_thing_that_does_not_hold_is_named():
@@ -64,6 +64,6 @@ def test_each_thing_that_does_not_hold_is_named():
         "protocols": [],
         "pulls": [{"gb_per_s": 3.0}],
     }
-    told = "\n".join(problems(a_plan(), without_ipc, {"wrong": [{"index": 3}]}))
-    for word in ("wrong token", "holds pages", "computed 2 prompts", "cuda_ipc", "3.0 GB/s"):
+    told = "\n".join(problems(a_plan(), without_ipc, {"wrong": [{"index": 3}], "tokens": 0}))
+    for word in ("wrong token", "0 tokens in all, not 1", "holds pages", "computed 2 prompts", "cuda_ipc", "3.0 GB/s"):
         assert word in told
