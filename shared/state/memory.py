@@ -301,8 +301,8 @@ class MemoryState:
         if held is None or held.card.incarnation != worker.incarnation or held.load.draining:
             return False
         traces = self._store.traces(worker.incarnation)
-        taken = sum(traces.credits.values()) if traces is not None else 0
-        return taken + num_pages <= held.card.num_pages
+        taken = traces.credits.values() if traces is not None else ()
+        return len(taken) < held.card.max_running and sum(taken) + num_pages <= held.card.num_pages
 
     def _standing(self, key: PlacementKey) -> Placement | None:
         found = self._store.contents.placements.get(key)

@@ -69,7 +69,7 @@ async def redis_world(redis_url: str):
         yield world
 
 
-def a_card(name: str, *, num_pages: int = 100, role: Role = Role.DECODE) -> WorkerCard:
+def a_card(name: str, *, num_pages: int = 100, max_running: int = 8, role: Role = Role.DECODE) -> WorkerCard:
     return WorkerCard(
         incarnation=Incarnation(name),
         role=role,
@@ -78,7 +78,7 @@ def a_card(name: str, *, num_pages: int = 100, role: Role = Role.DECODE) -> Work
         model_fingerprint="f",
         max_context=4096,
         num_pages=num_pages,
-        max_running=8,
+        max_running=max_running,
         transfer_address="127.0.0.1:1",
         layout_fingerprint="l",
     )

@@ -298,6 +298,16 @@ async def test_concurrent_placements_never_overbook(world):
     assert await credits_of(world) == {"a": (50, 5), "b": (100, 5)}
 
 
+async def test_a_worker_is_given_no_more_than_it_runs_at_once(world, state):
+    a, b = await claim(world, "a", num_pages=1000), await claim(world, "b", num_pages=1000, max_running=2)
+    placed = await asyncio.gather(*(place(world, a, b, f"p{n}", a_key(f"r{n}")) for n in range(5)))
+    assert sum(found is not None for found in placed) == 2
+    assert await credits_of(world) == {"a": (20, 2), "b": (40, 2)}
+    given = next(found for found in placed if found is not None)
+    await state.give_back(given.id, Incarnation("b"))
+    assert await place(world, a, b, "next", a_key("next")) is not None
+
+
 async def test_one_worker_may_do_both(world, state):
     a = await claim(world, "a", num_pages=30)
     assert await place(world, a, a, "p1", need=(10, 21)) is None

@@ -1,7 +1,8 @@
 -- Record a placement and take its credits; answers the placement that stands, or false if a worker cannot take it.
 -- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
 -- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
--- Invariant: nothing is placed on a worker that has said it is draining. `total` of a worker's credits is the sum of the others in that hash and at most its num_pages, and a
+-- Invariant: nothing is placed on a worker that has said it is draining. `total` of a worker's credits is the sum of
+-- the others in that hash and at most its num_pages, the others are at most as many as its max_running, and a
 -- placement's credits are taken once, with its record. The operation's name is the key of the record: made again it
 -- finds the record and takes nothing, even if the credits have been given back since.
 
@@ -16,13 +17,13 @@ for i = 0, num_workers - 1 do
   if redis.call('GET', slot) ~= incarnation then
     return false
   end
-  local load = redis.call('HGET', worker, 'load')
+  local card, load, capacity = unpack(redis.call('HMGET', worker, 'card', 'load', 'num_pages'))
   if not load or cjson.decode(load).draining then
     return false
   end
-  local capacity = tonumber(redis.call('HGET', worker, 'num_pages') or 0)
-  local total = tonumber(redis.call('HGET', credits, 'total') or 0)
-  if total + need > capacity then
+  local total = redis.call('HGET', credits, 'total')
+  local count = total and redis.call('HLEN', credits) - 1 or 0
+  if count >= cjson.decode(card).max_running or tonumber(total or 0) + need > tonumber(capacity) then
     return false
   end
 end
