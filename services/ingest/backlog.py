@@ -150,9 +150,10 @@ class Backlog:
 
     async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placement | None:
         job = waiting.admitted.job
+        wanted = Placement(self._new_placement_id(), chosen.prefill, chosen.decode)
         placement = await self._state.place(
             _key(waiting),
-            Placement(self._new_placement_id(), chosen.prefill, chosen.decode),
+            wanted,
             num_prefill_pages=chosen.num_prefill_pages,
             num_decode_pages=chosen.num_decode_pages,
             keep_ms=max(int((job.deadline_s - self._clock_s()) * 1000), keys.LEASE_MS),
@@ -160,7 +161,8 @@ class Backlog:
         if placement is not None:
             self._num_placed += 1
             self._metrics.placed.inc()
-            self._cluster.count(chosen)
+            if placement == wanted:  # and not an earlier one, whose credits the view has already
+                self._cluster.count(chosen)
         return placement
 
 

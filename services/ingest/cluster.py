@@ -1,6 +1,7 @@
 """What ingest knows of the workers: registry and credits, read afresh; block announcements, gathered over time."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ from shared.state.port import LiveWorker, Role, State
 from shared.wire.topics import NUM_SLOTS
 
 FEED_START = "0"
-
 
 VIEW_MAX_AGE_S = 0.25
 """A view that was read longer ago than this is not recent."""
@@ -31,7 +31,7 @@ class Cluster:
         self._state = state
         self._metrics = metrics
         self._clock_s = clock_s
-        self._read_s = -VIEW_MAX_AGE_S
+        self._read_s = -math.inf
         self._cursors: dict[Incarnation, str] = {}
         self.view = ClusterView((), ())
         self.holders = Holders()

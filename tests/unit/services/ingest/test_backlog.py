@@ -1,0 +1,140 @@
+"""By what the backlog places: a recent view, and a fresh one where that was wrong."""
+
+from array import array
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import structlog
+from prometheus_client import CollectorRegistry
+
+from services.ingest.backlog import Backlog
+from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
+from services.ingest.work import Waiting
+from shared.observe.metrics import IngestMetrics
+from shared.policy.placement import NeverFits
+from shared.request import PlacementId
+from shared.state import keys
+from shared.state.memory import MemoryState, MemoryStore
+from shared.state.port import Role
+from tests.contract.state_worlds import a_card, a_load
+
+SILENT = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
+NUM_PROMPT_TOKENS = 60
+
+
+class CountingState(MemoryState):
+    """Counts how often it was asked for the workers and for a placement."""
+
+    num_looks = num_places = 0
+
+    async def workers(self, *, num_slots):
+        self.num_looks += 1
+        return await super().workers(num_slots=num_slots)
+
+    async def place(self, *args, **kwargs):
+        self.num_places += 1
+        return await super().place(*args, **kwargs)
+
+
+class World:
+    def __init__(self):
+        self.now_s = 1_700_000_000.0
+        self.state = CountingState(MemoryStore(clock=lambda: self.now_s))
+        metrics = IngestMetrics(CollectorRegistry())
+        self.cluster = Cluster(self.state, metrics, lambda: self.now_s)
+        ids = count()
+        self.backlog = Backlog(
+            self.state,
+            self.cluster,
+            clock_s=lambda: self.now_s,
+            new_placement_id=lambda: PlacementId(f"p{next(ids)}"),
+            metrics=metrics,
+            log=SILENT,
+        )
+
+    async def claim(self, name, role, **card):
+        card = a_card(name, role=role, **card)
+        slot = await self.state.claim_slot(card, a_load(), num_slots=8, lease_ms=10 * keys.LEASE_MS)
+        return slot, card
+
+    async def placed(self, name, max_tokens=20):
+        """What becomes of a request, when it is alone in the line."""
+        job = SimpleNamespace(request_id=name, tenant="t", deadline_s=self.now_s + 60)
+        admitted = SimpleNamespace(
+            job=job,
+            spec=SimpleNamespace(model="m"),
+            prompt_ids=array("i", range(NUM_PROMPT_TOKENS)),
+            sampling=SimpleNamespace(max_tokens=max_tokens),
+        )
+        self.backlog.add(Waiting(None, admitted, 0, 1, array("i"), self.now_s))
+        _, settled = await self.backlog.next()
+        return settled
+
+
+@pytest.fixture
+async def world():
+    """One prefill worker, two decode workers, in a store that has been up for longer than a lease."""
+    world = World()
+    await world.claim("prefill", Role.PREFILL)
+    for name in ("d0", "d1"):
+        world.now_s += 0.6 * keys.LEASE_MS / 1000
+        await world.claim(name, Role.DECODE)
+    return world
+
+
+async def test_a_recent_view_is_enough(world):
+    await world.cluster.refresh()
+    for name in ("a", "b", "c"):
+        await world.placed(name)
+    assert (world.state.num_looks, world.state.num_places) == (1, 3)
+
+
+async def test_before_the_first_look_and_when_it_was_long_ago_the_store_is_asked(world):
+    assert world.cluster.recent() is None
+    await world.placed("a")
+    world.now_s += VIEW_MAX_AGE_S + 0.01
+    assert world.cluster.recent() is None
+    await world.placed("b")
+    assert world.state.num_looks == 2
+
+
+async def test_its_own_placements_count_in_the_view(world):
+    await world.cluster.refresh()
+    placed = [await world.placed(name) for name in "abcd"]
+    decoders = [placement.decode.incarnation for placement in placed]
+    assert sorted(decoders) == ["d0", "d0", "d1", "d1"]
+    assert world.state.num_looks == 1
+
+    seen = world.cluster.view
+    assert await world.cluster.refresh() == seen, "as the store has them"
+
+
+async def test_what_stands_already_is_not_counted_again(world):
+    await world.cluster.refresh()
+    first = await world.placed("a")
+    await world.cluster.refresh()
+    seen = world.cluster.view
+    assert await world.placed("a") == first
+    assert world.cluster.view == seen
+
+
+async def test_a_worker_that_left_since_is_refused_by_the_store_and_another_is_found(world):
+    await world.cluster.refresh()
+    (gone,) = [worker.ref for worker in world.cluster.view.decode if worker.ref.incarnation == "d0"]
+    await world.state.release_slot(gone.slot, gone.incarnation)
+    placed = [await world.placed(name) for name in "ab"]
+    assert {placement.decode.incarnation for placement in placed} == {"d1"}
+    assert world.state.num_looks == 2
+
+
+async def test_a_view_that_says_never_is_not_believed(world):
+    await world.cluster.refresh()
+    for name in ("prefill2", "d2"):
+        role = Role.PREFILL if name == "prefill2" else Role.DECODE
+        slot, card = await world.claim(name, role, num_pages=200)
+        world.state._store.holder(slot).card = replace(card, max_context=100_000)
+    placed = await world.placed("long", max_tokens=5000)
+    assert placed.decode.incarnation == "d2"
+    assert isinstance(await world.placed("longer", max_tokens=20_000), NeverFits)
