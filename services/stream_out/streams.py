@@ -72,7 +72,11 @@ class Story:
         """Wait for the next `wake`."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
-        await waiter
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiting:  # given up: a silent stream is waited for again at each keep-alive
+                self._waiting.remove(waiter)
 
     def events_behind(self, cursor: Cursor) -> Sequence[StreamEvent]:
         """The events so far that come behind `cursor`."""
