@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import TopicPartition
-from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaConnectionError, for_code
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from shared.bus.kafka_client import CONNECT_TIMEOUT_S, RETRY_BACKOFF_MS, BusCounters, closed, leader_of
+from shared.bus.kafka_client import BusCounters, closed, leader_of, started_client
 from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, Unsent
 from shared.observe.log import Logger
 
@@ -68,21 +67,12 @@ class KafkaAppender:
             return self._connection
 
     async def _started_client(self) -> Any:
-        client: Any = AIOKafkaClient(
-            bootstrap_servers=self._address,
-            client_id=self._client_id,
-            request_timeout_ms=PRODUCE_TIMEOUT_MS,
-            retry_backoff_ms=RETRY_BACKOFF_MS,
-        )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.bootstrap()
-        except BaseException as error:
-            await closed(client.close(), self._log)
-            if isinstance(error, Exception):  # whatever it is: who sends would end and nobody would hear of it
-                raise AppendFailed(f"no connection: {error!r}") from error
-            raise
-        return client
+            return await started_client(
+                self._address, self._client_id, request_timeout_ms=PRODUCE_TIMEOUT_MS, log=self._log
+            )
+        except Exception as error:  # whatever it is: who sends would end and nobody would hear of it
+            raise AppendFailed(f"no connection: {error!r}") from error
 
     async def _give_up(self, failed: "_Connection") -> None:
         async with self._lock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.client import AIOKafkaClient
 
 from shared.observe.log import Logger
 
@@ -23,6 +24,23 @@ class BusCounters:
     num_failed_appends: int = 0
     num_producers_replaced: int = 0
     num_consumers_replaced: int = 0
+
+
+async def started_client(address: str, client_id: str, *, request_timeout_ms: int, log: Logger) -> Any:
+    """A client that has found the brokers. Raises what aiokafka raises, which may be anything: it also asserts."""
+    client: Any = AIOKafkaClient(
+        bootstrap_servers=address,
+        client_id=client_id,
+        request_timeout_ms=request_timeout_ms,
+        retry_backoff_ms=RETRY_BACKOFF_MS,
+    )
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await client.bootstrap()
+    except BaseException:
+        await closed(client.close(), log)
+        raise
+    return client
 
 
 async def leader_of(client: Any, place: TopicPartition) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from aiokafka import TopicPartition
-from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
+from aiokafka.client import ConnectionGroup, CoordinationType
 from aiokafka.errors import CorruptRecordException, KafkaError, OffsetOutOfRangeError, for_code
 from aiokafka.protocol.api import Request
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
@@ -22,11 +22,11 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from shared.bus.kafka_client import (
     CALL_TIMEOUT_S,
-    CONNECT_TIMEOUT_S,
     RETRY_BACKOFF_MS,
     BusCounters,
     closed,
     leader_of,
+    started_client,
 )
 from shared.bus.port import BusUnavailable, Committed, Record, Start
 from shared.observe.log import Logger
@@ -157,22 +157,13 @@ class KafkaReader:
             await asyncio.sleep(RECONNECT_BACKOFF_S)
 
     async def _started(self) -> Any:
-        client: Any = AIOKafkaClient(
-            bootstrap_servers=self._address,
-            client_id=self._client_id,
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
-            retry_backoff_ms=RETRY_BACKOFF_MS,
-        )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.bootstrap()
-        except BaseException as error:
-            await closed(client.close(), self._log)
-            if isinstance(error, Exception):  # whatever it is: the reader would stay without a client for ever
-                self._log.warning("no connection for reading", topic=self.topic, error=repr(error))
-                return None
-            raise
-        return client
+            return await started_client(
+                self._address, self._client_id, request_timeout_ms=REQUEST_TIMEOUT_MS, log=self._log
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is: the reader would stay without a client for ever
+            self._log.warning("no connection for reading", topic=self.topic, error=repr(error))
+            return None
 
     async def _use(self, client: Any) -> None:
         """Fetch until something fails."""

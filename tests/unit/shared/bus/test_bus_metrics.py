@@ -1,28 +1,23 @@
 """A process's connection to Kafka, as a scrape sees it."""
 
 import asyncio
-from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 
-from shared.bus import kafka, kafka_appender, kafka_reader
+from shared.bus import kafka, kafka_appender, kafka_client
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
 from tests.unit.shared.bus.brokers import Brokers, answer, news
 
 
-async def nothing():
-    pass
-
-
-def never_answers(**_):
-    return SimpleNamespace(bootstrap=asyncio.Event().wait, close=nothing)
+async def never_answers(*_, **__):
+    await asyncio.Event().wait()
 
 
 async def test_records_on_their_way_and_records_behind_are_counted_by_topic(monkeypatch):
     brokers = Brokers()
-    monkeypatch.setattr(kafka_reader, "AIOKafkaClient", brokers.client)
-    monkeypatch.setattr(kafka_appender, "AIOKafkaClient", never_answers)
+    monkeypatch.setattr(kafka_client, "AIOKafkaClient", brokers.client)
+    monkeypatch.setattr(kafka_appender, "started_client", never_answers)
     monkeypatch.setattr(kafka, "FLUSH_TIMEOUT_S", 0.01)
     registry = CollectorRegistry()
     bus = KafkaBus("nowhere:1", client_id="test")

@@ -7,7 +7,7 @@ import pytest
 import structlog
 from aiokafka.errors import KafkaConnectionError, NotLeaderForPartitionError
 
-from shared.bus import kafka_appender
+from shared.bus import kafka_client
 from shared.bus.kafka_appender import KafkaAppender
 from shared.bus.kafka_client import BusCounters
 from shared.bus.sending import AppendFailed, Unsent
@@ -63,7 +63,7 @@ class World:
         self.connects.set()
         self.clients = []
         self.counters = BusCounters()
-        monkeypatch.setattr(kafka_appender, "AIOKafkaClient", self.client)
+        monkeypatch.setattr(kafka_client, "AIOKafkaClient", self.client)
         self.appender = KafkaAppender("nowhere:1", "test", SILENT, self.counters)
 
     def client(self, **_):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from shared.bus import kafka_appender
+from shared.bus import kafka_client
 from shared.bus.kafka import KafkaAppender
 from shared.bus.kafka_client import BusCounters
 from shared.bus.sending import AppendFailed
@@ -26,7 +26,7 @@ def a_broken_client(**_):
 
 
 async def test_an_append_whose_connection_fails_is_an_append_that_failed(monkeypatch):
-    monkeypatch.setattr(kafka_appender, "AIOKafkaClient", a_broken_client)
+    monkeypatch.setattr(kafka_client, "AIOKafkaClient", a_broken_client)
     appender = KafkaAppender("nowhere:1", "test", SILENT, BusCounters())
     with pytest.raises(AppendFailed, match="inside the library"):
         await appender.append("topic", 0, ())

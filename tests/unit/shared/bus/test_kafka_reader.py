@@ -20,7 +20,7 @@ from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.fetch import FetchRequest_v11
 from aiokafka.record.util import calc_crc32c
 
-from shared.bus import kafka_reader
+from shared.bus import kafka_client, kafka_reader
 from shared.bus.kafka_client import BusCounters
 from shared.bus.kafka_reader import FetchSession, KafkaReader, unpacked
 from shared.bus.port import BusUnavailable, Committed
@@ -44,7 +44,7 @@ def quick(monkeypatch):
 
 @asynccontextmanager
 async def reading(monkeypatch, brokers, counters=None):
-    monkeypatch.setattr(kafka_reader, "AIOKafkaClient", brokers.client)
+    monkeypatch.setattr(kafka_client, "AIOKafkaClient", brokers.client)
     reader = KafkaReader("nowhere:1", "test", TOPIC, "group", SILENT, counters or BusCounters())
     running = asyncio.create_task(reader.run())
     try:
