@@ -95,7 +95,7 @@ def check(composition: Composition) -> None:
     """All parts but the end. Raises CheckFailed."""
     say("1. Up")
     began_s = time.monotonic()
-    composition.run("up", "-d", within_s=BUILD_WITHIN_S)
+    composition.run("up", "-d", "--build", within_s=BUILD_WITHIN_S)
     until_healthy(composition)
     say(f"all healthy after {time.monotonic() - began_s:.0f} s")
     composition.run("ps", within_s=30)

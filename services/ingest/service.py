@@ -82,6 +82,7 @@ class IngestService:
         self._backlog = Backlog(
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
+        self._sees_workers = True
         self._room = asyncio.Semaphore(MAX_JOBS_IN_HAND)
         self._partitions: Partitions | None = None
         self._hands: set[asyncio.Task[None]] = set()
@@ -149,7 +150,11 @@ class IngestService:
         try:
             await self._cluster.refresh()
         except StateUnavailable as error:
-            self._log.warning("workers not seen", error=str(error))
+            if self._sees_workers:  # said once, not ten times a second
+                self._log.warning("workers not seen", error=str(error))
+            self._sees_workers = False
+        else:
+            self._sees_workers = True
 
     async def _follow_feeds(self) -> None:
         try:
