@@ -8,9 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
+
+from shared.request import Event
 
 FILE = Path(__file__).parent / "dashboards" / "baton.json"
 
@@ -102,9 +105,20 @@ def rate(metric: str, *by: str, window: str = "$__rate_interval") -> str:
     return f"{_sum(by)} (rate({metric}[{window}]))"
 
 
-def quantile(share: float, metric: str, *by: str, window: str = "$__rate_interval") -> str:
-    """Of a histogram, over all but the labels `by`."""
-    return f"histogram_quantile({share}, {_sum(('le', *by))} (rate({metric}_bucket[{window}])))"
+def quantile(share: float, metric: str, *by: str, window: str = "$__rate_interval", **where: str) -> str:
+    """Of a histogram, over all but the labels `by`, where labels are as `where` says."""
+    labels = ", ".join(f'{name}="{value}"' for name, value in where.items())
+    chosen = f"{metric}_bucket{{{labels}}}" if labels else f"{metric}_bucket"
+    return f"histogram_quantile({share}, {_sum(('le', *by))} (rate({chosen}[{window}])))"
+
+
+def stages(share: float) -> list[Query]:
+    """A quantile of each stage of a request's life, in the order of the life, as they are to be stacked."""
+    passed = [*pairwise(Event), (Event.FIRST_TOKEN, Event.FINISHED)]
+    return [
+        Query(quantile(share, "baton_stage_seconds", stage=f"{before}_{after}"), f"{before} → {after}")
+        for before, after in passed
+    ]
 
 
 def mean(metric: str, *by: str) -> str:
@@ -351,7 +365,7 @@ HOPS = Row(
             title="Stages of a request, p50",
             description="From one event of a completed request's life to the next (docs/request_life.md). Stacked to "
             "compare them: the sum of medians is not the median of the sum.",
-            queries=[Query(quantile(0.5, "baton_stage_seconds", "stage"), "{{stage}}")],
+            queries=stages(0.5),
             unit=Unit.SECONDS,
             stacked=True,
             width=12,
@@ -359,10 +373,10 @@ HOPS = Row(
         ),
         Panel(
             title="Stages of a request, p99",
-            description="The same for the slowest in a hundred. placed_prefilling: waiting for the prefill worker. "
-            "first_token_transferring: waiting for the decode worker. transferring_decoding: KV and the "
+            description="The same for the slowest in a hundred. placed → prefilling: waiting for the prefill worker. "
+            "first_token → transferring: waiting for the decode worker. transferring → decoding: KV and the "
             "first step there.",
-            queries=[Query(quantile(0.99, "baton_stage_seconds", "stage"), "{{stage}}")],
+            queries=stages(0.99),
             unit=Unit.SECONDS,
             stacked=True,
             width=12,
