@@ -8,13 +8,11 @@ What the client does not promise is settled here: order through failures (`sendi
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
 
-from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from shared.bus.kafka_appender import KafkaAppender
-from shared.bus.kafka_client import CALL_TIMEOUT_S, BusCounters, closed
+from shared.bus.kafka_client import CALL_TIMEOUT_S, BusCounters, closed, started_client
 from shared.bus.kafka_reader import KafkaReader
 from shared.bus.port import Producer, Reader
 from shared.bus.sending import SendingProducer
@@ -65,12 +63,12 @@ class KafkaBus:
             await asyncio.gather(reading, return_exceptions=True)
 
     async def reachable(self) -> bool:
-        client: Any = AIOKafkaClient(bootstrap_servers=self._address, client_id=self._client_id)
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await client.bootstrap()
-                return bool(client.cluster.brokers())
+            client = await started_client(
+                self._address, self._client_id, request_timeout_ms=int(1000 * CALL_TIMEOUT_S), log=self._log
+            )
         except (KafkaError, OSError, TimeoutError):
             return False
-        finally:
-            await closed(client.close(), self._log)
+        found = bool(client.cluster.brokers())
+        await closed(client.close(), self._log)
+        return found
