@@ -12,7 +12,7 @@ from torch import Tensor
 from shared.blocks import PAGE_TOKENS, pages_for
 from shared.engine.attention.sdpa import PagedSdpa, Run
 from shared.engine.batch import BatchRow, Sampled
-from shared.engine.sampler import Sampler
+from shared.engine.sampling.torch_sampler import Sampler
 from shared.engine.weights import Checkpoint
 from shared.kv.paged_cache import PagedCache
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from shared.blocks import PAGE_TOKENS, pages_for, token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.runner import TorchRunner
-from shared.engine.sampler import NOT_FINITE
+from shared.engine.sampling.torch_sampler import NOT_FINITE
 from shared.engine.weights import load_checkpoint
 from shared.request import SamplingParams
 from tests.oracle import Oracle

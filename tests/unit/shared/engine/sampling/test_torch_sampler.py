@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 
 from shared.blocks import token_ids
 from shared.engine.batch import BatchRow
-from shared.engine.sampler import (
+from shared.engine.sampling.torch_sampler import (
     GOLDEN_GAMMA,
     MASK_64,
     NOT_FINITE,
