@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.blocks import PAGE_TOKENS, pages_for
 from shared.engine.attention.sdpa import PagedSdpa, Run
 from shared.engine.batch import BatchRow, Sampled
+from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.sampling.torch_sampler import Sampler
 from shared.engine.weights import Checkpoint
 from shared.kv.paged_cache import PagedCache
@@ -23,6 +24,7 @@ class TorchRunner:
     def __init__(self, checkpoint: Checkpoint, num_pages: int) -> None:
         self._decoder = checkpoint.decoder
         self._cache = PagedCache(checkpoint.layout, num_pages, checkpoint.decoder.device)
+        self._rotary = self._decoder.rotary_embedding()
         self._sampler = Sampler(checkpoint.config.eos_token_ids, checkpoint.config.vocab_size)
         torch.set_float32_matmul_precision("highest")  # TF32 would break the promise of equal tokens in float32
         # cuDNN plans its attention anew for every length, and a decode step has a new one: 1.6 ms a layer on an H200.
@@ -51,7 +53,7 @@ class TorchRunner:
         results: list[Sampled | None] = [None] * len(rows)
         if sampling:
             last_rows = torch.tensor([end for _, end in sampling], device=hidden.device)
-            logits = self._decoder.logits(hidden.index_select(0, last_rows))
+            logits = self._decoder.logits(hidden.index_select(0, last_rows), TORCH_KERNELS)
             sampled = self._sampler.sample(logits, [rows[index] for index, _ in sampling])
             for (index, _), token in zip(sampling, sampled, strict=True):
                 results[index] = token
@@ -62,10 +64,10 @@ class TorchRunner:
     def _forward(self, rows: Sequence[BatchRow]) -> Tensor:
         """Hidden states `[T, hidden]` of the rows' tokens, one row's behind the other."""
         runs = [Run(row.start, row.end, row.pages[: pages_for(row.end)]) for row in rows]
-        attention = PagedSdpa(self._cache, runs, self._decoder.dtype)
+        attention = PagedSdpa(self._cache, runs, self._decoder.config, self._rotary)
         ids = np.concatenate([np.frombuffer(row.ids[row.start : row.end], dtype=np.int32) for row in rows])
         device_ids = torch.tensor(ids, dtype=torch.int64, device=self._decoder.device)
-        return self._decoder.forward(device_ids, attention.positions, attention)
+        return self._decoder.forward(device_ids, attention, TORCH_KERNELS)
 
     def _clear_entered_pages(self, rows: Sequence[BatchRow]) -> None:
         last_pages = [(row, (row.end - 1) // PAGE_TOKENS) for row in rows]

@@ -12,6 +12,10 @@ import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
 from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS
+from shared.engine.layers.rotary import normed_heads
+from shared.engine.models.config import ModelConfig
+from shared.engine.models.decoder import LayerWeights
+from shared.engine.models.rope import RotaryEmbedding
 from shared.kv.paged_cache import PagedCache
 
 MAX_PADDING_RATIO = 2
@@ -78,23 +82,30 @@ class PagedSdpa:
     end in its last page must be finite.
     """
 
-    def __init__(self, cache: PagedCache, runs: Sequence[Run], dtype: torch.dtype) -> None:
+    def __init__(self, cache: PagedCache, runs: Sequence[Run], config: ModelConfig, rotary: RotaryEmbedding) -> None:
         self._cache = cache
-        self._dtype = dtype
+        self._config = config
         device = cache.device
         positions = [torch.arange(run.start, run.end) for run in runs]
         pages = [torch.tensor(run.pages)[own // PAGE_TOKENS] for run, own in zip(runs, positions, strict=True)]
-        self.positions = torch.cat(positions).to(device)
-        """Position of each token row in its sequence, int64 `[T]`."""
+        row_positions = torch.cat(positions).to(device)
+        self._rotation = rotary.at(row_positions)
         self._row_page = torch.cat(pages).to(device)
-        self._row_slot = self.positions % PAGE_TOKENS
+        self._row_slot = row_positions % PAGE_TOKENS
         self._parts = [self._plan(first, group) for first, group in _grouped(runs)]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store `k` and `v` `[T, num_kv_heads, head_dim]` of `layer`, then attend with `q` `[T, num_heads, head_dim]`.
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
+        """Normalise and rotate q and k of `qkv` `[T, q_size + 2 * kv_size]`, store k and v of `layer`, then attend.
 
-        Returns `[T, num_heads * head_dim]`.
+        Returns `[T, q_size]`.
         """
+        num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
+        heads = qkv.unflatten(1, (-1, self._config.head_dim))
+        qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            qk = normed_heads(qk, num_heads, weights.q_norm, weights.k_norm, self._config.rms_norm_eps)
+        qk = self._rotation.turn(qk)
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
         layer_pages = self._cache.pages[:, layer]
         key_pages, value_pages = layer_pages[:, 0], layer_pages[:, 1]
         key_pages.index_put_((self._row_page, self._row_slot), k)
@@ -139,7 +150,8 @@ class PagedSdpa:
         return _Prefill(first, last, pages, run.end, self._mask(hidden))
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        zeros = torch.zeros(hidden.shape, dtype=self._cache.pages.dtype, device=hidden.device)
+        return zeros.masked_fill_(hidden, float("-inf"))
 
 
 def _grouped(runs: Sequence[Run]) -> list[tuple[int, list[Run]]]:

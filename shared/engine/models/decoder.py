@@ -2,8 +2,10 @@
 
 ids ─> embed ─> layer 0 ─> ... ─> layer n-1 ─> norm ─> logits
 
-layer:  ─┬─> norm ─> qkv ─> (q, k norm) ─> rotate ─> attend ─> o ─ + ─┬─> norm ─> silu(gate) · up ─> down ─ + ─>
-         └───────────────────────────────────────────────────────┘   └─────────────────────────────────────┘
+layer:  ─┬─> norm ─> qkv ─> attend ─> o ─ + ─┬─> norm ─> silu(gate) · up ─> down ─ + ─>
+         └────────────────────────────┘   └─────────────────────────────────────┘
+
+attend: (q, k norm) ─> rotate q, k ─> store k, v in their pages ─> attention of q over the pages
 """
 
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
 from torch import Tensor
 
+from shared.engine.layers.kernels import Kernels
 from shared.engine.models.config import ModelConfig
-from shared.engine.models.rope import RotaryEmbedding, Rotation
+from shared.engine.models.rope import RotaryEmbedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,18 @@ class DecoderWeights:
 
 
 class Attention(Protocol):
-    """Attention of one step's token rows over the pages of their sequences."""
+    """Attention of one step's token rows over the pages of their sequences.
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store `k` and `v` `[T, num_kv_heads, head_dim]` of `layer`, then attend with `q` `[T, num_heads, head_dim]`.
+    Only it knows which sequence and position a row has; the decoder sees rows.
+    """
 
-        Returns `[T, num_heads * head_dim]`.
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
+        """Normalise (where `weights` say so) and rotate q and k, store k and v in the pages of `layer`, then attend.
+
+        Args:
+            qkv: `[T, q_size + 2 * kv_size]`, output of the projection; may be overwritten.
+
+        Returns `[T, q_size]`.
         """
         ...
 
@@ -73,7 +82,6 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self.weights = weights
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,49 +91,25 @@ class Decoder:
     def device(self) -> torch.device:
         return self.weights.embed.device
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states `[T, hidden]` of int64 `ids` and `positions` `[T]`, before the last norm.
+    def rotary_embedding(self) -> RotaryEmbedding:
+        """What turns q and k of this model."""
+        return RotaryEmbedding(self.config.rope, self.config.head_dim, self.dtype, self.device)
 
-        The rows may belong to any number of sequences: only `attention` knows which.
-        """
+    def forward(self, ids: Tensor, attention: Attention, kernels: Kernels) -> Tensor:
+        """Hidden states `[T, hidden]` of int32 or int64 `ids` `[T]`, before the last norm."""
+        eps = self.config.rms_norm_eps
         hidden = F.embedding(ids, self.weights.embed)
-        rotation = self._rotary.at(positions)
         for index, layer in enumerate(self.weights.layers):
-            self._attention_block(index, layer, hidden, rotation, attention)
-            self._mlp_block(layer, hidden)
+            normed = kernels.rms_norm(hidden, layer.input_norm, eps)
+            qkv = kernels.linear(normed, layer.qkv, layer.qkv_bias)
+            mixed = attention.attend(index, layer, qkv)
+            kernels.add_linear(hidden, mixed, layer.o, layer.o_bias)
+            normed = kernels.rms_norm(hidden, layer.post_norm, eps)
+            gated = kernels.gated_linear(normed, layer.gate_up, layer.gate_up_bias)
+            kernels.add_linear(hidden, gated, layer.down, layer.down_bias)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         """Logits `[N, vocab]` of hidden states `[N, hidden]`."""
-        return F.linear(self._norm(hidden, self.weights.norm), self.weights.head)
-
-    def _attention_block(
-        self, index: int, layer: LayerWeights, hidden: Tensor, rotation: Rotation, attention: Attention
-    ) -> None:
-        """Adds the layer's attention to `hidden`."""
-        config = self.config
-        normed = self._norm(hidden, layer.input_norm)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, config.head_dim)
-        num_qk_heads = config.num_heads + config.num_kv_heads
-        qk, v = qkv[:, :num_qk_heads], qkv[:, num_qk_heads:]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
-            qk = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), 1)
-        qk = rotation.turn(qk)
-        mixed = attention.attend(index, qk[:, : config.num_heads], qk[:, config.num_heads :], v)
-        _add_linear(hidden, mixed, layer.o, layer.o_bias)
-
-    def _mlp_block(self, layer: LayerWeights, hidden: Tensor) -> None:
-        """Adds the layer's gated MLP to `hidden`."""
-        gate_up = F.linear(self._norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
-        gate, up = gate_up.chunk(2, -1)
-        _add_linear(hidden, F.silu(gate).mul_(up), layer.down, layer.down_bias)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
-
-
-def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    residual.addmm_(x, weight.t())
-    if bias is not None:
-        residual.add_(bias)
+        normed = kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        return kernels.linear(normed, self.weights.head, None)

@@ -29,7 +29,7 @@ class RotaryEmbedding:
 
     def __init__(self, rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = rope_frequencies(rope, head_dim).to(device)
-        self._scale = rope.attention_factor if isinstance(rope, YarnRope) else 1.0
+        self._scale = _scale_of(rope)
         self._dtype = dtype
 
     def at(self, positions: Tensor) -> Rotation:
@@ -40,6 +40,13 @@ class RotaryEmbedding:
             torch.cat((cosine, cosine), -1)[:, None].to(self._dtype),
             torch.cat((-sine, sine), -1)[:, None].to(self._dtype),
         )
+
+
+def angle_table(rope: Rope, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    """Cosines, then sines, of each pair at positions 0 to `num_positions` - 1: float32 `[num_positions, head_dim]`."""
+    positions = torch.arange(num_positions, dtype=torch.float32, device=device)
+    angles = positions[:, None] * rope_frequencies(rope, head_dim).to(device)
+    return torch.cat((angles.cos(), angles.sin()), -1) * _scale_of(rope)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -54,6 +61,10 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
             return _llama3_frequencies(rope, base)
         case YarnRope():
             return _yarn_frequencies(rope, base, head_dim)
+
+
+def _scale_of(rope: Rope) -> float:
+    return rope.attention_factor if isinstance(rope, YarnRope) else 1.0
 
 
 def _llama3_frequencies(rope: Llama3Rope, base: Tensor) -> Tensor:

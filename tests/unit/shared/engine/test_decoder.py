@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.engine.attention.sdpa import PagedSdpa, Run
+from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.models.config import read_config
 from shared.engine.models.rope import rope_frequencies
 from shared.engine.weights import load_checkpoint
@@ -29,8 +30,9 @@ def name_of(tiny):
 def all_logits(checkpoint, ids):
     """Logits `[T, vocab]` after each of `ids`, computed in one go over scattered pages."""
     cache = PagedCache(checkpoint.layout, 8, CPU)
-    attention = PagedSdpa(cache, [Run(0, len(ids), (6, 2, 5))], checkpoint.decoder.dtype)
-    return checkpoint.decoder.logits(checkpoint.decoder.forward(ids, attention.positions, attention))
+    decoder = checkpoint.decoder
+    attention = PagedSdpa(cache, [Run(0, len(ids), (6, 2, 5))], decoder.config, decoder.rotary_embedding())
+    return decoder.logits(decoder.forward(ids, attention, TORCH_KERNELS), TORCH_KERNELS)
 
 
 @pytest.mark.parametrize("tiny", VARIANTS, ids=name_of)

@@ -1,0 +1,43 @@
+"""The functions a decoder layer is made of, as one set that is passed down: plain torch, or Triton on the GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What the decoder computes with, beside attention. Weights are `[out, in]`; a bias may be None.
+
+    Attributes:
+        rms_norm: (x `[T, hidden]`, weight `[hidden]`, eps) -> normalised x.
+        linear: (x `[T, in]`, weight, bias) -> `[T, out]`.
+        add_linear: (residual `[T, out]`, x, weight, bias) adds the linear layer's output to `residual` in place.
+        gated_linear: (x, weight `[2 * width, in]` of gate and up, bias) -> silu(gate) * up, `[T, width]`.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    add_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    residual.addmm_(x, weight.t())
+    if bias is not None:
+        residual.add_(bias)
+
+
+def _gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    gate, up = F.linear(x, weight, bias).chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+TORCH_KERNELS = Kernels(rms_norm=_rms_norm, linear=F.linear, add_linear=_add_linear, gated_linear=_gated_linear)
+"""The reference, on any device."""
