@@ -12,7 +12,7 @@ import torch
 
 from services.decode.role import DecodeRole
 from services.prefill.role import PrefillRole
-from shared.engine.batch import BatchRow, Sampled
+from shared.engine.batch import BatchRow, Done, Sampled
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
 from shared.kv.layout import KvLayout
@@ -42,9 +42,13 @@ class PacedRunner:
     def cache(self) -> PagedCache:
         return self._cache
 
-    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+    @property
+    def num_ahead(self) -> int:
+        return 0
+
+    def launch(self, rows: tuple[BatchRow, ...]) -> Done:
         time.sleep(self._step_s)
-        return [Sampled(FIRST_WORD + row.end % NUM_WORDS) if row.sample else None for row in rows]
+        return Done([Sampled(FIRST_WORD + row.end % NUM_WORDS) if row.sample else None for row in rows])
 
 
 def paced_engine(settings: WorkerSettings, step_ms: float) -> PagedEngine:

@@ -8,16 +8,24 @@ from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchRow:
     """A run of positions of one sequence: a prefill chunk or (one position) a decode row.
 
+    Nobody changes a row; it is not frozen because one is made for every token, and frozen ones take thrice as long.
+
     Attributes:
         key: of the request, for error messages.
-        ids: all token ids known of the sequence (prompt and answer); the row computes ids[start:end]. The array is
-            the sequence's own and grows after the step: a runner keeps neither it nor a buffer view of it.
-        start, end: positions computed now; KV of [0, start) is in the pages.
-        pages: page numbers of positions [0, end), in order; position p lies in pages[p // PAGE_TOKENS].
+        sequence: number of the sequence, never used again; a preempted sequence keeps its own.
+        seat: where a runner may keep what it knows of the sequence, 0 to max_running - 1. The sequence has it from its
+            first row until it ends, is held or is preempted; nobody else gets it while a batch in flight has its rows.
+        ids: the token ids that the host knows of the sequence (prompt and answer). The array is the sequence's own and
+            grows after the step: a runner keeps neither it nor a buffer view of it.
+        start, end: positions computed now; KV of [0, start) is in the pages, or written by batches launched before.
+            `end` may be `len(ids) + 1`: the last id is then the token that the batch launched before draws for the
+            seat, and `start` is `end - 1`.
+        pages: page numbers of all the sequence's pages, in order; position p lies in pages[p // PAGE_TOKENS]. The same
+            tuple until the sequence gets another page.
         prompt_len: ids[prompt_len:] are the answer so far (penalties, token index).
         sample: whether the token after position end - 1 is wanted (false for all but the last chunk of a prompt).
         choice: keys the generator with sampling.seed and the token's index `end - prompt_len`.
@@ -25,6 +33,8 @@ class BatchRow:
     """
 
     key: str
+    sequence: int
+    seat: int
     ids: TokenIds
     start: int
     end: int
@@ -36,9 +46,9 @@ class BatchRow:
     forbid_end: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
-    """The token after a row.
+    """The token after a row. (Not frozen, as BatchRow.)
 
     Attributes:
         token_id: -1 if the logits held a NaN or nothing was left to pick from; `error` says which.
@@ -49,15 +59,39 @@ class Sampled:
     error: str | None = None
 
 
+class Launched(Protocol):
+    """A batch in flight."""
+
+    def wait(self) -> list[Sampled | None]:
+        """What was drawn: one entry a row, None where nothing was wanted. Called once, in the order of launching.
+
+        All of the batch is done on return, on the device too: a page that is freed next may be written by a transfer
+        at once.
+        """
+        ...
+
+
 class Runner(Protocol):
     """A model over paged KV; one thread owns it."""
 
     @property
     def cache(self) -> PagedCache: ...
 
-    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
-        """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted.
-
-        All is done on return, on the device too: a page that is freed next may be written by a transfer at once.
-        """
+    @property
+    def num_ahead(self) -> int:
+        """How many batches may be launched before the tokens of the one before them are known: 0 or 1."""
         ...
+
+    def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
+        """Begin to compute the rows, write their KV, and sample where wanted, behind all that was launched before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A batch that was computed within `launch`."""
+
+    results: list[Sampled | None]
+
+    def wait(self) -> list[Sampled | None]:
+        return self.results

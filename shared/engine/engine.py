@@ -1,9 +1,22 @@
-"""The engine: schedule, run, post-process."""
+"""The engine: schedule, launch, collect.
+
+A runner may be one batch ahead: a batch is launched before the tokens of the one before it are known, so that the
+device never waits for the host. A step is what lies between two tokens of a sequence:
+
+    step          launch C         wait for B, take its tokens          launch D         wait for C, ...
+    device   ── B ──────────────────┤├── C ──────────────────────────────────────────────┤├── D ...
+
+C continues the sequences of B behind tokens that only the device knows. The price: B may end a sequence (EOS, failure,
+abort) that has a row in C already. That row is thrown away, and the scheduler keeps the pages it writes until then.
+With a runner that is not ahead (`num_ahead` 0) each step launches one batch and waits for it.
+"""
+
+from collections import deque
 
 import numpy as np
 
 from shared.blocks import pages_for
-from shared.engine.batch import BatchRow, Runner, Sampled
+from shared.engine.batch import Launched, Runner, Sampled
 from shared.engine.port import (
     BlockChanges,
     EngineLimits,
@@ -14,7 +27,7 @@ from shared.engine.port import (
     StepOutput,
     TokenOutput,
 )
-from shared.engine.scheduler import Scheduler
+from shared.engine.scheduler import Batch, Scheduler
 from shared.engine.sequence import Sequence, SequenceState
 from shared.kv.paged_cache import PagedCache
 from shared.request import FinishReason
@@ -33,6 +46,7 @@ class PagedEngine:
         self._limits = limits
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._scheduler = Scheduler(limits, model.fingerprint)
+        self._in_flight: deque[tuple[Batch, Launched]] = deque()  # oldest first
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
@@ -66,18 +80,17 @@ class PagedEngine:
         self._scheduler.abort(key)
 
     def step(self) -> StepOutput:
-        batch = self._scheduler.schedule()
-        if not batch.rows:
+        started: tuple[str, ...] = ()
+        while len(self._in_flight) <= self._runner.num_ahead:
+            batch = self._scheduler.schedule()
+            if not batch.rows:
+                break
+            self._in_flight.append((batch, self._runner.launch(batch.rows)))
+            started += batch.started
+        if not self._in_flight:
             return StepOutput()
-        results = self._runner.run(batch.rows)
-        tokens: list[TokenOutput] = []
-        num_batch_tokens = 0
-        for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
-            num_batch_tokens += row.end - row.start
-            output = self._take(row, sequence, sampled)
-            if output is not None:
-                tokens.append(output)
-        return StepOutput(tuple(tokens), batch.started, num_batch_tokens)
+        batch, launched = self._in_flight.popleft()
+        return self._collect(batch, launched.wait(), started)
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()
@@ -125,23 +138,36 @@ class PagedEngine:
         if ids.min() < 0 or ids.max() >= self._model.vocab_size:
             raise ValueError(f"ids must be between 0 and vocab_size - 1 ({self._model.vocab_size - 1})")
 
-    def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled | None) -> TokenOutput | None:
-        """Move a sequence on by what its row gave."""
-        num_cached_tokens = None if sequence.has_output else sequence.num_cached_tokens
+    def _collect(self, batch: Batch, results: list[Sampled | None], started: tuple[str, ...]) -> StepOutput:
+        """Move the sequences of a batch that is done on by what their rows gave."""
+        self._scheduler.collected(batch)
+        tokens: list[TokenOutput] = []
+        num_batch_tokens = 0
+        for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
+            num_batch_tokens += row.end - row.start
+            if sequence.state is SequenceState.ENDED:
+                continue  # it ended after the row had been launched
+            if sampled is None:
+                self._scheduler.computed_to(sequence, row.end)
+            elif sampled.error is None:
+                self._scheduler.computed_to(sequence, row.end)
+                tokens.append(self._take(sequence, sampled))
+            else:
+                tokens.append(self._fail(sequence, sampled.error))
+        return StepOutput(tuple(tokens), started, num_batch_tokens)
+
+    def _take(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        """Add a token to its sequence."""
+        token_id = sampled.token_id
         index = sequence.index
-        if sampled is not None and sampled.error is not None:
-            self._scheduler.fail(sequence)
-            return TokenOutput(
-                row.key, index, -1, FinishReason.FAILED, num_cached_tokens=num_cached_tokens, error=sampled.error
-            )
-        self._scheduler.computed_to(sequence, row.end)
-        if sampled is None:
-            return None
-        if sequence.state is SequenceState.PREFILLING and not sequence.has_output:
-            self._num_prompt_tokens += row.prompt_len
-        sequence.has_output = True
+        num_cached_tokens: int | None = None
+        if not sequence.has_output:
+            sequence.has_output = True
+            num_cached_tokens = sequence.num_cached_tokens
+            if sequence.is_prefilled:
+                self._num_prompt_tokens += sequence.request.prompt_len
         self._num_generated_tokens += 1
-        finish = self._finish(sequence, sampled.token_id)
+        finish = self._finish(sequence, index, token_id)
         held_pages: tuple[int, ...] = ()
         if finish is not None:
             self._scheduler.end(sequence)
@@ -149,18 +175,30 @@ class PagedEngine:
             self._scheduler.hold(sequence)
             held_pages = sequence.pages
         else:
-            self._scheduler.extend(sequence, sampled.token_id)
+            sequence.ids.append(token_id)
         return TokenOutput(
-            row.key, index, sampled.token_id, finish, sampled.logprob, num_cached_tokens, held_pages=held_pages
+            sequence.request.key, index, token_id, finish, sampled.logprob, num_cached_tokens, held_pages=held_pages
         )
 
-    def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+    def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
+        num_cached_tokens = None if sequence.has_output else sequence.num_cached_tokens
+        self._scheduler.fail(sequence)
+        return TokenOutput(
+            sequence.request.key,
+            sequence.index,
+            -1,
+            FinishReason.FAILED,
+            num_cached_tokens=num_cached_tokens,
+            error=error,
+        )
+
+    def _finish(self, sequence: Sequence, index: int, token_id: int) -> FinishReason | None:
         """Whether the token ends the choice."""
         sampling = sequence.request.sampling
         if token_id in self._eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
         if token_id in sampling.stop_token_ids:
             return FinishReason.STOP
-        if sequence.index + 1 >= sampling.max_tokens:
+        if index + 1 >= sampling.max_tokens:
             return FinishReason.LENGTH
         return None

@@ -18,16 +18,22 @@ The rule, for a sequence of ids of which the first `prompt_len` are prompt:
 KV of a token at position p is K = (id, p + 1) and V = (-id, -p - 1), one layer, one head, float32. The next token is
 computed from the ids read back from the pages, not from the row: KV that is missing or of another position raises
 AssertionError, KV of other ids gives other tokens.
+
+It computes a batch as late as a device may, when it is waited for, and spoils what the batch is to write when it is
+launched: whoever reads a page too early finds no KV, and whoever writes to a page that a batch in flight uses is found
+out.
 """
 
+from collections import deque
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.blocks import PAGE_TOKENS, TokenIds
-from shared.engine.batch import BatchRow, Sampled
+from shared.blocks import PAGE_TOKENS, TokenIds, pages_for
+from shared.engine.batch import BatchRow, Launched, Sampled
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
 from shared.kv.layout import KvLayout
@@ -38,6 +44,9 @@ FAKE_VOCAB_SIZE = 1000
 FAKE_EOS_TOKEN_ID = 2
 END_AT = 998
 """Second to last id of a prompt whose answer ends at the index that the last id gives."""
+
+SPOILT = -1
+"""In the KV where an id should be: a batch in flight is going to write there."""
 
 
 def fake_model(
@@ -98,39 +107,75 @@ class FakeRunner:
     `poison_token_id`: a row that has this id in its KV fails as if its logits held a NaN; None: no id does.
     """
 
-    def __init__(self, model: EngineModel, num_pages: int, poison_token_id: int | None = None) -> None:
+    def __init__(
+        self, model: EngineModel, num_pages: int, poison_token_id: int | None = None, num_ahead: int = 0
+    ) -> None:
         self._model = model
         self._cache = PagedCache(model.layout, num_pages, torch.device("cpu"))
         self._pages: NDArray[np.float32] = self._cache.pages.numpy()  # the same memory
         self._poison_token_id = poison_token_id
+        self._num_ahead = num_ahead
+        self._in_flight: deque[_FakeLaunched] = deque()
+        self._drawn: dict[int, tuple[int, int, int]] = {}  # by seat: the newest token's sequence, position and id
 
     @property
     def cache(self) -> PagedCache:
         return self._cache
 
-    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+    @property
+    def num_ahead(self) -> int:
+        return self._num_ahead
+
+    def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
+        if len(self._in_flight) > self._num_ahead:
+            raise AssertionError(f"{len(self._in_flight)} batches are in flight already")
         _refuse_shared_writes(rows)
         for row in rows:
-            self._write(row)
-        return [self._sample(row, self._read(row)) for row in rows]
+            self._write_kv(row, np.full(row.end - row.start, SPOILT))
+        launched = _FakeLaunched(self, tuple(replace(row, ids=row.ids[:]) for row in rows))
+        self._in_flight.append(launched)
+        return launched
 
-    def _write(self, row: BatchRow) -> None:
+    def compute(self, launched: "_FakeLaunched") -> list[Sampled | None]:
+        """What the batch draws; it must be the oldest in flight."""
+        if launched is not self._in_flight.popleft():
+            raise AssertionError("a batch is waited for before an older one")
+        for row in launched.rows:
+            self._write_kv(row, self._new_ids(row))
+        results = [self._sample(row, self._read(row)) for row in launched.rows]
+        for row, sampled in zip(launched.rows, results, strict=True):
+            if sampled is not None:
+                self._drawn[row.seat] = row.sequence, row.end, max(sampled.token_id, 0)
+        return results
+
+    def _new_ids(self, row: BatchRow) -> NDArray[np.int32]:
+        """ids[start:end], the last one from the seat if the host did not know it."""
+        if row.end <= len(row.ids):
+            return np.array(row.ids[row.start : row.end], dtype=np.int32)
+        sequence, position, token_id = self._drawn.get(row.seat, (-1, -1, -1))
+        if (sequence, position, position) != (row.sequence, row.start, len(row.ids)):
+            raise AssertionError(
+                f"request {row.key!r} wants position {row.start} of its {len(row.ids)} ids and what seat {row.seat}"
+                f" drew, which is position {position} of sequence {sequence}"
+            )
+        return np.array([token_id], dtype=np.int32)
+
+    def _write_kv(self, row: BatchRow, ids: NDArray[np.int32]) -> None:
         positions = np.arange(row.start, row.end)
         pages, offsets = np.asarray(row.pages)[positions // PAGE_TOKENS], positions % PAGE_TOKENS
-        ids = np.frombuffer(row.ids[row.start : row.end], dtype=np.int32)
         kv = np.stack((ids, positions + 1), axis=-1)
         self._pages[pages, 0, 0, offsets, 0] = kv
         self._pages[pages, 0, 1, offsets, 0] = -kv
 
     def _read(self, row: BatchRow) -> NDArray[np.int64]:
         """Ids of positions [0, end) as the pages have them."""
-        kv = self._pages[list(row.pages), 0, :, :, 0].swapaxes(0, 1).reshape(2, -1, 2)[:, : row.end]
-        wrong = (kv[0, :, 1] != np.arange(1, row.end + 1)) | (kv[0] != -kv[1]).any(axis=-1)
+        pages = row.pages[: pages_for(row.end)]
+        kv = self._pages[list(pages), 0, :, :, 0].swapaxes(0, 1).reshape(2, -1, 2)[:, : row.end]
+        wrong = (kv[0, :, 1] != np.arange(1, row.end + 1)) | (kv[0] != -kv[1]).any(axis=-1) | (kv[0, :, 0] == SPOILT)
         if wrong.any():
             position = int(wrong.argmax())
-            page = row.pages[position // PAGE_TOKENS]
             raise AssertionError(
-                f"request {row.key!r}: page {page} should hold position {position},"
+                f"request {row.key!r}: page {pages[position // PAGE_TOKENS]} should hold position {position},"
                 f" its K is {kv[0, position].tolist()} and its V {kv[1, position].tolist()}"
             )
         return kv[0, :, 0].astype(np.int64)
@@ -154,6 +199,17 @@ class FakeRunner:
         return Sampled(token_id, _logprob(token_id, row.sampling, self._model.vocab_size))
 
 
+class _FakeLaunched:
+    """A batch of a FakeRunner, with the ids as they were at its launch."""
+
+    def __init__(self, runner: FakeRunner, rows: tuple[BatchRow, ...]) -> None:
+        self._runner = runner
+        self.rows = rows
+
+    def wait(self) -> list[Sampled | None]:
+        return self._runner.compute(self)
+
+
 def fake_engine(
     *,
     model: EngineModel | None = None,
@@ -162,11 +218,12 @@ def fake_engine(
     max_running: int = 8,
     max_batch_tokens: int = 256,
     poison_token_id: int | None = None,
+    num_ahead: int = 0,
 ) -> PagedEngine:
     """A PagedEngine over a FakeRunner."""
     model = model or fake_model()
     limits = EngineLimits(max_context, num_pages, max_running, max_batch_tokens)
-    return PagedEngine(FakeRunner(model, num_pages, poison_token_id), model, limits)
+    return PagedEngine(FakeRunner(model, num_pages, poison_token_id, num_ahead), model, limits)
 
 
 def _next_token(
@@ -208,15 +265,18 @@ def _logprob(token_id: int, sampling: SamplingParams, vocab_size: int) -> TokenL
 
 
 def _refuse_shared_writes(rows: tuple[BatchRow, ...]) -> None:
-    """Raise AssertionError if a row writes a page that another row of the batch has too."""
+    """Raise AssertionError if a row writes a page that another row of the batch has too, or sits in its seat."""
+    if len({row.seat for row in rows}) < len(rows):
+        raise AssertionError("two rows of one batch have the same seat")
     writer: dict[int, str] = {}
+    num_written = 0
     for row in rows:
-        for page in row.pages[row.start // PAGE_TOKENS :]:
+        for page in row.pages[row.start // PAGE_TOKENS : pages_for(row.end)]:
             writer[page] = row.key
+            num_written += 1
     for row in rows:
         for page in row.pages[: row.start // PAGE_TOKENS]:
             if page in writer:
                 raise AssertionError(f"page {page} of request {row.key!r} is written by {writer[page]!r}")
-    num_written = sum(len(row.pages) - row.start // PAGE_TOKENS for row in rows)
     if num_written != len(writer):
         raise AssertionError("two rows of one batch write the same page")

@@ -83,9 +83,9 @@ class StepOutput:
 
     Attributes:
         tokens: new tokens, at most one a request.
-        started: keys of requests whose first chunk was computed in this step; imported ones and those prefilled
+        started: keys of requests whose first chunk was launched in this step; imported ones and those prefilled
             again after preemption are not among them.
-        num_batch_tokens: token rows computed.
+        num_batch_tokens: token rows of the batch that was waited for.
     """
 
     tokens: tuple[TokenOutput, ...] = ()
@@ -190,16 +190,21 @@ class Engine(Protocol):
     def abort(self, key: str) -> None:
         """Forget a request in any state and free what it has. Unknown keys do nothing.
 
-        An importing request's pages are freed too: the caller must have ended the transfer into them first.
+        Pages that a batch in flight may still write are free when it has been waited for. An importing request's pages
+        are freed too: the caller must have ended the transfer into them first.
         """
         ...
 
     def step(self) -> StepOutput:
-        """Schedule, run and post-process one batch; an empty output if there is nothing to do."""
+        """Launch what can be launched now, wait for the oldest batch in flight and take its tokens.
+
+        An empty output if there is nothing to do. A batch may stay in flight between two steps (one, or none: it
+        depends on the runner); its tokens, published blocks and free pages come with the next step.
+        """
         ...
 
     def has_work(self) -> bool:
-        """Whether `step` would compute anything."""
+        """Whether anything is in flight or `step` would launch anything."""
         ...
 
     def take_block_changes(self) -> BlockChanges: ...

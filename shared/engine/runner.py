@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS, pages_for
 from shared.engine.attention.sdpa import PagedSdpa, Run
-from shared.engine.batch import BatchRow, Sampled
+from shared.engine.batch import BatchRow, Done, Sampled
 from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.sampling.torch_sampler import Sampler
 from shared.engine.weights import Checkpoint
@@ -34,9 +34,18 @@ class TorchRunner:
     def cache(self) -> PagedCache:
         return self._cache
 
+    @property
+    def num_ahead(self) -> int:
+        """None: a batch needs the tokens of the one before it."""
+        return 0
+
+    def launch(self, rows: tuple[BatchRow, ...]) -> Done:
+        """Compute the rows, write their KV, and sample where wanted; all is done on return."""
+        return Done(self._run(rows))
+
     @torch.inference_mode()
-    def run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
-        """Compute the rows, write their KV, and sample where wanted: one entry a row, None where not wanted.
+    def _run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+        """One entry a row, None where no token is wanted.
 
         Invariant: behind the last position of a sequence, its last page holds finite numbers (zeros, since a page is
         cleared when its first position is computed). Otherwise a NaN left by an earlier user of the page would reach

@@ -1,8 +1,13 @@
-"""Decides what each step computes, and which sequence holds which pages meanwhile.
+"""Decides what each batch computes, and which sequence holds which pages and which seat meanwhile.
 
-One idea: in every step a sequence's tokens computed catch up with its tokens wanted, as far as the step's token budget
-allows. A decode row is the case where one token is missing, a prefill chunk the case where many are.
+One idea: in every batch a sequence's tokens launched catch up with its tokens wanted, as far as the batch's token
+budget allows. A decode row is the case where one token is missing, a prefill chunk the case where many are.
 
+    schedule ──> batch in flight ──> collected, then for each row `computed_to` and one of extend, hold, end, fail
+
+- A batch may be scheduled while another is in flight: a row goes on from what has been launched, be it a prompt's next
+  chunk or a token that nobody has seen yet. What must not happen under a batch in flight waits for its end: no
+  sequence is preempted, and who ends keeps pages and seat until no batch in flight has a row of it.
 - A seat is held from admission (or `reserve`) to the end: running, prefilling and importing sequences together never
   exceed `max_running`, so an import always can run, and each prefilling sequence finds budget beside the decode rows.
 - Admission takes pages for all ids at once; afterwards a sequence asks for one more page each PAGE_TOKENS tokens.
@@ -15,21 +20,22 @@ allows. A decode row is the case where one token is missing, a prefill chunk the
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from shared.blocks import PAGE_TOKENS, BlockHash, pages_for, root_hash
 from shared.engine.batch import BatchRow
 from shared.engine.port import EngineLimits, EngineRequest, Reservation
-from shared.engine.sequence import Sequence, SequenceState, arrival_of, line_rank_of
+from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of
 from shared.kv.block_pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work.
+    """What to compute next.
 
     Attributes:
-        rows: what to compute.
+        rows: empty if there is nothing to launch now.
         sequences: whose it is; one for each row.
         started: keys of requests whose first chunk this is.
     """
@@ -37,6 +43,11 @@ class Batch:
     rows: tuple[BatchRow, ...]
     sequences: tuple[Sequence, ...]
     started: tuple[str, ...]
+
+
+NOTHING = Batch((), (), ())
+ACTIVE = frozenset({SequenceState.PREFILLING, SequenceState.RUNNING})
+SEATED = ACTIVE | {SequenceState.IMPORTING}
 
 
 class Scheduler:
@@ -62,6 +73,9 @@ class Scheduler:
         self._held: dict[str, Sequence] = {}
         self._importing: dict[str, Sequence] = {}
         self._computing: dict[BlockHash, Sequence] = {}  # blocks on their way, and who computes them
+        self._leaving: list[Sequence] = []  # ended, with rows in flight
+        self._free_seats = list(range(limits.max_running - 1, -1, -1))
+        self._num_in_flight = 0
         self._next_arrival = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
@@ -125,6 +139,7 @@ class Scheduler:
             return None
         self._sequences[request.key] = sequence
         sequence.pages = self._pool.acquire(found, num_new)
+        sequence.seat = self._free_seats.pop()
         self._count_found(sequence, len(found))
         self._importing[request.key] = sequence
         return Reservation(pages=sequence.pages, num_cached_pages=len(found))
@@ -134,7 +149,8 @@ class Scheduler:
         sequence = self._importing.pop(key)
         sequence.move(SequenceState.RUNNING)
         insort(self._active, sequence, key=arrival_of)
-        self.computed_to(sequence, len(sequence.ids) - 1)
+        sequence.num_launched = len(sequence.ids) - 1
+        self.computed_to(sequence, sequence.num_launched)
 
     def abort(self, key: str) -> None:
         """End a sequence in any state. Unknown keys do nothing."""
@@ -145,36 +161,50 @@ class Scheduler:
     # What the engine asks in each step.
 
     def schedule(self) -> Batch:
-        """The next batch: decode rows, then chunks of what is prefilling, then of what is admitted; each by age."""
-        budget = self._limits.max_batch_tokens
+        """The next batch: decode rows, then chunks of what is prefilling, then of what is admitted; each by age.
+
+        It counts as in flight from now on. It is empty if nobody has anything to launch or if a page is lacking that
+        only a preemption can give: then what is in flight has to be collected first.
+        """
+        if not self._grow_running():
+            return NOTHING
         sequences: list[Sequence] = []
         rows: list[BatchRow] = []
-        for sequence in tuple(self._active):
-            # The state is asked again for each: those behind may be preempted on the way.
-            if sequence.state is SequenceState.RUNNING and self._grow(sequence):
-                sequences.append(sequence)
-                rows.append(_row(sequence, 1))
-        budget -= len(rows)
-        prefilling = [sequence for sequence in self._active if sequence.state is SequenceState.PREFILLING]
         started: list[str] = []
-        for sequence in prefilling:
-            if not budget:
-                break
-            sequences.append(sequence)
-            rows.append(_row(sequence, budget))
-            budget -= rows[-1].end - rows[-1].start
+        for sequence in self._active:
+            if sequence.state is SequenceState.RUNNING and sequence.num_launched < sequence.last_end:
+                sequences.append(sequence)
+                rows.append(_decode_row(sequence))
+        budget = self._limits.max_batch_tokens - len(rows)
+        for sequence in self._active:
+            if sequence.state is SequenceState.PREFILLING and budget:
+                sequences.append(sequence)
+                rows.append(_chunk(sequence, budget))
+                budget -= rows[-1].end - rows[-1].start
         if budget and self._line:
             for sequence, is_new in self._admit(budget):
                 sequences.append(sequence)
-                rows.append(_row(sequence, budget))
+                rows.append(_chunk(sequence, budget))
                 budget -= rows[-1].end - rows[-1].start
                 if is_new:
                     started.append(sequence.request.key)
+        if rows:
+            self._num_in_flight += 1
         return Batch(tuple(rows), tuple(sequences), tuple(started))
+
+    def collected(self, batch: Batch) -> None:
+        """A batch, the oldest in flight, is done: who ended since its launch frees what it kept for it."""
+        self._num_in_flight -= 1
+        for sequence in batch.sequences:
+            sequence.num_in_flight -= 1
+        if self._leaving:
+            for sequence in self._leaving:
+                if not sequence.num_in_flight:
+                    self._release(sequence)
+            self._leaving = [sequence for sequence in self._leaving if sequence.num_in_flight]
 
     def computed_to(self, sequence: Sequence, end: int) -> None:
         """KV of the positions below `end` is in the pages: publish the blocks that are full now."""
-        sequence.num_computed = end
         while sequence.num_published < end // PAGE_TOKENS:
             index = sequence.num_published
             block_hash = sequence.block_hash(index)
@@ -183,16 +213,11 @@ class Scheduler:
                 del self._computing[block_hash]
             sequence.num_published += 1
 
-    def extend(self, sequence: Sequence, token_id: int) -> None:
-        """The token after all computed ids is known, and its successor is wanted."""
-        sequence.ids.append(token_id)
-        if sequence.state is not SequenceState.RUNNING:
-            sequence.move(SequenceState.RUNNING)
-
     def hold(self, sequence: Sequence) -> None:
         """The sequence gives up its seat and keeps its pages."""
         sequence.move(SequenceState.HELD)
         self._active.remove(sequence)
+        self._leave_seat(sequence)
         self._held[sequence.request.key] = sequence
 
     def fail(self, sequence: Sequence) -> None:
@@ -201,7 +226,7 @@ class Scheduler:
         self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Forget a sequence and free what it has."""
+        """Forget a sequence; what it has is free when no batch in flight has a row of it."""
         key, state = sequence.request.key, sequence.state
         sequence.move(SequenceState.ENDED)
         match state:
@@ -215,19 +240,29 @@ class Scheduler:
                 del self._importing[key]
             case SequenceState.ENDED:
                 raise AssertionError("no sequence ends twice")
-        self._free_pages(sequence)
         del self._sequences[key]
+        self._stop_computing(sequence)
+        if sequence.num_in_flight:
+            self._leaving.append(sequence)
+        else:
+            self._release(sequence)
 
     def has_work(self) -> bool:
-        """Whether `schedule` has anybody to serve. (With no one active nothing is being computed, so none waits.)"""
-        return bool(self._active) or (bool(self._line) and self._fits(self._line[0]))
+        """Whether anything is in flight or `schedule` has anybody to serve.
+
+        (With no one active and nothing in flight nothing is being computed, so none waits for that.)
+        """
+        return bool(self._num_in_flight or self._active) or (bool(self._line) and self._fits(self._line[0]))
 
     def check(self) -> None:
         """Raise AssertionError unless pages, seats and states add up."""
-        self._pool.check(sequence.pages for sequence in self._sequences.values())
-        groups: tuple[tuple[Iterable[Sequence], set[SequenceState]], ...] = (
+        alive = self._sequences.values()
+        self._pool.check(sequence.pages for sequence in (*alive, *self._leaving))
+        seats = [sequence.seat for sequence in (*alive, *self._leaving) if sequence.seat != NO_SEAT]
+        assert sorted(seats + self._free_seats) == list(range(self._limits.max_running)), "the seats do not add up"
+        groups: tuple[tuple[Iterable[Sequence], AbstractSet[SequenceState]], ...] = (
             (self._line, {SequenceState.WAITING}),
-            (self._active, {SequenceState.PREFILLING, SequenceState.RUNNING}),
+            (self._active, ACTIVE),
             (self._held.values(), {SequenceState.HELD}),
             (self._importing.values(), {SequenceState.IMPORTING}),
         )
@@ -237,22 +272,29 @@ class Scheduler:
                 assert sequence.state in states, f"{sequence.request.key} is listed apart from its state"
                 listed[sequence.request.key] += 1
         assert listed == Counter(self._sequences.keys()), "a sequence is listed twice or not at all"
-        assert self._num_seats_free >= 0, "more sequences have a seat than max_running"
         assert self._line == sorted(self._line, key=line_rank_of), "the line is out of order"
         assert self._active == sorted(self._active, key=arrival_of), "active sequences are out of order"
-        for sequence in self._sequences.values():
-            assert len(sequence.pages) * PAGE_TOKENS >= sequence.num_computed, "more is computed than pages hold"
+        for sequence in alive:
+            name, state = sequence.request.key, sequence.state
+            assert (sequence.seat != NO_SEAT) == (state in SEATED), f"{name} is {state.name} in seat {sequence.seat}"
+            assert len(sequence.pages) * PAGE_TOKENS >= sequence.num_launched, "more is launched than pages hold"
+            assert sequence.num_launched <= sequence.last_end, "more is launched than is wanted"
+            assert 0 <= sequence.num_in_flight <= self._num_in_flight, "a row is in flight without its batch"
+            assert not sequence.num_in_flight or state in ACTIVE, f"{name} is {state.name} and in flight"
             assert sequence.num_published <= len(sequence.pages), "more is published than the pages there are"
-            assert sequence.pages or sequence.state is not SequenceState.PREFILLING, "prefilling without pages"
-            assert not sequence.pages or sequence.state is not SequenceState.WAITING, "waiting with pages"
+            assert sequence.pages or state is not SequenceState.PREFILLING, "prefilling without pages"
+            assert not sequence.pages or state is not SequenceState.WAITING, "waiting with pages"
+        for sequence in self._leaving:
+            assert sequence.state is SequenceState.ENDED, "a sequence leaves that has not ended"
+            assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
         for sequence in self._computing.values():
-            assert sequence.state in (SequenceState.PREFILLING, SequenceState.RUNNING), "a block is awaited from nobody"
+            assert sequence.state in ACTIVE, "a block is awaited from nobody"
 
     # Inside.
 
     @property
     def _num_seats_free(self) -> int:
-        return self._limits.max_running - len(self._active) - len(self._importing)
+        return len(self._free_seats)
 
     def _new_sequence(self, request: EngineRequest, state: SequenceState) -> Sequence:
         root = root_hash(self._model_fingerprint, request.cache_salt)
@@ -291,7 +333,7 @@ class Scheduler:
                 break
             admitted.append((sequence, not sequence.is_preempted))
             self._seat(sequence, found)
-            budget -= len(sequence.ids) - sequence.num_computed
+            budget -= len(sequence.ids) - sequence.num_launched
         if admitted:
             self._line = [sequence for sequence in self._line if sequence.state is SequenceState.WAITING]
         return admitted
@@ -305,7 +347,9 @@ class Scheduler:
         sequence.move(SequenceState.PREFILLING)
         sequence.is_preempted = False
         sequence.pages = self._pool.acquire(found, pages_for(len(sequence.ids)) - len(found))
-        sequence.num_computed = len(found) * PAGE_TOKENS
+        sequence.seat = self._free_seats.pop()
+        sequence.num_launched = len(found) * PAGE_TOKENS
+        sequence.is_prefilled = True
         self._count_found(sequence, len(found))
         for block_hash in sequence.hashes[len(found) :]:
             self._computing.setdefault(block_hash, sequence)
@@ -319,50 +363,97 @@ class Scheduler:
         self._num_prefix_queries += len(sequence.ids)
         self._num_prefix_hits += num_found * PAGE_TOKENS
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence the page for its newest id; false if it was itself the youngest and is preempted."""
-        if pages_for(len(sequence.ids)) == len(sequence.pages):
-            return True
-        while self._pool.num_free == 0:
-            youngest = self._active[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
-                return False
-        sequence.pages += self._pool.acquire((), 1)
+    def _grow_running(self) -> bool:
+        """Give running sequences the page for the token they compute next, oldest first.
+
+        False if pages are lacking and who has them may not be preempted yet.
+        """
+        lacking = [sequence for sequence in self._active if sequence.num_launched == len(sequence.pages) * PAGE_TOKENS]
+        for sequence in lacking:
+            # The state is asked for each: those behind may be preempted on the way.
+            if sequence.state is not SequenceState.RUNNING or sequence.num_launched == sequence.last_end:
+                continue
+            while self._pool.num_free == 0 and sequence.state is SequenceState.RUNNING:
+                if self._num_in_flight:
+                    return False
+                self._preempt(self._active[-1])
+            if sequence.state is SequenceState.RUNNING:
+                sequence.pages += self._pool.acquire((), 1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         sequence.move(SequenceState.WAITING)
         self._active.remove(sequence)
-        self._free_pages(sequence)
-        sequence.num_computed = 0
+        self._stop_computing(sequence)
+        self._release(sequence)
+        sequence.num_launched = 0
         sequence.num_published = 0
         sequence.is_preempted = True
         insort(self._line, sequence, key=line_rank_of)
         self._num_preemptions += 1
 
-    def _free_pages(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.pages)
-        sequence.pages = ()
+    def _stop_computing(self, sequence: Sequence) -> None:
+        """Nobody need wait for the blocks that it has not published."""
         for block_hash in sequence.hashes[sequence.num_published :]:
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
 
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.pages)
+        sequence.pages = ()
+        self._leave_seat(sequence)
 
-def _row(sequence: Sequence, max_tokens: int) -> BatchRow:
-    """The next `max_tokens` positions of the sequence, or as many as are left."""
+    def _leave_seat(self, sequence: Sequence) -> None:
+        if sequence.seat != NO_SEAT:
+            self._free_seats.append(sequence.seat)
+            sequence.seat = NO_SEAT
+
+
+def _decode_row(sequence: Sequence) -> BatchRow:
+    """The row of the newest token, seen or not; marks it as launched."""
+    start = sequence.num_launched
+    end = start + 1
+    sequence.num_launched = end
+    sequence.num_in_flight += 1
     request = sequence.request
-    end = min(sequence.num_computed + max_tokens, len(sequence.ids))
-    sample = end == len(sequence.ids)
+    prompt_len, sampling = request.prompt_len, request.sampling
+    return BatchRow(
+        request.key,
+        sequence.arrival,
+        sequence.seat,
+        sequence.ids,
+        start,
+        end,
+        sequence.pages,
+        prompt_len,
+        True,
+        sampling,
+        request.choice,
+        end - prompt_len < sampling.min_tokens,
+    )
+
+
+def _chunk(sequence: Sequence, max_tokens: int) -> BatchRow:
+    """The next `max_tokens` of the ids, or as many as are left; marks them as launched."""
+    request = sequence.request
+    start = sequence.num_launched
+    end = min(start + max_tokens, len(sequence.ids))
+    sequence.num_launched = end
+    sequence.num_in_flight += 1
+    is_last = end == len(sequence.ids)
+    if is_last:
+        sequence.move(SequenceState.RUNNING)
     return BatchRow(
         key=request.key,
+        sequence=sequence.arrival,
+        seat=sequence.seat,
         ids=sequence.ids,
-        start=sequence.num_computed,
+        start=start,
         end=end,
-        pages=sequence.pages[: pages_for(end)],
+        pages=sequence.pages,
         prompt_len=request.prompt_len,
-        sample=sample,
+        sample=is_last,
         sampling=request.sampling,
         choice=request.choice,
-        forbid_end=sample and sequence.index < request.sampling.min_tokens,
+        forbid_end=is_last and end - request.prompt_len < request.sampling.min_tokens,
     )

@@ -5,6 +5,8 @@ from enum import Enum, auto
 from shared.blocks import PAGE_TOKENS, BlockHash, extend_chain, hash_chain
 from shared.engine.port import EngineRequest
 
+NO_SEAT = -1
+
 
 class SequenceState(Enum):
     """Where a sequence stands; see the drawing in `shared.engine.port`."""
@@ -12,9 +14,9 @@ class SequenceState(Enum):
     WAITING = auto()
     """In the line, without pages: new, or preempted."""
     PREFILLING = auto()
-    """Has pages for all its ids; their KV is being computed in chunks."""
+    """Has pages for all its ids; chunks of them are still to be launched."""
     RUNNING = auto()
-    """Computes its newest id in every step."""
+    """All its ids have been launched; computes its newest token in every batch."""
     HELD = auto()
     """Done but for its pages, which a peer is to pull."""
     IMPORTING = auto()
@@ -25,10 +27,8 @@ class SequenceState(Enum):
 
 TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
     SequenceState.WAITING: frozenset({SequenceState.PREFILLING, SequenceState.ENDED}),
-    SequenceState.PREFILLING: frozenset(
-        {SequenceState.RUNNING, SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}
-    ),
-    SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.ENDED}),
+    SequenceState.PREFILLING: frozenset({SequenceState.RUNNING, SequenceState.WAITING, SequenceState.ENDED}),
+    SequenceState.RUNNING: frozenset({SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}),
     SequenceState.HELD: frozenset({SequenceState.ENDED}),
     SequenceState.IMPORTING: frozenset({SequenceState.RUNNING, SequenceState.ENDED}),
     SequenceState.ENDED: frozenset(),
@@ -36,20 +36,25 @@ TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
 
 
 class Sequence:
-    """A request on its way: tokens computed catch up with tokens wanted.
+    """A request on its way: tokens launched catch up with tokens wanted.
 
     Attributes:
         request: as it came.
         arrival: rank by arrival; the larger, the younger.
-        ids: prompt and answer so far. Grows by one with each token.
+        ids: prompt and answer so far. Grows by one with each token, when the batch that drew it has been collected.
         hashes: of the full blocks of `ids`, first block first.
         state: changed by `move` alone.
+        seat: its seat's number; NO_SEAT while it has none.
         pages: in order of position.
-        num_computed: tokens whose KV is in the pages.
+        num_launched: tokens whose KV is in the pages or will be when all in flight is done; never beyond `last_end`.
+            With a token in flight it is `len(ids)`, at most; the next row then begins with that token.
+        num_in_flight: batches in flight with a row of it.
+        last_end: where its last row ends. The token drawn there is the last wanted: nobody needs its KV.
         num_published: pages whose block has been published (or found).
         num_cached_tokens: prompt tokens found at the first admission; None before it.
         awaited: the block that the sequence waited for when last looked at, computed by another one.
         is_preempted: it lost its pages and waits to compute them again.
+        is_prefilled: its prompt was computed (or found) here rather than imported.
         has_output: a token of it has been handed out.
     """
 
@@ -61,11 +66,15 @@ class Sequence:
         "hashes",
         "ids",
         "is_preempted",
+        "is_prefilled",
+        "last_end",
         "num_cached_tokens",
-        "num_computed",
+        "num_in_flight",
+        "num_launched",
         "num_published",
         "pages",
         "request",
+        "seat",
         "state",
     )
 
@@ -76,17 +85,21 @@ class Sequence:
         self._root = root
         self.hashes = hash_chain(root, self.ids)
         self.state = state
+        self.seat = NO_SEAT
         self.pages: tuple[int, ...] = ()
-        self.num_computed = 0
+        self.num_launched = 0
+        self.num_in_flight = 0
+        self.last_end = len(self.ids) if request.hold_kv else request.prompt_len + request.sampling.max_tokens - 1
         self.num_published = 0
         self.num_cached_tokens: int | None = None
         self.awaited: BlockHash | None = None
         self.is_preempted = False
+        self.is_prefilled = False
         self.has_output = False
 
     @property
     def index(self) -> int:
-        """Position in the answer of the next token."""
+        """Position in the answer of the next token to be collected."""
         return len(self.ids) - self.request.prompt_len
 
     @property

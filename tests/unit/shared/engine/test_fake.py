@@ -8,9 +8,14 @@ from tests.engine_driver import greedy
 
 
 def row(ids, start, end, pages, sampling=None, **changes):
-    fields = {"key": "a", "prompt_len": len(ids), "sample": end == len(ids), "choice": 0, "forbid_end": False}
+    fields = {"key": "a", "sequence": 1, "seat": 0, "prompt_len": len(ids), "sample": end >= len(ids)}
+    fields |= {"choice": 0, "forbid_end": False}
     fields |= changes
     return BatchRow(ids=token_ids(ids), start=start, end=end, pages=pages, sampling=sampling or greedy(9), **fields)
+
+
+def run(runner, rows):
+    return runner.launch(rows).wait()
 
 
 def test_the_example_of_the_docstring():
@@ -49,20 +54,20 @@ def test_a_forbidden_end_is_counted_up():
 def test_runner_and_function_agree():
     model = fake_model()
     ids = list(range(10, 90))
-    sampled = FakeRunner(model, 4).run((row(ids, 0, 80, (2, 1)),))
+    sampled = run(FakeRunner(model, 4), (row(ids, 0, 80, (2, 1)),))
     assert [sampled[0].token_id] == fake_answer(token_ids(ids), 80, greedy(1))
 
 
 def test_chunks_give_the_token_of_the_whole():
     ids = list(range(10, 90))
     runner = FakeRunner(fake_model(), 4)
-    assert runner.run((row(ids, 0, 50, (2,)),)) == [None]
-    assert runner.run((row(ids, 50, 80, (2, 1)),))[0].token_id == fake_answer(token_ids(ids), 80, greedy(1))[0]
+    assert run(runner, (row(ids, 0, 50, (2,)),)) == [None]
+    assert run(runner, (row(ids, 50, 80, (2, 1)),))[0].token_id == fake_answer(token_ids(ids), 80, greedy(1))[0]
 
 
 def test_kv_lies_where_the_layout_says():
     runner = FakeRunner(fake_model(), 2)
-    runner.run((row([10, 20], 0, 2, (1,)),))
+    run(runner, (row([10, 20], 0, 2, (1,)),))
     page = runner.cache.pages[1]
     assert page[0, 0, :2, 0].tolist() == [[10, 1], [20, 2]]
     assert page[0, 1, :2, 0].tolist() == [[-10, -1], [-20, -2]]
@@ -72,42 +77,42 @@ def test_kv_lies_where_the_layout_says():
 def test_missing_kv_is_named():
     ids = list(range(10, 90))
     with pytest.raises(AssertionError, match="page 3 should hold position 0"):
-        FakeRunner(fake_model(), 4).run((row(ids, 79, 80, (3, 1)),))
+        run(FakeRunner(fake_model(), 4), (row(ids, 79, 80, (3, 1)),))
 
 
 def test_kv_of_another_position_is_named():
     ids = list(range(10, 150))
     runner = FakeRunner(fake_model(), 4)
-    runner.run((row(ids, 0, 128, (0, 1)),))
+    run(runner, (row(ids, 0, 128, (0, 1)),))
     with pytest.raises(AssertionError, match="page 0 should hold position 64"):
-        runner.run((row(ids, 128, 140, (0, 0, 2)),))
+        run(runner, (row(ids, 128, 140, (0, 0, 2)),))
 
 
 def test_kv_of_other_ids_gives_another_token():
     runner = FakeRunner(fake_model(), 4)
-    runner.run((row([10] * 64, 0, 64, (0,)),))
-    sampled = runner.run((row([11] * 65, 64, 65, (0, 1)),))
+    run(runner, (row([10] * 64, 0, 64, (0,)),))
+    sampled = run(runner, (row([11] * 65, 64, 65, (0, 1)),))
     assert sampled[0].token_id != fake_answer(token_ids([11] * 65), 65, greedy(1))[0]
 
 
 def test_rows_of_one_batch_must_not_write_a_shared_page():
     runner = FakeRunner(fake_model(), 4)
     with pytest.raises(AssertionError, match="two rows"):
-        runner.run((row([10], 0, 1, (0,)), row([20], 0, 1, (0,), key="b")))
-    runner.run((row([10] * 64, 0, 64, (0,)),))
+        run(runner, (row([10], 0, 1, (0,)), row([20], 0, 1, (0,), key="b", sequence=2, seat=1)))
+    run(runner, (row([10] * 64, 0, 64, (0,)),))
     with pytest.raises(AssertionError, match="page 0 of request 'a' is written by 'b'"):
-        runner.run((row([10] * 65, 64, 65, (0, 1)), row([20], 0, 1, (0,), key="b")))
+        run(runner, (row([10] * 65, 64, 65, (0, 1)), row([20], 0, 1, (0,), key="b", sequence=2, seat=1)))
 
 
 def test_poison_fails_its_row_only():
     runner = FakeRunner(fake_model(), 4, poison_token_id=13)
-    bad, good = runner.run((row([10, 13, 11], 0, 3, (0,)), row([10, 11], 0, 2, (1,), key="b")))
+    bad, good = run(runner, (row([10, 13, 11], 0, 3, (0,)), row([10, 11], 0, 2, (1,), key="b", sequence=2, seat=1)))
     assert (bad.token_id, bad.error) == (-1, "NaN in the logits")
     assert good.error is None
 
 
 def test_logprobs():
     runner = FakeRunner(fake_model(), 1)
-    sampled = runner.run((row([10, 20, 30], 0, 3, (0,), greedy(1, logprobs=2)),))
+    sampled = run(runner, (row([10, 20, 30], 0, 3, (0,), greedy(1, logprobs=2)),))
     assert sampled[0].logprob == TokenLogprob(-(1 + 150 % 7) / 8, ((150, -0.5), (151, -0.75)))
-    assert runner.run((row([10, 20, 30], 0, 3, (0,)),))[0].logprob is None
+    assert run(runner, (row([10, 20, 30], 0, 3, (0,)),))[0].logprob is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.blocks import PAGE_TOKENS, pages_for, token_ids
+from shared.blocks import PAGE_TOKENS, token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.runner import TorchRunner
 from shared.engine.sampling.torch_sampler import NOT_FINITE
@@ -28,6 +28,7 @@ class Sequence:
     ids: list[int]
     pages: tuple[int, ...]
     sampling: SamplingParams = GREEDY
+    seat: int = 0
     num_computed: int = 0
     prompt_len: int = field(init=False)
 
@@ -42,10 +43,12 @@ class Sequence:
         end = min(self.num_computed + chunk, len(self.ids))
         return BatchRow(
             key="k",
+            sequence=id(self),
+            seat=self.seat,
             ids=token_ids(self.ids),
             start=self.num_computed,
             end=end,
-            pages=self.pages[: pages_for(end)],
+            pages=self.pages,
             prompt_len=self.prompt_len,
             sample=end == len(self.ids),
             sampling=self.sampling,
@@ -61,9 +64,13 @@ class Sequence:
             self.ids.append(sampled.token_id)
 
 
+def run(runner, rows):
+    return runner.launch(rows).wait()
+
+
 def step(runner, sequences, chunk=10**6):
     rows = tuple(sequence.row(chunk) for sequence in sequences)
-    for sequence, row, sampled in zip(sequences, rows, runner.run(rows), strict=True):
+    for sequence, row, sampled in zip(sequences, rows, run(runner, rows), strict=True):
         sequence.take(row, sampled)
 
 
@@ -154,7 +161,7 @@ def test_a_row_with_nan_fails_alone_and_leaves_no_trace_in_its_pages(tiny_checkp
     step(runner, [spoilt, healthy])
     runner.cache.pages[0, 0, :, 10] = float("nan")
     rows = (spoilt.row(1), healthy.row(1))
-    failed, fine = runner.run(rows)
+    failed, fine = run(runner, rows)
     assert (failed.token_id, failed.error) == (-1, NOT_FINITE)
     healthy.take(rows[1], fine)
 
@@ -200,4 +207,4 @@ def test_bfloat16_answers_are_those_of_transformers_up_to_near_ties(tiny_checkpo
 
 
 def test_an_empty_batch_is_no_work(runner):
-    assert runner.run(()) == []
+    assert run(runner, ()) == []
