@@ -87,11 +87,13 @@ def splitmix64(state: int) -> int:
 
 
 def stream_key(seed: int, choice: int, token_index: int) -> int:
-    """The 64-bit start of the random stream of one token: each word is mixed in before the next is added."""
-    key = 0
-    for word in (seed, choice, token_index):
-        key = splitmix64((key + (word & MASK_64) + GOLDEN_GAMMA) & MASK_64)
-    return key
+    """The 64-bit start of the random stream of one token."""
+    return _mixed(choice_key(seed, choice), token_index)
+
+
+def choice_key(seed: int, choice: int) -> int:
+    """What `stream_key` is before the token index is mixed in: the same for all tokens of a choice."""
+    return _mixed(_mixed(0, seed), choice)
 
 
 def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
@@ -106,6 +108,11 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     bits = _shifted(state ^ _shifted(state, 31), 12)
     uniform = (bits.to(torch.float64) + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
+
+
+def _mixed(key: int, word: int) -> int:
+    """Each word is mixed in before the next is added."""
+    return splitmix64((key + (word & MASK_64) + GOLDEN_GAMMA) & MASK_64)
 
 
 def _largest(logits: Tensor) -> list[Sampled]:
