@@ -15,8 +15,8 @@ from collections import deque
 
 import numpy as np
 
-from shared.blocks import pages_for
-from shared.engine.batch import Launched, Runner, Sampled
+from shared.blocks import PAGE_TOKENS, pages_for
+from shared.engine.batch import BatchRow, Launched, Runner, Sampled
 from shared.engine.port import (
     BlockChanges,
     EngineLimits,
@@ -30,7 +30,7 @@ from shared.engine.port import (
 from shared.engine.scheduler import Batch, Scheduler
 from shared.engine.sequence import Sequence, SequenceState
 from shared.kv.paged_cache import PagedCache
-from shared.request import FinishReason
+from shared.request import FinishReason, SamplingParams
 
 
 class PagedEngine:
@@ -147,27 +147,27 @@ class PagedEngine:
             num_batch_tokens += row.end - row.start
             if sequence.state is SequenceState.ENDED:
                 continue  # it ended after the row had been launched
-            if sampled is None:
-                self._scheduler.computed_to(sequence, row.end)
-            elif sampled.error is None:
-                self._scheduler.computed_to(sequence, row.end)
-                tokens.append(self._take(sequence, sampled))
-            else:
+            if sampled is not None and sampled.error is not None:
                 tokens.append(self._fail(sequence, sampled.error))
+                continue
+            if row.end >= (sequence.num_published + 1) * PAGE_TOKENS:
+                self._scheduler.publish(sequence, row.end)
+            if sampled is not None:
+                tokens.append(self._take(row, sequence, sampled))
         return StepOutput(tuple(tokens), started, num_batch_tokens)
 
-    def _take(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+    def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Add a token to its sequence."""
         token_id = sampled.token_id
-        index = sequence.index
+        index = row.end - row.prompt_len
         num_cached_tokens: int | None = None
         if not sequence.has_output:
             sequence.has_output = True
             num_cached_tokens = sequence.num_cached_tokens
             if sequence.is_prefilled:
-                self._num_prompt_tokens += sequence.request.prompt_len
+                self._num_prompt_tokens += row.prompt_len
         self._num_generated_tokens += 1
-        finish = self._finish(sequence, index, token_id)
+        finish = self._finish(row.sampling, index, token_id)
         held_pages: tuple[int, ...] = ()
         if finish is not None:
             self._scheduler.end(sequence)
@@ -176,9 +176,7 @@ class PagedEngine:
             held_pages = sequence.pages
         else:
             sequence.ids.append(token_id)
-        return TokenOutput(
-            sequence.request.key, index, token_id, finish, sampled.logprob, num_cached_tokens, held_pages=held_pages
-        )
+        return TokenOutput(row.key, index, token_id, finish, sampled.logprob, num_cached_tokens, None, held_pages)
 
     def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
         num_cached_tokens = None if sequence.has_output else sequence.num_cached_tokens
@@ -192,9 +190,8 @@ class PagedEngine:
             error=error,
         )
 
-    def _finish(self, sequence: Sequence, index: int, token_id: int) -> FinishReason | None:
+    def _finish(self, sampling: SamplingParams, index: int, token_id: int) -> FinishReason | None:
         """Whether the token ends the choice."""
-        sampling = sequence.request.sampling
         if token_id in self._eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
         if token_id in sampling.stop_token_ids:

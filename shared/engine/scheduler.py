@@ -3,7 +3,7 @@
 One idea: in every batch a sequence's tokens launched catch up with its tokens wanted, as far as the batch's token
 budget allows. A decode row is the case where one token is missing, a prefill chunk the case where many are.
 
-    schedule ──> batch in flight ──> collected, then for each row `computed_to` and one of extend, hold, end, fail
+    schedule ──> in flight ──> collected ──> for each row: publish what is full, then maybe hold, end or fail
 
 - A batch may be scheduled while another is in flight: a row goes on from what has been launched, be it a prompt's next
   chunk or a token that nobody has seen yet. What must not happen under a batch in flight waits for its end: no
@@ -150,7 +150,7 @@ class Scheduler:
         sequence.move(SequenceState.RUNNING)
         insort(self._active, sequence, key=arrival_of)
         sequence.num_launched = len(sequence.ids) - 1
-        self.computed_to(sequence, sequence.num_launched)
+        self.publish(sequence, sequence.num_launched)
 
     def abort(self, key: str) -> None:
         """End a sequence in any state. Unknown keys do nothing."""
@@ -203,8 +203,8 @@ class Scheduler:
                     self._release(sequence)
             self._leaving = [sequence for sequence in self._leaving if sequence.num_in_flight]
 
-    def computed_to(self, sequence: Sequence, end: int) -> None:
-        """KV of the positions below `end` is in the pages: publish the blocks that are full now."""
+    def publish(self, sequence: Sequence, end: int) -> None:
+        """KV of the positions below `end` is in the pages: others may find the blocks that are full now."""
         while sequence.num_published < end // PAGE_TOKENS:
             index = sequence.num_published
             block_hash = sequence.block_hash(index)

@@ -35,12 +35,19 @@ class EngineKind(Protocol):
         ...
 
 
+@dataclass
 class FakeKind:
+    num_ahead: int
     vocab_size = 900  # below the id that asks for an end
     random_operations = 1500
 
     def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
-        return fake_engine(num_pages=num_pages, max_running=max_running, max_batch_tokens=max_batch_tokens)
+        return fake_engine(
+            num_pages=num_pages,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            num_ahead=self.num_ahead,
+        )
 
     def answer(self, wanted):
         return fake_answer(wanted.ids, wanted.prompt_len, wanted.sampling, wanted.choice)
@@ -87,9 +94,12 @@ def torch_kind(folder: Path, device: str) -> TorchKind:
     return TorchKind(load_checkpoint(folder, "float32", torch.device(device)))
 
 
-@pytest.fixture(scope="module", params=["fake", *DEVICES])
+FAKES = {"fake": FakeKind(num_ahead=0), "fake-ahead": FakeKind(num_ahead=1)}
+
+
+@pytest.fixture(scope="module", params=[*FAKES, *DEVICES])
 def kind(request, folder) -> EngineKind:
-    return FakeKind() if request.param == "fake" else torch_kind(folder, request.param)
+    return FAKES.get(request.param) or torch_kind(folder, request.param)
 
 
 def prompt(kind: EngineKind, length: int, seed: int = 0) -> TokenIds:

@@ -15,19 +15,32 @@ def prompt(length, first=0):
     return token_ids(range(first, first + length))
 
 
-def run(engine, token_id=7):
-    """One step without a model: every row wanted gets `token_id`. Returns (key, start, end) of the rows."""
-    batch = engine.schedule()
+def take(engine, batch, token_id=7):
+    """What an engine does with a batch that is done, without a model: every row wanted gets `token_id`."""
+    engine.collected(batch)
     for row, sequence in zip(batch.rows, batch.sequences, strict=True):
-        engine.computed_to(sequence, row.end)
+        if sequence.state is SequenceState.ENDED:
+            continue
+        engine.publish(sequence, row.end)
         if row.sample and row.sampling.max_tokens == sequence.index + 1:
             engine.end(sequence)
         elif row.sample and sequence.request.hold_kv:
             engine.hold(sequence)
         elif row.sample:
-            engine.extend(sequence, token_id)
+            sequence.ids.append(token_id)
     engine.check()
+
+
+def spans(batch):
     return [(row.key, row.start, row.end) for row in batch.rows]
+
+
+def run(engine, token_id=7):
+    """One batch, with nothing else in flight. Returns (key, start, end) of the rows."""
+    batch = engine.schedule()
+    if batch.rows:
+        take(engine, batch, token_id)
+    return spans(batch)
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_decode_rows():
@@ -45,11 +58,14 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decode_rows():
 def test_only_the_last_chunk_is_sampled():
     engine = scheduler(max_batch_tokens=100)
     engine.add(request("a", prompt(150), greedy(9, min_tokens=1)))
-    batch = engine.schedule()
-    assert [(row.sample, row.forbid_end, len(row.pages)) for row in batch.rows] == [(False, False, 2)]
-    engine.computed_to(batch.sequences[0], 100)
-    batch = engine.schedule()
-    assert [(row.sample, row.forbid_end, len(row.pages)) for row in batch.rows] == [(True, True, 3)]
+    (first,), (last,), (decode,) = (engine.schedule().rows for _ in range(3))
+    assert [(row.sample, row.forbid_end) for row in (first, last, decode)] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+    assert first.pages is last.pages is decode.pages
+    assert len(first.pages) == 3
 
 
 def test_seats_bound_what_runs_and_imports_count():
@@ -138,7 +154,7 @@ def test_who_waits_for_a_prefix_computes_it_when_the_first_is_gone(how):
     engine.add(request("a", prompt(200), greedy(9)))
     engine.add(request("b", prompt(200), greedy(9)))
     batch = engine.schedule()
-    engine.computed_to(batch.sequences[0], 64)
+    take(engine, batch)
     if how == "abort":
         engine.abort("a")
         assert run(engine) == [("b", 64, 128)]
@@ -243,9 +259,8 @@ def test_limits_that_make_no_sense_are_refused(max_running, max_batch_tokens, me
 
 def test_every_state_is_in_the_table():
     assert set(TRANSITIONS) == set(SequenceState)
-    engine = scheduler()
-    engine.add(request("a", prompt(3), greedy(9)))
+    engine = scheduler(max_batch_tokens=4)
+    engine.add(request("a", prompt(5), greedy(9)))
     (sequence,) = engine.schedule().sequences
-    engine.extend(sequence, 1)
     with pytest.raises(ValueError, match="cannot become HELD"):
         engine.hold(sequence)
