@@ -3,25 +3,25 @@
 # pyright: reportUnknownMemberType=false
 # torch types tolist, split and unflatten only in part.
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shared.engine.models.config import DTYPES, ModelConfig, read_config, read_json
 from shared.engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from shared.engine.weight_reading import READING, Report, TensorCopy, WeightFile, read_header, read_tensors, samples
 from shared.errors import StartupError, UnsupportedCheckpoint
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import TORCH_DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 
 LOADABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,21 +44,58 @@ class Checkpoint:
     layout: KvLayout
 
 
-def load_checkpoint(folder: Path, dtype: str | None, device: torch.device) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, dtype: str | None, device: torch.device, report: Report = lambda _read, _all: None
+) -> Checkpoint:
     """Load a Hugging Face checkpoint (config.json and safetensors) from `folder` onto `device`.
 
     Args:
         dtype: "float32" or "bfloat16", to which weights of another dtype are converted; None takes the
             checkpoint's own.
+        report: told of the bytes read.
 
     Raises UnsupportedCheckpoint naming the field or tensor that is wrong, StartupError for missing or broken files.
     """
+    opened = open_checkpoint(folder, dtype, device)
+    opened.read(report)
+    return opened.checkpoint
+
+
+class OpenedCheckpoint:
+    """A checkpoint that has been checked and given its memory; its weights have not been read.
+
+    Attributes:
+        checkpoint: may run from the start, to compile and to measure; what it computes means nothing before `read`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, copies: Sequence[TensorCopy]) -> None:
+        self.checkpoint = checkpoint
+        self._copies = copies
+
+    def read(self, report: Report) -> None:
+        """Fill the weights. May run in another thread than the decoder.
+
+        Raises StartupError for a broken file, UnsupportedCheckpoint for a head that contradicts tied embeddings.
+        """
+        weights, device = self.checkpoint.decoder.weights, self.checkpoint.decoder.device
+        read_tensors(self._copies, device, READING[device.type], report)
+        for copy in self._copies:
+            if (
+                copy.source.name == HEAD
+                and copy.place is not weights.head
+                and not torch.equal(copy.place, weights.head)
+            ):
+                raise UnsupportedCheckpoint(HEAD, "differs from the embedding although embeddings are tied")
+
+
+def open_checkpoint(folder: Path, dtype: str | None, device: torch.device) -> OpenedCheckpoint:
+    """All of `load_checkpoint` but the reading of the weights; raises as it does."""
     config = read_config(folder)
     dtype = _run_dtype(config, dtype)
     files = weight_files(folder)
     fingerprint = checkpoint_fingerprint(folder, files)
     weights = allocate_weights(config, TORCH_DTYPES[dtype], device)
-    fill_weights(config, weights, files)
+    copies = plan_copies(config, weights, files)
     layout = KvLayout(
         model_fingerprint=fingerprint,
         num_layers=config.num_layers,
@@ -66,11 +103,11 @@ def load_checkpoint(folder: Path, dtype: str | None, device: torch.device) -> Ch
         head_dim=config.head_dim,
         dtype=dtype,
     )
-    return Checkpoint(config, Decoder(config, weights), fingerprint, layout)
+    return OpenedCheckpoint(Checkpoint(config, Decoder(config, weights), fingerprint, layout), copies)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by name. Raises StartupError if one is missing."""
+def weight_files(folder: Path) -> list[WeightFile]:
+    """The safetensors files of a checkpoint, by name. Raises StartupError if one is missing or broken."""
     index = read_json(folder / INDEX_FILE)
     if index is None:
         names = {SINGLE_FILE}
@@ -82,19 +119,20 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise StartupError(f"{folder} has no weight file {name}")
-    return [folder / name for name in sorted(names)]
+    return [read_header(folder / name) for name in sorted(names)]
 
 
-def checkpoint_fingerprint(folder: Path, files: list[Path]) -> str:
+def checkpoint_fingerprint(folder: Path, files: Sequence[WeightFile]) -> str:
     """32 hex digits over config.json and, of each weight file, its name, size, header and a sample of each tensor.
 
     The sample is the middle 4 KiB: enough to tell a fine-tuned tensor from its base without reading all of it.
     """
     digest = sha256((folder / "config.json").read_bytes())
-    for path in files:
-        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-        for chunk in _header_and_samples(path):
-            digest.update(chunk)
+    for file in files:
+        digest.update(f"\0{file.path.name}\0{file.num_bytes}\0".encode())
+        digest.update(file.header)
+        for sample in samples(file, FINGERPRINT_SAMPLE_BYTES):
+            digest.update(sample)
     return digest.hexdigest()[:32]
 
 
@@ -130,39 +168,38 @@ def allocate_weights(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     return DecoderWeights(embed=embed, layers=layers, norm=empty(hidden), head=head)
 
 
-def fill_weights(config: ModelConfig, weights: DecoderWeights, files: list[Path]) -> None:
-    """Copy every tensor of `files` to its place. Raises UnsupportedCheckpoint for a missing, extra or misshapen one."""
+def plan_copies(config: ModelConfig, weights: DecoderWeights, files: Sequence[WeightFile]) -> list[TensorCopy]:
+    """Which tensor of `files` goes where. Raises UnsupportedCheckpoint for a missing, extra or misshapen one.
+
+    A head that a checkpoint of tied embeddings repeats gets a place of its own, to be compared with the embedding.
+    """
     places = tensor_places(config, weights)
-    filled: set[str] = set()
-    repeated_head: Tensor | None = None
-    for path in files:
-        for name, tensor in _tensors(path):
-            if name.endswith(".rotary_emb.inv_freq"):  # old checkpoints store what the config implies
+    copies: list[TensorCopy] = []
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name.endswith(".rotary_emb.inv_freq"):  # old checkpoints store what the config implies
                 continue
-            if name == "lm_head.weight" and config.tied_embeddings:
-                repeated_head = tensor
-                continue
-            place = places.get(name)
+            if tensor.name == HEAD and config.tied_embeddings:
+                place = torch.empty_like(weights.embed)
+            else:
+                place = places.pop(tensor.name, None)
             if place is None:
-                raise UnsupportedCheckpoint(name, f"the model has no such tensor ({path.name})")
+                raise UnsupportedCheckpoint(tensor.name, f"the model has no such tensor ({file.path.name})")
             if tensor.shape != place.shape:
-                raise UnsupportedCheckpoint(name, f"shape {list(tensor.shape)} is not {list(place.shape)}")
+                raise UnsupportedCheckpoint(tensor.name, f"shape {list(tensor.shape)} is not {list(place.shape)}")
             if tensor.dtype not in LOADABLE_DTYPES:
-                raise UnsupportedCheckpoint(name, f"{tensor.dtype} weights are not supported")
-            place.copy_(tensor)
-            filled.add(name)
-    missing = sorted(places.keys() - filled)
-    if missing:
-        raise UnsupportedCheckpoint(missing[0], f"the tensor is missing ({len(missing)} missing in all)")
-    if repeated_head is not None and not torch.equal(repeated_head.to(weights.embed), weights.embed):
-        raise UnsupportedCheckpoint("lm_head.weight", "differs from the embedding although embeddings are tied")
+                raise UnsupportedCheckpoint(tensor.name, f"{tensor.dtype} weights are not supported")
+            copies.append(TensorCopy(tensor, place))
+    if places:
+        raise UnsupportedCheckpoint(min(places), f"the tensor is missing ({len(places)} missing in all)")
+    return copies
 
 
 def tensor_places(config: ModelConfig, weights: DecoderWeights) -> dict[str, Tensor]:
     """Where each tensor of a checkpoint goes, by its Hugging Face name: views into the merged parameters."""
     places = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
-        places["lm_head.weight"] = weights.head
+        places[HEAD] = weights.head
     for index, layer in enumerate(weights.layers):
         for name, place in _layer_places(config, layer).items():
             if place is not None:
@@ -208,30 +245,3 @@ def _run_dtype(config: ModelConfig, dtype: str | None) -> str:
     if wanted not in DTYPES:
         raise UnsupportedCheckpoint("dtype", f"{wanted!r} is not one of {', '.join(DTYPES)}: say which to run in")
     return wanted
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with cast("Any", safe_open(path, framework="pt")) as file:
-            for name in file.keys():  # noqa: SIM118  the handle is no mapping
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise StartupError(f"{path} cannot be read: {error}") from error
-
-
-def _header_and_samples(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file (8 bytes of length, then JSON) and the middle of each tensor's bytes."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise StartupError(f"{path} is no safetensors file")
-        header = file.read(length)
-        yield header
-        try:
-            entries = cast("dict[str, Any]", json.loads(header))
-        except ValueError as error:
-            raise StartupError(f"{path} is no safetensors file: {error}") from error
-        for name in sorted(entries.keys() - {"__metadata__"}):
-            begin, end = entries[name]["data_offsets"]
-            file.seek(8 + length + begin + max(0, end - begin - FINGERPRINT_SAMPLE_BYTES) // 2)
-            yield file.read(min(end - begin, FINGERPRINT_SAMPLE_BYTES))
