@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
 from torch import Tensor
 
+from shared.engine.layers.gated import silu_mul, silu_mul_reference
+from shared.engine.layers.norm import rms_norm, rms_norm_reference
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -24,20 +27,22 @@ class Kernels:
     gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     residual.addmm_(x, weight.t())
     if bias is not None:
         residual.add_(bias)
 
 
+def _gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_mul_reference(F.linear(x, weight, bias))
+
+
 def _gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    gate, up = F.linear(x, weight, bias).chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return silu_mul(F.linear(x, weight, bias))
 
 
-TORCH_KERNELS = Kernels(rms_norm=_rms_norm, linear=F.linear, add_linear=_add_linear, gated_linear=_gated_linear)
+TORCH_KERNELS = Kernels(rms_norm_reference, F.linear, _add_linear, _gated_linear_reference)
 """The reference, on any device."""
+
+TRITON_KERNELS = Kernels(rms_norm, F.linear, _add_linear, _gated_linear)
+"""On CUDA, and anywhere under Triton's interpreter."""
