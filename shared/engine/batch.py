@@ -87,15 +87,6 @@ class Runner(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class LateWork:
-    """What a runner should have done before it was ready and did while it served; it counts up in place."""
-
-    num_compiles: int = 0
-    num_captures: int = 0
-    num_allocations: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Done:
     """A batch that was computed within `launch`."""

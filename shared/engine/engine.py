@@ -16,7 +16,7 @@ from collections import deque
 import numpy as np
 
 from shared.blocks import PAGE_TOKENS, pages_for
-from shared.engine.batch import BatchRow, LateWork, Launched, Runner, Sampled
+from shared.engine.batch import BatchRow, Launched, Runner, Sampled
 from shared.engine.port import (
     BlockChanges,
     EngineLimits,
@@ -34,9 +34,9 @@ from shared.request import FinishReason, SamplingParams
 
 
 class PagedEngine:
-    """`shared.engine.port.Engine` over any runner; `late` is the runner's, if it counts."""
+    """`shared.engine.port.Engine` over any runner."""
 
-    def __init__(self, runner: Runner, model: EngineModel, limits: EngineLimits, late: LateWork | None = None) -> None:
+    def __init__(self, runner: Runner, model: EngineModel, limits: EngineLimits) -> None:
         if runner.cache.layout != model.layout:
             raise ValueError("the runner's KV layout is not the model's")
         if runner.cache.num_pages != limits.num_pages:
@@ -47,7 +47,6 @@ class PagedEngine:
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._scheduler = Scheduler(limits, model.fingerprint)
         self._in_flight: deque[tuple[Batch, Launched]] = deque()  # oldest first
-        self._late = late or LateWork()
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
@@ -114,9 +113,6 @@ class PagedEngine:
             num_prefix_hits=scheduler.num_prefix_hits,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
-            num_late_compiles=self._late.num_compiles,
-            num_late_captures=self._late.num_captures,
-            num_late_allocations=self._late.num_allocations,
         )
 
     def check(self) -> None:

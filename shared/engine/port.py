@@ -112,8 +112,6 @@ class EngineStats:
         num_prefix_hits: tokens of those that were found.
         num_prompt_tokens: prompt tokens of requests prefilled here (found or computed), once a request.
         num_generated_tokens: tokens handed out.
-        num_late_compiles, num_late_captures, num_late_allocations: kernels compiled, graphs captured and pieces of
-            device memory allocated since the engine was ready; must stay 0, as each makes all requests wait.
     """
 
     num_pages: int
@@ -127,9 +125,6 @@ class EngineStats:
     num_prefix_hits: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
-    num_late_compiles: int = 0
-    num_late_captures: int = 0
-    num_late_allocations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
