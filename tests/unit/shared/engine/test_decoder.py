@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.engine.attention.sdpa import PagedSdpa, Run
-from shared.engine.layers.kernels import TORCH_KERNELS
+from shared.engine.layers.kernels import TORCH_KERNELS, TRITON_KERNELS
 from shared.engine.models.config import read_config
 from shared.engine.models.rope import rope_frequencies
 from shared.engine.weights import load_checkpoint
@@ -27,12 +27,12 @@ def name_of(tiny):
 
 
 @torch.inference_mode()
-def all_logits(checkpoint, ids):
+def all_logits(checkpoint, ids, kernels=TORCH_KERNELS):
     """Logits `[T, vocab]` after each of `ids`, computed in one go over scattered pages."""
-    cache = PagedCache(checkpoint.layout, 8, CPU)
+    cache = PagedCache(checkpoint.layout, 8, checkpoint.decoder.device)
     decoder = checkpoint.decoder
     attention = PagedSdpa(cache, [Run(0, len(ids), (6, 2, 5))], decoder.config, decoder.rotary_embedding())
-    return decoder.logits(decoder.forward(ids, attention, TORCH_KERNELS), TORCH_KERNELS)
+    return decoder.logits(decoder.forward(ids, attention, kernels), kernels)
 
 
 @pytest.mark.parametrize("tiny", VARIANTS, ids=name_of)
@@ -55,6 +55,13 @@ def test_bfloat16_logits_stay_near_float32(tiny_checkpoints):
     assert rounded.dtype is torch.bfloat16
     error = (rounded.float() - exact).square().mean().sqrt() / exact.std()
     assert error < 0.05
+
+
+def test_triton_kernels_give_the_logits_of_torch(tiny_checkpoints):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = load_checkpoint(tiny_checkpoints.get(TinyCheckpoint("llama", biases=True)), "float32", device)
+    ids = torch.randint(3, 300, (9,), generator=torch.Generator().manual_seed(5)).to(device)
+    torch.testing.assert_close(all_logits(checkpoint, ids, TRITON_KERNELS), all_logits(checkpoint, ids))
 
 
 @pytest.mark.parametrize("rope", ROPES)
