@@ -1,0 +1,106 @@
+"""Attention of one step by the Triton kernels: decode rows first, then the chunks in blocks."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUntypedFunctionDecorator=false
+# pyright: reportMissingTypeStubs=false, reportArgumentType=false
+# ruff: noqa: ANN001, ANN202
+# triton is untyped, and so are the arguments of kernels.
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shared.engine.attention.decode import DecodeScratch, decode_attention
+from shared.engine.attention.prefill import prefill_attention
+from shared.engine.layers.rotary import rotate_and_store
+from shared.engine.models.config import ModelConfig
+from shared.engine.models.decoder import LayerWeights
+
+CLEARED_A_PROGRAM = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """Where the token rows of one step belong. Everything is on the device and may change between replays of a graph.
+
+    Attributes:
+        pages: of the cache, `[num_pages, layer, K or V, PAGE_TOKENS, kv_head, head_dim]`.
+        page_table: int32 `[seats, max_pages]`.
+        seats, positions: int32 `[T]`; position -1 in padding rows.
+        num_decode: how many of the rows, the first ones, are the only one of their sequence.
+        blocks: int32 `[num_blocks, 4]` over the other rows, see `prefill_attention`.
+        angles: float32 `[max_position, head_dim]`, cosines then sines.
+        scratch: of `decode_attention`.
+    """
+
+    config: ModelConfig
+    pages: Tensor
+    page_table: Tensor
+    seats: Tensor
+    positions: Tensor
+    num_decode: int
+    blocks: Tensor
+    angles: Tensor
+    scratch: DecodeScratch
+
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
+        """Turn q and k of `qkv` `[T, q_size + 2 * kv_size]` in place, store k and v of `layer`, then attend.
+
+        Returns `[T, q_size]`.
+        """
+        config, num_decode = self.config, self.num_decode
+        layer_pages = self.pages[:, layer]
+        rotate_and_store(
+            qkv,
+            self.positions,
+            self.seats,
+            self.page_table,
+            layer_pages,
+            self.angles,
+            weights.q_norm,
+            weights.k_norm,
+            eps=config.rms_norm_eps,
+            num_heads=config.num_heads,
+        )
+        q = qkv[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
+        mixed = torch.empty((len(qkv), config.q_size), dtype=qkv.dtype, device=qkv.device)
+        scale = config.head_dim**-0.5
+        if num_decode:
+            decode_attention(
+                q[:num_decode],
+                layer_pages,
+                self.page_table,
+                self.seats[:num_decode],
+                self.positions[:num_decode],
+                mixed[:num_decode],
+                self.scratch,
+                scale=scale,
+            )
+        if len(self.blocks):
+            prefill_attention(q, layer_pages, self.page_table, self.blocks, mixed, scale=scale)
+        return mixed
+
+
+def clear_pages(pages: Tensor, numbers: Tensor) -> None:
+    """Fill pages `numbers` (int32 `[n]`, -1 for none) of `pages` `[num_pages, ...]` with zeros, in all layers.
+
+    `prefill_attention` multiplies what lies behind a sequence's end by 0, so a NaN left there would spread.
+    """
+    if len(numbers):
+        size = pages[0].numel()
+        _clear_kernel[(len(numbers), triton.cdiv(size, CLEARED_A_PROGRAM))](
+            pages, numbers, page_stride=pages.stride(0), size=size, block=CLEARED_A_PROGRAM
+        )
+
+
+@triton.jit
+def _clear_kernel(pages, numbers, page_stride: tl.constexpr, size: tl.constexpr, block: tl.constexpr):
+    """One program a page (axis 0) and `block` of its elements (axis 1)."""
+    number = tl.load(numbers + tl.program_id(0)).to(tl.int64)
+    if number >= 0:
+        element = tl.program_id(1) * block + tl.arange(0, block)
+        zeros = tl.zeros([block], pages.dtype.element_ty)
+        tl.store(pages + number * page_stride + element, zeros, mask=element < size)
