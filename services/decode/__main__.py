@@ -3,13 +3,13 @@
 import asyncio
 
 from services.decode.role import DecodeRole
+from services.decode.settings import DecodeSettings
 from shared.runtime.run import run
 from shared.state.port import Role
 from shared.worker.process import serve_worker
-from shared.worker.settings import WorkerSettings
 
 
-async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
+async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
     """Run the worker until `stop` is set."""
     await serve_worker(
         Role.DECODE,
@@ -20,7 +20,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
 
 
 def main() -> None:
-    run("decode", WorkerSettings.read, serve)
+    run("decode", DecodeSettings.read, serve)
 
 
 if __name__ == "__main__":

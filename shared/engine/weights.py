@@ -66,10 +66,12 @@ class OpenedCheckpoint:
 
     Attributes:
         checkpoint: may run from the start, to compile and to measure; what it computes means nothing before `read`.
+        num_bytes: of the weights on the device.
     """
 
     def __init__(self, checkpoint: Checkpoint, copies: Sequence[TensorCopy]) -> None:
         self.checkpoint = checkpoint
+        self.num_bytes = sum(copy.place.nbytes for copy in copies)
         self._copies = copies
 
     def read(self, report: Report) -> None:

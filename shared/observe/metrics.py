@@ -78,6 +78,12 @@ class WorkerMetrics:
         self.free_pages = gauge("baton_kv_pages_free", "KV pages that a new request could take")
         self.total_pages = gauge("baton_kv_pages", "KV pages of the worker")
         self.held_requests = gauge("baton_kv_held_requests", "Requests whose KV waits for its decode worker")
+        # Set by the engine's runner when asked. Each must stay 0: all running requests wait for such work.
+        self.late_compiles = gauge("baton_late_compiles", "Kernels compiled since the worker was ready; must stay 0")
+        self.late_captures = gauge("baton_late_captures", "Graphs captured since the worker was ready; must stay 0")
+        self.late_allocations = gauge(
+            "baton_late_allocations", "Times memory was asked of the GPU since the worker was ready; must stay 0"
+        )
         self.step_seconds = histogram("baton_step_seconds", "Duration of one engine step", LATENCY_BUCKETS_S)
         self.step_tokens = histogram("baton_step_tokens", "Token rows of one engine step", TOKEN_BUCKETS)
         self.transfer_seconds = histogram("baton_kv_pull_seconds", "From pull to usable pages", LATENCY_BUCKETS_S)

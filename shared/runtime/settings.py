@@ -40,5 +40,9 @@ class ServiceSettings(BaseSettings):
         try:
             return cls()  # pyright: ignore[reportCallIssue] - the environment gives the rest
         except ValidationError as error:
-            problems = [f"BATON_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-            raise StartupError("; ".join(problems)) from error
+            raise StartupError("; ".join(_problem(each["loc"], each["msg"]) for each in error.errors())) from error
+
+
+def _problem(location: tuple[int | str, ...], message: str) -> str:
+    """What is wrong with one variable, or (no location) with several together, which the message names."""
+    return f"BATON_{'_'.join(map(str, location)).upper()}: {message}" if location else message

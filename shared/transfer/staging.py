@@ -21,6 +21,11 @@ NUM_BUFFERS = 2
 T = TypeVar("T")
 
 
+def staging_bytes(device_type: str) -> int:
+    """What a `Staging` of default size allocates on a device of this kind."""
+    return 2 * NUM_BUFFERS * MESSAGE_BYTES[device_type]
+
+
 async def to_completion(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` to its very end; if the caller is cancelled meanwhile, that is raised afterwards.
 

@@ -4,59 +4,129 @@ import asyncio
 import os
 import secrets
 import sys
+import time
 import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
 from shared.engine.engine import PagedEngine
-from shared.engine.port import EngineLimits, EngineModel
-from shared.engine.runner import TorchRunner
-from shared.engine.weights import load_checkpoint
+from shared.engine.start import EnginePlan, StartedEngine, start_engine
 from shared.errors import StartupError
 from shared.observe import log
+from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics, process_registry
 from shared.request import Incarnation
 from shared.runtime.run import health_routes, serve_http, settle_memory, unix_clock_s
 from shared.state.port import Role as RoleName
 from shared.state.redis import redis_state
 from shared.text.tokeniser import Tokeniser
-from shared.transfer.staging import Staging
+from shared.transfer.staging import Staging, staging_bytes
 from shared.transfer.ucx import UcxContext, UcxTransfer
 from shared.worker.host import Worker, WorkerLimits, WorkerParts
 from shared.worker.role import Role, WorkerContext
 from shared.worker.settings import WorkerSettings
 
+if TYPE_CHECKING:
+    from shared.engine.graphs import LateWork
+
 SWITCH_INTERVAL_S = 1e-4
 """How long the event loop's thread may keep the engine's waiting: by default 5 ms, more than a whole step."""
 
 
+PROGRESS_INTERVAL_S = 1.0
+"""While weights are read, a line about so often."""
+
+
+class ReadingLog:
+    """Tells the log how far the reading of the weights is."""
+
+    def __init__(self, logger: Logger, clock_s: Callable[[], float]) -> None:
+        self._log = logger
+        self._clock_s = clock_s
+        self._began_s = clock_s()
+        self._told_s = self._began_s
+
+    def __call__(self, num_read: int, num_bytes: int) -> None:
+        """See `shared.engine.weight_reading.Report`."""
+        now_s = self._clock_s()
+        if num_read < num_bytes and now_s - self._told_s < PROGRESS_INTERVAL_S:
+            return
+        self._told_s = now_s
+        took_s = now_s - self._began_s
+        self._log.info(
+            "weights read" if num_read == num_bytes else "reading weights",
+            gb=_gb(num_read),
+            of_gb=_gb(num_bytes),
+            percent=round(100 * num_read / num_bytes),
+            gb_per_s=_gb(num_read / max(took_s, 1e-9)),
+            seconds=round(took_s, 2),
+        )
+
+
 def build_engine(settings: WorkerSettings) -> PagedEngine:
     """Load the model and allocate its pages. Raises UnsupportedCheckpoint or StartupError."""
-    if settings.max_batch_tokens < settings.max_running:
-        raise StartupError(
-            f"BATON_MAX_BATCH_TOKENS, {settings.max_batch_tokens}, must be at least BATON_MAX_RUNNING, "
-            f"{settings.max_running}: each running request takes one token row of a step"
-        )
-    checkpoint = load_checkpoint(settings.model, settings.dtype, torch.device(settings.device))
-    return PagedEngine(
-        TorchRunner(checkpoint, settings.num_pages),
-        EngineModel(
-            name=settings.served_model,
-            fingerprint=checkpoint.fingerprint,
-            vocab_size=checkpoint.config.vocab_size,
-            eos_token_ids=checkpoint.config.eos_token_ids,
-            layout=checkpoint.layout,
-        ),
-        EngineLimits(
-            max_context=checkpoint.config.max_context,
-            num_pages=settings.num_pages,
-            max_running=settings.max_running,
-            max_batch_tokens=settings.max_batch_tokens,
-        ),
+    return start(settings, log.logger("engine", name=settings.name)).engine
+
+
+def start(settings: WorkerSettings, logger: Logger) -> StartedEngine:
+    """As `build_engine`, and say in the log what runs."""
+    on_cuda = settings.device == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        raise StartupError("BATON_DEVICE is cuda, but PyTorch finds no GPU that it can use")
+    plan = EnginePlan(
+        folder=settings.model,
+        name=settings.served_model,
+        device=torch.device(settings.device),
+        dtype=settings.dtype,
+        kernels=settings.kernels,
+        num_pages=settings.num_pages,
+        gpu_memory_share=settings.gpu_memory_share,
+        reserved_bytes=staging_bytes(settings.device),
+        max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
     )
+    started = start_engine(plan, ReadingLog(logger, time.monotonic), time.monotonic)
+    limits = started.engine.limits
+    logger.info(
+        "engine ready",
+        model=settings.served_model,
+        device=torch.cuda.get_device_name() if on_cuda else "cpu",
+        dtype=started.engine.model.layout.dtype,
+        runs=started.runs,
+        pages=limits.num_pages,
+        max_running=limits.max_running,
+        max_batch_tokens=limits.max_batch_tokens,
+        weights_gb=_gb(started.weight_bytes),
+        kv_gb=_gb(started.kv_bytes),
+        peak_gb=None if started.peak_bytes is None else _gb(started.peak_bytes),
+        load_s=round(started.load_s, 2),
+        warm_up_s=round(started.warm_up_s, 2),
+    )
+    return started
+
+
+def _gb(num_bytes: float) -> float:
+    return round(num_bytes / 1e9, 2)
+
+
+async def copy_once(staging: Staging) -> None:
+    """Bring page 0 to itself by way of a buffer: the first copy of a process loads kernels and allocates memory."""
+    async with staging.outgoing.lease() as buffer:
+        page = buffer[: staging.cache.layout.page_bytes]
+        await staging.gather((0,), page)
+        await staging.scatter(page, (0,))
+
+
+def export_late_work(metrics: WorkerMetrics, late_work: "Callable[[], LateWork]") -> None:
+    """From now on show what is compiled, captured and allocated; what was done so far belongs to the start."""
+    at_start = late_work()
+    metrics.late_compiles.set_function(lambda: late_work().num_compiles - at_start.num_compiles)
+    metrics.late_captures.set_function(lambda: late_work().num_captures - at_start.num_captures)
+    metrics.late_allocations.set_function(lambda: late_work().num_allocations - at_start.num_allocations)
 
 
 async def serve_worker(
@@ -65,22 +135,32 @@ async def serve_worker(
     settings: WorkerSettings,
     stop: asyncio.Event,
     *,
-    build: Callable[[WorkerSettings], PagedEngine] = build_engine,
+    build: Callable[[WorkerSettings], PagedEngine] | None = None,
 ) -> None:
-    """Run one worker until `stop` is set; `build` makes its engine."""
+    """Run one worker until `stop` is set; `build` makes its engine instead of the one that the settings describe."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     registry = process_registry()
+    metrics = WorkerMetrics(registry, settings.served_model)
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
     logger = log.logger(role_name, name=settings.name)
     bus = KafkaBus(settings.kafka, client_id=incarnation)
     registry.register(BusMetrics(bus))
-    engine = build(settings)
+    late_work = None
+    if build is None:
+        started = start(settings, logger)
+        engine, late_work = started.engine, started.late_work
+    else:
+        engine = build(settings)
+    staging = Staging(engine.cache, os.environ)
+    await copy_once(staging)
+    if late_work is not None:
+        export_late_work(metrics, late_work)
     async with (
         redis_state(settings.redis) as state,
         UcxContext(settings.transfer_net_devices) as context,
         UcxTransfer(
             context,
-            Staging(engine.cache, os.environ),
+            staging,
             incarnation=incarnation,
             clock=asyncio.get_running_loop().time,
             host=settings.transfer_host,
@@ -98,7 +178,7 @@ async def serve_worker(
                 bus=bus,
                 state=state,
                 tokeniser=Tokeniser.load(settings.model),
-                metrics=WorkerMetrics(registry, settings.served_model),
+                metrics=metrics,
                 log=logger,
                 clock_s=unix_clock_s,
                 random_bytes=secrets.token_bytes,

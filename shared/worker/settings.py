@@ -1,20 +1,24 @@
 """Settings of a worker, from the environment."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from shared.runtime.settings import ServiceSettings
 
 
 class WorkerSettings(ServiceSettings):
-    """BATON_* variables of prefill and decode workers.
+    """BATON_* variables of prefill and decode workers; an empty one counts as not set.
 
     Attributes:
+        cuda_defaults: what is different where `device` is "cuda" and the environment does not say.
         name: for people, in logs and `/v1/models`.
         device: where torch runs the model, "cpu" or "cuda".
         dtype: of weights and KV; the checkpoint's own if not set.
-        num_pages: KV pages (64 tokens each) to allocate.
+        kernels: "triton" (on a GPU) or "torch", the slow and plain reference.
+        num_pages: KV pages (64 tokens each) to allocate; None, on a GPU only, takes as many as fit.
+        gpu_memory_share: of the GPU's memory, what this worker may take in all; read where num_pages is None.
         max_running: requests in the running batch.
         max_batch_tokens: token rows of one step; longer prompts are prefilled in chunks.
         transfer_host: address on which peers pull KV.
@@ -25,10 +29,21 @@ class WorkerSettings(ServiceSettings):
         drain_s, step_s: see `WorkerLimits`.
     """
 
+    model_config = SettingsConfigDict(env_ignore_empty=True)
+
+    cuda_defaults: ClassVar[dict[str, object]] = {
+        "kernels": "triton",
+        "num_pages": None,
+        "max_running": 256,
+        "max_batch_tokens": 8192,
+    }
+
     name: str = ""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] | None = None
-    num_pages: int = Field(default=256, ge=2)
+    kernels: Literal["triton", "torch"] = "torch"
+    num_pages: int | None = Field(default=256, ge=2)
+    gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
     max_running: int = Field(default=32, ge=1)
     max_batch_tokens: int = Field(default=512, ge=64)
     transfer_host: str = "127.0.0.1"
@@ -38,3 +53,21 @@ class WorkerSettings(ServiceSettings):
     pull_timeout_s: float = Field(default=20.0, gt=0)
     drain_s: float = Field(default=30.0, ge=0)
     step_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_device(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {**cls.cuda_defaults, **given} if given.get("device") == "cuda" else given
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_go_together(self) -> Self:
+        if self.max_batch_tokens < self.max_running:
+            raise ValueError(
+                f"BATON_MAX_BATCH_TOKENS, {self.max_batch_tokens}, must be at least BATON_MAX_RUNNING, "
+                f"{self.max_running}: each running request takes one token row of a step"
+            )
+        if self.device == "cpu" and self.kernels == "triton":
+            raise ValueError("BATON_KERNELS is triton, which needs BATON_DEVICE=cuda")
+        if self.device == "cpu" and self.num_pages is None:
+            raise ValueError("BATON_NUM_PAGES must be set where BATON_DEVICE is cpu")
+        return self

@@ -1,0 +1,217 @@
+"""From a checkpoint's folder to an engine that is ready.
+
+open: config, headers, memory ─┬─> weights are read ──────────────────────────────┬─> pages ─> runner ─> warm up
+                               └─> on a GPU the largest step: compile and measure ─┘
+"""
+
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from shared.blocks import pages_for, token_ids
+from shared.engine.batch import BatchRow, Runner
+from shared.engine.engine import PagedEngine
+from shared.engine.memory import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
+from shared.engine.models.config import ModelConfig
+from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.runner import TorchRunner
+from shared.engine.weight_reading import Report
+from shared.engine.weights import Checkpoint, OpenedCheckpoint, open_checkpoint
+from shared.errors import StartupError
+from shared.request import SamplingParams
+
+if TYPE_CHECKING:
+    from shared.engine.graphs import LateWork
+    from shared.engine.triton_runner import TritonRunner
+
+KernelKind = Literal["triton", "torch"]
+
+PLAIN = "PyTorch alone"
+
+COSTLIEST_SAMPLING = SamplingParams(
+    max_tokens=2, min_tokens=2, top_k=50, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logprobs=20
+)
+"""What takes the most memory beside the logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """An engine to start.
+
+    Attributes:
+        folder: of the checkpoint.
+        name: what clients call the model.
+        dtype: of weights and KV, "float32" or "bfloat16"; None takes the checkpoint's own.
+        num_pages: KV pages; None, on a GPU only, takes as many as fit.
+        gpu_memory_share: of the GPU's memory, what this process may take in all.
+        reserved_bytes: of the GPU's memory, what this process will allocate itself once the engine stands.
+    """
+
+    folder: Path
+    name: str
+    device: torch.device
+    dtype: str | None
+    kernels: KernelKind
+    num_pages: int | None
+    gpu_memory_share: float
+    reserved_bytes: int
+    max_running: int
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartedEngine:
+    """An engine that is ready, and what it took.
+
+    Attributes:
+        runs: what computes its steps, in words.
+        late_work: what the runner has compiled, captured and allocated since it was warm; None if it does not count.
+        weight_bytes, kv_bytes: of device memory.
+        peak_bytes: of device memory, weights and largest step together; None on a CPU.
+        load_s: from the beginning until the weights were there and the largest step had run.
+        warm_up_s: the rest: pages allocated, kernels compiled, graphs captured.
+    """
+
+    engine: PagedEngine
+    runs: str
+    late_work: "Callable[[], LateWork] | None"
+    weight_bytes: int
+    kv_bytes: int
+    peak_bytes: int | None
+    load_s: float
+    warm_up_s: float
+
+
+def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float]) -> StartedEngine:
+    """Load, measure, allocate and warm up.
+
+    Args:
+        report: told of the bytes of weights read.
+
+    Raises UnsupportedCheckpoint, or StartupError for missing files and for what does not fit the device.
+    """
+    began_s = clock_s()
+    opened, memory = _load(plan, report)
+    loaded_s = clock_s()
+    checkpoint = opened.checkpoint
+    num_pages = _num_pages(plan, checkpoint, memory)
+    runner = _runner(plan, checkpoint, num_pages)
+    if not isinstance(runner, TorchRunner):
+        runner.warm_up()
+    engine = PagedEngine(
+        runner,
+        EngineModel(
+            name=plan.name,
+            fingerprint=checkpoint.fingerprint,
+            vocab_size=checkpoint.config.vocab_size,
+            eos_token_ids=checkpoint.config.eos_token_ids,
+            layout=checkpoint.layout,
+        ),
+        EngineLimits(
+            max_context=checkpoint.config.max_context,
+            num_pages=num_pages,
+            max_running=plan.max_running,
+            max_batch_tokens=plan.max_batch_tokens,
+        ),
+    )
+    return StartedEngine(
+        engine,
+        runs=PLAIN if isinstance(runner, TorchRunner) else runner.description,
+        late_work=None if isinstance(runner, TorchRunner) else lambda: runner.late_work,
+        weight_bytes=opened.num_bytes,
+        kv_bytes=num_pages * checkpoint.layout.page_bytes,
+        peak_bytes=None if memory is None else memory.peak_bytes,
+        load_s=loaded_s - began_s,
+        warm_up_s=clock_s() - loaded_s,
+    )
+
+
+def largest_batches(config: ModelConfig, max_running: int, max_batch_tokens: int) -> list[tuple[BatchRow, ...]]:
+    """Steps that no other exceeds in memory: all seats at once, and one chunk as long as a step may be.
+
+    Their KV goes to page 0 and means nothing.
+    """
+    even = [max_batch_tokens // max_running] * max_running
+    return [_batch_of(config, lengths) for lengths in (even, [max_batch_tokens])]
+
+
+def _batch_of(config: ModelConfig, lengths: list[int]) -> tuple[BatchRow, ...]:
+    rows: list[BatchRow] = []
+    for seat, wanted in enumerate(lengths):
+        length = min(wanted, config.max_context - 1)
+        rows.append(
+            BatchRow(
+                key=f"largest-{seat}",
+                sequence=seat,
+                seat=seat,
+                ids=token_ids([0] * length),
+                start=0,
+                end=length,
+                pages=(0,) * pages_for(length),
+                prompt_len=length,
+                sample=True,
+                sampling=COSTLIEST_SAMPLING,
+                choice=0,
+                forbid_end=True,
+            )
+        )
+    return tuple(rows)
+
+
+def _load(plan: EnginePlan, report: Report) -> tuple[OpenedCheckpoint, DeviceMemory | None]:
+    try:
+        opened = open_checkpoint(plan.folder, plan.dtype, plan.device)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"the weights of {plan.folder} do not fit the GPU: {error}") from error
+    if plan.device.type == "cpu":
+        opened.read(report)
+        return opened, None
+    # The kernels of the largest step are compiled while the weights come: it computes on whatever is in memory.
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        reading = pool.submit(opened.read, report)
+        memory = measure_memory(lambda: _run_largest(plan, opened.checkpoint), plan.device)
+        reading.result()
+    return opened, memory
+
+
+def _run_largest(plan: EnginePlan, checkpoint: Checkpoint) -> None:
+    runner: Runner = _runner(plan, checkpoint, MIN_PAGES)
+    for batch in largest_batches(checkpoint.config, plan.max_running, plan.max_batch_tokens):
+        runner.launch(batch).wait()
+    del runner
+    gc.collect()  # what it held goes back to PyTorch's pool, and the runner that stays takes it from there
+
+
+def _num_pages(plan: EnginePlan, checkpoint: Checkpoint, memory: DeviceMemory | None) -> int:
+    if plan.num_pages is not None:
+        return plan.num_pages
+    if memory is None:
+        raise StartupError("num_pages must be set where the engine runs on the CPU")
+    return pages_that_fit(
+        memory,
+        checkpoint.layout.page_bytes,
+        share=plan.gpu_memory_share,
+        reserved_bytes=plan.reserved_bytes + (GRAPH_BYTES if plan.kernels == "triton" else 0),
+    )
+
+
+def _runner(plan: EnginePlan, checkpoint: Checkpoint, num_pages: int) -> "TorchRunner | TritonRunner":
+    try:
+        if plan.kernels == "torch":
+            return TorchRunner(checkpoint, num_pages)
+        from shared.engine.triton_runner import TritonRunner  # noqa: PLC0415 - needed, and there, on GPUs alone
+
+        return TritonRunner(
+            checkpoint,
+            num_pages,
+            max_running=plan.max_running,
+            max_batch_tokens=plan.max_batch_tokens,
+            max_context=checkpoint.config.max_context,
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"{num_pages} KV pages do not fit the GPU: {error}") from error
