@@ -13,6 +13,9 @@ from infra.kafka.create_topics import create_topics
 from infra.local.kafka import kafka_server
 from infra.local.model import smollm2_folder
 from infra.local.redis import redis_server
+from tests.triton_interpreter import use_interpreter_without_cuda
+
+use_interpreter_without_cuda()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
