@@ -16,15 +16,12 @@ from random import Random
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
-from benchmarks.engine.build import RUNNERS, SPEED_WEIGHTS, EnginePlan, start_engine
+from benchmarks.engine.build import RUNNERS, SHAPES, SPEED_WEIGHTS, BenchPlan, start_engine
 from benchmarks.engine.drive import Work, greedy
-from benchmarks.engine.late_work import LateWork
 from benchmarks.engine.machine import commit, machine, process_age_s
 from benchmarks.engine.report import markdown
-from infra.local.random_model import SHAPES
 from loadgen.arrivals import poisson_times
 from loadgen.traces import TraceRow, read_trace
 from shared.engine.port import Engine, EngineRequest
@@ -164,7 +161,10 @@ def trace_file(folder: Path, word: str) -> Path:
 def arrivals_of(
     rows: Sequence[TraceRow], rate_per_s: float, seconds: float, max_context: int, work: Work, rng: Random
 ) -> list[Arrival]:
-    """The requests of the first `seconds`, but those of `max_context` tokens or more. Raises StartupError if the trace is too short for that."""
+    """The requests of the first `seconds`; those of `max_context` tokens or more are left out.
+
+    Raises StartupError if the trace is too short.
+    """
     fitting = [row for row in rows if row.input_tokens + row.output_tokens < max_context]
     times_s = poisson_times(len(fitting) + 1, rate_per_s, rng)
     if times_s[-1] < seconds:
@@ -281,7 +281,7 @@ def main(
     out: Annotated[str, typer.Option(help="Write the result as JSON to this file.")] = "",
 ) -> None:
     """Measure one colocated engine under open-loop load."""
-    plan = EnginePlan(
+    plan = BenchPlan(
         device=device,
         dtype=dtype,
         runner=runner or ("triton" if device == "cuda" else "torch"),
@@ -289,40 +289,39 @@ def main(
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,
     )
-    engine, start = start_engine(shape, plan, SPEED_WEIGHTS)
-    sys.stderr.write(f"ready after {process_age_s():.1f} s: {engine.limits}\n")
+    built, start = start_engine(shape, plan, SPEED_WEIGHTS)
+    engine = built.engine
+    sys.stderr.write(f"ready after {process_age_s():.1f} s: {built.runs}; {engine.limits}\n")
     work = Work(engine.model.vocab_size, seed)
     results: list[tuple[Point, PointResult]] = []
-    with LateWork(torch.device(device)) as late_work:
-        for request in work.requests(NUM_WARM_REQUESTS, 64, greedy(8)):
-            run_point(engine, [Arrival(0.0, request)])
-        for point in parse_points(points):
-            rows = read_trace(trace_file(Path(traces), point.trace))
-            max_context = min(MAX_CONTEXT, engine.limits.max_context)
-            arrivals = arrivals_of(
-                rows, point.rate_per_s, seconds, max_context, work, Random(f"{seed}/{point.name}")
-            )
-            preemptions_before = engine.stats().num_preemptions
-            run = run_point(engine, arrivals)
-            engine.check()
-            result = result_of(point, run, engine.stats().num_preemptions - preemptions_before)
-            sys.stderr.write(f"{result}\n")
-            results.append((point, result))
+    for request in work.requests(NUM_WARM_REQUESTS, 64, greedy(8)):
+        run_point(engine, [Arrival(0.0, request)])
+    for point in parse_points(points):
+        rows = read_trace(trace_file(Path(traces), point.trace))
+        max_context = min(MAX_CONTEXT, engine.limits.max_context)
+        arrivals = arrivals_of(rows, point.rate_per_s, seconds, max_context, work, Random(f"{seed}/{point.name}"))
+        preemptions_before = engine.stats().num_preemptions
+        run = run_point(engine, arrivals)
+        engine.check()
+        result = result_of(point, run, engine.stats().num_preemptions - preemptions_before)
+        sys.stderr.write(f"{result}\n")
+        results.append((point, result))
     report = {
         "shape": shape,
+        "runs": built.runs,
         "plan": asdict(plan),
         "limits": asdict(engine.limits),
         "start": asdict(start),
         "seconds": seconds,
         "points": [asdict(result) for _, result in results],
-        "late_work": late_work.counts(),
+        "late_work": built.late_work(),
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
         "commit": revision or commit(),
     }
     if out:
         Path(out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    sys.stdout.write(f"{table(results, VLLM.get(shape, {}))}\n\nafter ready: {late_work.counts()}; {engine.limits}\n")
+    sys.stdout.write(f"{table(results, VLLM.get(shape, {}))}\n\nafter ready: {built.late_work()}; {engine.limits}\n")
 
 
 if __name__ == "__main__":

@@ -23,34 +23,20 @@ import typer
 
 from benchmarks.engine.build import (
     RUNNERS,
+    SHAPES,
     TOKEN_WEIGHTS,
-    EnginePlan,
+    BenchPlan,
     engine_over,
     random_checkpoint,
     settle_memory,
     synchronize,
 )
 from benchmarks.engine.drive import DecodeRows, Work, greedy, run_all
-from benchmarks.engine.late_work import LateWork
 from benchmarks.engine.machine import commit, machine
-from infra.local.random_model import LLAMA, SHAPES
 from shared.blocks import PAGE_TOKENS, TokenIds, token_ids
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineRequest, TokenOutput
 from shared.request import FinishReason, SamplingParams
-
-SMALL_SHAPE: Mapping[str, Any] = LLAMA | {
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "num_hidden_layers": 4,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 1024,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
 
 MAX_TIE_GAP = 1e-3
 """Two log probabilities this close may change places when a batch has another shape (float32 gives about 1e-5)."""
@@ -368,19 +354,19 @@ def host_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(shape: Mapping[str, Any], engine_plan: EnginePlan, plan: LoadPlan) -> dict[str, Any]:
+def run(shape: Mapping[str, Any], engine_plan: BenchPlan, plan: LoadPlan) -> dict[str, Any]:
     """Everything, as one report; `violations` is empty if all is well."""
     device = torch.device(engine_plan.device)
     checkpoint = random_checkpoint(shape, engine_plan.dtype, device, TOKEN_WEIGHTS)
-    load = RandomLoad([engine_over(checkpoint, engine_plan) for _ in range(2)], plan)
+    built = [engine_over(checkpoint, engine_plan) for _ in range(2)]
+    load = RandomLoad([each.engine for each in built], plan)
     settle_memory()
-    with LateWork(device) as late_work:
-        before_s = load.probe_s()
-        load.run()
-        after_s = before_s
-        if not load.violations:
-            after_s = load.probe_s()
-            load.fill_seats()
+    before_s = after_s = load.probe_s()
+    load.run()
+    if not load.violations:
+        after_s = load.probe_s()
+        load.fill_seats()
+    late_work = [each.late_work() for each in built]
     violations = load.violations + growth(load.ebbs)
     num_preemptions = [engine.stats().num_preemptions for engine in load.engines]
     violations += [
@@ -388,12 +374,12 @@ def run(shape: Mapping[str, Any], engine_plan: EnginePlan, plan: LoadPlan) -> di
         for what, count in (("preempted", sum(num_preemptions)), ("imported", load.counts["imported"]))
         if not count
     ]
-    violations += [f"{count} {what} after ready" for what, count in late_work.counts().items() if count]
+    violations += [f"after ready: {each}" for each in late_work if any(each.values())]
     if after_s > before_s * (1 + plan.max_drift):
         violations.append(f"the same work took {1e3 * before_s:.1f} ms at first and {1e3 * after_s:.1f} ms at the end")
     num_ties = 0
     if not load.violations:
-        alone = engine_over(checkpoint, replace(engine_plan, runner="torch"))
+        alone = engine_over(checkpoint, replace(engine_plan, runner="torch")).engine
         differences = [compare(alone, f"alone-{index}", answer) for index, answer in enumerate(load.answers)]
         num_ties = differences.count("tie")
         violations += [difference for difference in differences if difference not in (None, "tie")]
@@ -407,7 +393,8 @@ def run(shape: Mapping[str, Any], engine_plan: EnginePlan, plan: LoadPlan) -> di
         "compared_tokens": sum(len(answer.tokens) for answer in load.answers),
         "ties": num_ties,
         "probe_ms": [round(1e3 * before_s, 2), round(1e3 * after_s, 2)],
-        "late_work": late_work.counts(),
+        "runs": built[0].runs,
+        "late_work": late_work,
         "ebbs": [asdict(ebb) for ebb in load.ebbs],
         "engine": asdict(engine_plan),
         "load": asdict(plan),
@@ -418,7 +405,7 @@ def main(
     *,
     seconds: Annotated[float, typer.Option(help="Of load; the comparison takes as long as it takes.")] = 240.0,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 1,
-    shape: Annotated[str, typer.Option(help="small, or one of the shapes of infra.local.random_model.")] = "small",
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     runner: Annotated[str, typer.Option(help=f"One of {', '.join(RUNNERS)}; by default triton on cuda.")] = "",
     num_pages: Annotated[int, typer.Option(help="KV pages of each engine.")] = 64,
@@ -433,7 +420,7 @@ def main(
     out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
 ) -> None:
     """Random work on two engines of one device; fails on whatever does not add up."""
-    engine_plan = EnginePlan(
+    engine_plan = BenchPlan(
         device=device,
         dtype="float32",  # in bf16 equal answers would depend on the batch
         runner=runner or ("triton" if device == "cuda" else "torch"),
@@ -451,7 +438,7 @@ def main(
         num_compared=compared,
         max_drift=max_drift,
     )
-    report = run(SMALL_SHAPE if shape == "small" else SHAPES[shape], engine_plan, plan)
+    report = run(SHAPES[shape], engine_plan, plan)
     report |= {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "commit": revision or commit()}
     if out:
         Path(out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from benchmarks.engine.build import RUNNERS, SPEED_WEIGHTS, EnginePlan, start_engine
-from benchmarks.engine.late_work import LateWork
+from benchmarks.engine.build import RUNNERS, SHAPES, SPEED_WEIGHTS, BenchPlan, start_engine
 from benchmarks.engine.machine import commit, machine, process_age_s
 from benchmarks.engine.peer import PEERS
 from benchmarks.engine.report import kernel_table, table
 from benchmarks.engine.rows import FULL, TINY, Bench, Row
-from infra.local.random_model import SHAPES
+
+TRIAL_SHAPES = ("tiny", "small")
+"""Shapes whose rows are small, to see that they can be measured."""
 
 ALL_ROWS = "first,prefill,decode,throughput,mixed,sampling"
 
@@ -40,9 +40,9 @@ def main(
     unknown = set(wanted) - set(ALL_ROWS.split(","))
     if shape not in SHAPES or unknown:
         raise typer.BadParameter(f"--shape is one of {', '.join(SHAPES)}, --rows some of {ALL_ROWS}")
-    sizes = TINY if shape == "tiny" else FULL
+    sizes = TINY if shape in TRIAL_SHAPES else FULL
     sizes = sizes.with_repeats(repeats) if repeats else sizes
-    plan = EnginePlan(
+    plan = BenchPlan(
         device=device,
         dtype=dtype,
         runner=runner or ("triton" if device == "cuda" else "torch"),
@@ -50,25 +50,26 @@ def main(
         max_running=sizes.num_rows,
         max_batch_tokens=max_batch_tokens,
     )
-    engine, start = start_engine(shape, plan, SPEED_WEIGHTS)
+    built, start = start_engine(shape, plan, SPEED_WEIGHTS)
+    engine = built.engine
     start_s = process_age_s()
-    say(f"ready after {start_s:.1f} s: {asdict(start)}, {engine.limits}")
+    say(f"ready after {start_s:.1f} s: {built.runs}; {asdict(start)}, {engine.limits}")
     bench = Bench(engine, sizes, on_cuda=device == "cuda", seed=seed)
     measured = [Row("start to ready", "s", start_s, [start.weights_s, start.ready_s])]
-    with LateWork(torch.device(device)) as late_work:
-        for name, measure in bench.groups().items():
-            if name in wanted:
-                began_s = time.perf_counter()
-                measured += measure()
-                say(f"{name}: {time.perf_counter() - began_s:.1f} s")
+    for name, measure in bench.groups().items():
+        if name in wanted:
+            began_s = time.perf_counter()
+            measured += measure()
+            say(f"{name}: {time.perf_counter() - began_s:.1f} s")
     engine.check()
     result = {
         "shape": shape,
+        "runs": built.runs,
         "plan": asdict(plan),
         "limits": asdict(engine.limits),
         "start": asdict(start),
         "rows": [asdict(row) for row in measured],
-        "late_work": late_work.counts(),
+        "late_work": built.late_work(),
         "num_preemptions": engine.stats().num_preemptions,
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
@@ -78,7 +79,7 @@ def main(
     if out:
         Path(out).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     sys.stdout.write(f"{table(measured, PEERS.get(shape, {}))}\n\n{kernel_table(measured)}\n")
-    sys.stdout.write(f"\nafter ready: {late_work.counts()}; {engine.limits}; {result['took_s']} s in all\n")
+    sys.stdout.write(f"\nafter ready: {built.late_work()}; {engine.limits}; {result['took_s']} s in all\n")
 
 
 def say(text: str) -> None:

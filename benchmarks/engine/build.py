@@ -4,16 +4,16 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infra.local.random_model import SHAPES
-from shared.engine.batch import Runner
+from infra.local.random_model import LLAMA
+from infra.local.random_model import SHAPES as REAL_SHAPES
 from shared.engine.engine import PagedEngine
 from shared.engine.models.config import ModelConfig, read_config
 from shared.engine.models.decoder import Decoder
@@ -22,6 +22,22 @@ from shared.engine.runner import TorchRunner
 from shared.engine.weights import Checkpoint, allocate_weights, tensor_places
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import TORCH_DTYPES
+
+SMALL: Mapping[str, Any] = dict(LLAMA) | {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {**REAL_SHAPES, "small": SMALL}
+"""By name. `small` is for runs that ask whether all is right rather than how fast it is."""
 
 RUNNERS = ("torch", "triton")
 
@@ -45,7 +61,7 @@ TOKEN_WEIGHTS = Weights(0.05, norms_are_ones=True)
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlan:
+class BenchPlan:
     """One engine.
 
     Attributes:
@@ -91,26 +107,48 @@ def config_of(shape: Mapping[str, Any]) -> ModelConfig:
         return read_config(Path(folder))
 
 
-def engine_over(checkpoint: Checkpoint, plan: EnginePlan) -> PagedEngine:
-    """An engine that is ready: where its runner compiles or captures, it has."""
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine that is ready: where its runner compiles or captures, it has.
+
+    Attributes:
+        runs: what computes its steps, in words.
+        late_work: what the runner has compiled, captured and allocated since, by name; empty if it counts nothing.
+    """
+
+    engine: PagedEngine
+    runs: str
+    late_work: Callable[[], Mapping[str, int]]
+
+
+def engine_over(checkpoint: Checkpoint, plan: BenchPlan) -> BuiltEngine:
+    """An engine that runs the checkpoint."""
     num_pages = _affordable_pages(checkpoint.layout, plan)
-    runner = _runner(checkpoint, plan, num_pages)
-    return PagedEngine(
-        runner,
-        EngineModel(
-            name="random",
-            fingerprint=checkpoint.fingerprint,
-            vocab_size=checkpoint.config.vocab_size,
-            eos_token_ids=checkpoint.config.eos_token_ids,
-            layout=checkpoint.layout,
-        ),
-        EngineLimits(
-            max_context=checkpoint.config.max_context,
-            num_pages=num_pages,
-            max_running=plan.max_running,
-            max_batch_tokens=plan.max_batch_tokens,
-        ),
+    model = EngineModel(
+        name="random",
+        fingerprint=checkpoint.fingerprint,
+        vocab_size=checkpoint.config.vocab_size,
+        eos_token_ids=checkpoint.config.eos_token_ids,
+        layout=checkpoint.layout,
     )
+    limits = EngineLimits(
+        max_context=checkpoint.config.max_context,
+        num_pages=num_pages,
+        max_running=plan.max_running,
+        max_batch_tokens=plan.max_batch_tokens,
+    )
+    if plan.runner == "torch":
+        return BuiltEngine(PagedEngine(TorchRunner(checkpoint, num_pages), model, limits), "PyTorch alone", dict)
+    # By name: a machine without Triton measures the torch runner.
+    runner = import_module("shared.engine.triton_runner").TritonRunner(
+        checkpoint,
+        num_pages,
+        max_running=plan.max_running,
+        max_batch_tokens=plan.max_batch_tokens,
+        max_context=checkpoint.config.max_context,
+    )
+    runner.warm_up()
+    return BuiltEngine(PagedEngine(runner, model, limits), runner.description, lambda: asdict(runner.late_work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +166,7 @@ class Start:
     is_cold: bool
 
 
-def start_engine(shape: str, plan: EnginePlan, weights: Weights) -> tuple[PagedEngine, Start]:
+def start_engine(shape: str, plan: BenchPlan, weights: Weights) -> tuple[BuiltEngine, Start]:
     """An engine of one of the SHAPES, and how long it took."""
     device = torch.device(plan.device)
     is_cold = plan.runner != "triton" or not _has_compiled_kernels()
@@ -136,10 +174,10 @@ def start_engine(shape: str, plan: EnginePlan, weights: Weights) -> tuple[PagedE
     checkpoint = random_checkpoint(SHAPES[shape], plan.dtype, device, weights)
     synchronize(device)
     drawn_s = time.perf_counter()
-    engine = engine_over(checkpoint, plan)
+    built = engine_over(checkpoint, plan)
     synchronize(device)
     settle_memory()
-    return engine, Start(drawn_s - began_s, time.perf_counter() - drawn_s, is_cold)
+    return built, Start(drawn_s - began_s, time.perf_counter() - drawn_s, is_cold)
 
 
 def settle_memory() -> None:
@@ -154,19 +192,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _runner(checkpoint: Checkpoint, plan: EnginePlan, num_pages: int) -> Runner:
-    if plan.runner == "torch":
-        return TorchRunner(checkpoint, num_pages)
-    # By name, so that the torch runner is measured where Triton is not installed.
-    triton_runner = import_module("shared.engine.triton_runner")
-    runner = triton_runner.TritonRunner(
-        checkpoint, num_pages, max_running=plan.max_running, max_batch_tokens=plan.max_batch_tokens
-    )
-    runner.warm_up()
-    return runner
-
-
-def _affordable_pages(layout: KvLayout, plan: EnginePlan) -> int:
+def _affordable_pages(layout: KvLayout, plan: BenchPlan) -> int:
     if plan.device != "cuda":
         return plan.num_pages
     free_bytes, _ = torch.cuda.mem_get_info()

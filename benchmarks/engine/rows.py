@@ -168,7 +168,8 @@ class Bench:
         for batch, context in self._sizes.decode:
             one_s = min(self._one_token_times_s(batch, context))
             times_ms = [
-                1e3 * (run_all(self._engine, self._work.requests(batch, context, greedy(NUM_STEPS + 1))) - one_s)
+                1e3
+                * (run_all(self._engine, self._work.requests(batch, context, greedy(NUM_STEPS + 1))) - one_s)
                 / NUM_STEPS
                 for _ in range(self._sizes.repeats)
             ]
