@@ -108,7 +108,7 @@ class FakeRunner:
     """
 
     def __init__(
-        self, model: EngineModel, num_pages: int, poison_token_id: int | None = None, num_ahead: int = 0
+        self, model: EngineModel, num_pages: int, poison_token_id: int | None = None, num_ahead: int = 1
     ) -> None:
         self._model = model
         self._cache = PagedCache(model.layout, num_pages, torch.device("cpu"))
@@ -218,7 +218,7 @@ def fake_engine(
     max_running: int = 8,
     max_batch_tokens: int = 256,
     poison_token_id: int | None = None,
-    num_ahead: int = 0,
+    num_ahead: int = 1,
 ) -> PagedEngine:
     """A PagedEngine over a FakeRunner."""
     model = model or fake_model()

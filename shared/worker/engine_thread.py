@@ -23,7 +23,11 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step that has run; `started_s` and `ended_s` by the thread's clock."""
+    """One step that has run; `started_s` and `ended_s` by the thread's clock.
+
+    An engine that is one batch ahead launches in one step what the next step waits for: while it is busy, a step takes
+    as long as a batch. What `output.started` names was launched, what `output.tokens` names was computed, by `ended_s`.
+    """
 
     output: StepOutput
     started_s: float
@@ -38,7 +42,8 @@ class EngineThread:
 
     Attributes:
         stats: as they were after the newest step or command.
-        step_started_s: when the step that runs now began, by `clock_s`; None between steps.
+        step_started_s: when the step that runs now began, by `clock_s`; None between steps. A device that hangs is
+            seen here too: no step returns before a batch that it waits for.
     """
 
     def __init__(self, engine: Engine, clock_s: Callable[[], float]) -> None:

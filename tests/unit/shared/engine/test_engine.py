@@ -147,3 +147,43 @@ def test_a_request_is_started_and_counted_once_in_spite_of_preemption():
     assert driver.started == ["a", "b"]
     assert driver.engine.stats().num_prompt_tokens == 124
     assert driver.engine.stats().num_prefix_queries == 124
+
+
+# One batch ahead.
+
+
+def test_a_step_launches_the_next_batch_before_it_takes_the_tokens_of_one():
+    driver = Driver(fake_engine(max_batch_tokens=64))
+    driver.engine.add(request("a", prompt(100), greedy(2, ignore_eos=True)))
+    driver.engine.add(request("b", prompt(10, 500), greedy(1)))
+    sizes = [(step.num_batch_tokens, step.started, [token.key for token in step.tokens]) for step in _steps(driver)]
+    assert sizes == [(64, ("a", "b"), []), (46, (), ["a", "b"]), (1, (), ["a"])]
+
+
+def test_the_row_behind_an_end_is_thrown_away():
+    driver = Driver(fake_engine())
+    driver.engine.add(request("a", token_ids([10, END_AT, 1]), greedy(9)))
+    steps = _steps(driver)
+    assert [len(step.tokens) for step in steps] == [1, 1, 0]
+    assert driver.finish("a") is FinishReason.STOP
+    assert driver.engine.stats().num_generated_tokens == 2
+    driver.assert_all_free()
+
+
+def test_an_abort_under_a_batch_in_flight_frees_the_pages_with_the_next_step():
+    driver = Driver(fake_engine(num_pages=4))
+    driver.engine.add(request("a", prompt(100), greedy(9)))
+    driver.step()
+    driver.engine.abort("a")
+    assert (driver.engine.stats().num_running, driver.engine.stats().num_free_pages) == (0, 2)
+    assert driver.engine.has_work()
+    assert driver.step().tokens == ()
+    assert not driver.engine.has_work()
+    driver.assert_all_free()
+
+
+def _steps(driver):
+    steps = []
+    while driver.engine.has_work():
+        steps.append(driver.step())
+    return steps

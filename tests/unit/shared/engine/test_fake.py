@@ -2,7 +2,7 @@ import pytest
 
 from shared.blocks import token_ids
 from shared.engine.batch import BatchRow
-from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_model
+from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, SPOILT, FakeRunner, fake_answer, fake_model
 from shared.request import SamplingParams, TokenLogprob
 from tests.engine_driver import greedy
 
@@ -116,3 +116,53 @@ def test_logprobs():
     sampled = run(runner, (row([10, 20, 30], 0, 3, (0,), greedy(1, logprobs=2)),))
     assert sampled[0].logprob == TokenLogprob(-(1 + 150 % 7) / 8, ((150, -0.5), (151, -0.75)))
     assert run(runner, (row([10, 20, 30], 0, 3, (0,)),))[0].logprob is None
+
+
+# One batch ahead.
+
+
+def test_an_id_not_seen_yet_is_what_the_seat_drew():
+    runner = FakeRunner(fake_model(), 4)
+    first = runner.launch((row([10, 20, 30], 0, 3, (0,)),))
+    second = runner.launch((row([10, 20, 30], 3, 4, (0,), prompt_len=3),))
+    assert [first.wait()[0].token_id, second.wait()[0].token_id] == [150, 667]
+
+
+@pytest.mark.parametrize("changes", [{"sequence": 2}, {"seat": 1}])
+def test_what_another_seat_or_sequence_drew_is_not_taken(changes):
+    runner = FakeRunner(fake_model(), 4)
+    run(runner, (row([10, 20, 30], 0, 3, (0,)),))
+    with pytest.raises(AssertionError, match="wants position 3"):
+        run(runner, (row([10, 20, 30], 3, 4, (0,), prompt_len=3, **changes),))
+
+
+def test_kv_is_not_there_before_the_batch_has_been_waited_for():
+    runner = FakeRunner(fake_model(), 4)
+    launched = runner.launch((row([10, 20], 0, 2, (1,)),))
+    assert runner.cache.pages[1, 0, 0, 0, 0, 0] == SPOILT
+    launched.wait()
+    assert runner.cache.pages[1, 0, 0, 0, 0, 0] == 10
+
+
+def test_writing_to_a_page_in_flight_is_found_out():
+    runner = FakeRunner(fake_model(), 4)
+    run(runner, (row([10] * 64, 0, 64, (0,)),))
+    launched = runner.launch((row([10] * 65, 64, 65, (0, 1)),))
+    runner.cache.pages[0] = 7
+    with pytest.raises(AssertionError, match="page 0 should hold position 0"):
+        launched.wait()
+
+
+def test_batches_are_waited_for_in_order_and_not_more_than_may_be_ahead():
+    runner = FakeRunner(fake_model(), 4)
+    runner.launch((row([10], 0, 1, (0,)),))
+    second = runner.launch((row([20], 0, 1, (1,)),))
+    with pytest.raises(AssertionError, match="2 batches are in flight"):
+        runner.launch((row([30], 0, 1, (2,)),))
+    with pytest.raises(AssertionError, match="before an older one"):
+        second.wait()
+
+
+def test_two_rows_do_not_share_a_seat():
+    with pytest.raises(AssertionError, match="the same seat"):
+        FakeRunner(fake_model(), 4).launch((row([10], 0, 1, (0,)), row([20], 0, 1, (1,))))

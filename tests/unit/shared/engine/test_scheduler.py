@@ -1,4 +1,9 @@
+from collections import Counter, deque
+
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shared.blocks import PAGE_TOKENS, hash_chain, root_hash, token_ids
 from shared.engine.port import EngineLimits
@@ -264,3 +269,224 @@ def test_every_state_is_in_the_table():
     (sequence,) = engine.schedule().sequences
     with pytest.raises(ValueError, match="cannot become HELD"):
         engine.hold(sequence)
+
+
+# One batch ahead.
+
+
+def test_a_row_goes_on_from_what_is_in_flight():
+    engine = scheduler(max_batch_tokens=100)
+    engine.add(request("a", prompt(150), greedy(3)))
+    first, second = engine.schedule(), engine.schedule()
+    assert spans(first) + spans(second) == [("a", 0, 100), ("a", 100, 150)]
+    take(engine, first)
+    third = engine.schedule()
+    assert spans(third) == [("a", 150, 151)]
+    assert len(third.rows[0].ids) == 150, "nobody has seen the token that it computes"
+    take(engine, second)
+    fourth = engine.schedule()
+    assert spans(fourth) == [("a", 151, 152)]
+    assert len(fourth.rows[0].ids) == 151
+    take(engine, third)
+    assert spans(engine.schedule()) == [], "the token that follows is not wanted"
+    assert engine.has_work()
+    take(engine, fourth)
+    assert not engine.has_work()
+
+
+def test_the_end_is_forbidden_by_the_index_of_tokens_not_seen():
+    engine = scheduler()
+    engine.add(request("a", prompt(10), greedy(9, min_tokens=2)))
+    forbidden = []
+    for _ in range(3):
+        (row,) = engine.schedule().rows
+        forbidden.append(row.forbid_end)
+    assert forbidden == [True, True, False]
+
+
+def test_who_is_to_be_held_is_launched_for_one_token():
+    engine = scheduler()
+    engine.add(request("a", prompt(10), greedy(9), hold_kv=True))
+    batch = engine.schedule()
+    assert spans(engine.schedule()) == []
+    take(engine, batch)
+    assert (engine.num_held, engine.has_work()) == (1, False)
+
+
+def test_a_block_is_found_when_its_batch_has_been_collected():
+    engine = scheduler(max_batch_tokens=64)
+    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    engine.add(request("a", prompt(129), greedy(9)))
+    first, second = engine.schedule(), engine.schedule()
+    assert engine.pool.find(hashes) == ()
+    take(engine, first)
+    assert len(engine.pool.find(hashes)) == 1
+    take(engine, second)
+    assert len(engine.pool.find(hashes)) == 2
+
+
+@pytest.mark.parametrize("how", ["abort", "end", "fail"])
+def test_who_ends_keeps_pages_and_seat_until_no_batch_has_a_row_of_it(how):
+    engine = scheduler(num_pages=4, max_running=1)
+    engine.add(request("a", prompt(100), greedy(9)))
+    first, second = engine.schedule(), engine.schedule()
+    (sequence,) = first.sequences
+    if how != "abort":
+        engine.collected(first)
+    if how == "end":
+        engine.end(sequence)
+    elif how == "fail":
+        engine.fail(sequence)
+    else:
+        engine.abort("a")
+        engine.collected(first)
+    engine.check()
+    assert (engine.num_running, engine.pool.num_free) == (0, 2)
+    engine.add(request("a", prompt(100), greedy(9)))  # its name is free, its seat is not
+    assert spans(engine.schedule()) == []
+    assert engine.reserve(request("b", prompt(3), greedy(9), prompt_len=2)) is None
+    engine.collected(second)
+    engine.check()
+    assert engine.pool.num_free == 4
+    assert spans(engine.schedule()) == [("a", 0, 100)]
+
+
+def test_nobody_is_preempted_under_a_batch_in_flight():
+    engine = scheduler(num_pages=3)
+    engine.add(request("old", prompt(62), greedy(70)))
+    engine.add(request("young", prompt(66, 200), greedy(9)))
+    for _ in range(3):
+        batch = engine.schedule()
+        ahead = engine.schedule()
+        if not ahead.rows:
+            break
+        take(engine, batch)
+        batch = ahead
+        take(engine, batch)
+    assert (len(batch.rows), engine.num_preemptions) == (2, 0)
+    take(engine, batch)
+    assert spans(engine.schedule()) == [("old", 64, 65)]
+    assert engine.num_preemptions == 1
+
+
+class AheadMachine(RuleBasedStateMachine):
+    """A scheduler with up to two batches in flight, and all that may happen meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine = scheduler(num_pages=9, max_running=3, max_batch_tokens=100)
+        self.in_flight = deque()
+        self.requests = {}
+        self.importing = []
+        self.num_tokens = Counter()
+        self.started = Counter()
+        self.ended_early = set()
+        self.launched_to = {}
+
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def launch(self):
+        batch = self.engine.schedule()
+        if not batch.rows:
+            return
+        assert sum(row.end - row.start for row in batch.rows) <= 100
+        assert len({row.seat for row in batch.rows}) == len(batch.rows)
+        in_flight = {row.sequence for each in self.in_flight for row in each.rows}
+        for row, sequence in zip(batch.rows, batch.sequences, strict=True):
+            wanted = self.requests[row.key]
+            assert 0 <= row.start < row.end <= len(row.ids) + (row.sequence in in_flight)
+            assert len(row.pages) * PAGE_TOKENS >= row.end
+            assert row.end - row.prompt_len < wanted.sampling.max_tokens
+            assert row.sample == (row.end >= len(row.ids))
+            if row.sequence in in_flight:
+                assert row.start == self.launched_to[row.sequence]
+            assert sequence.num_launched == row.end
+            self.launched_to[row.sequence] = row.end
+        self.started.update(batch.started)
+        self.in_flight.append(batch)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(fate=st.sampled_from(["go on", "go on", "go on", "stop", "fail"]))
+    def collect(self, fate):
+        batch = self.in_flight.popleft()
+        alive = [sequence for sequence in batch.sequences if sequence.state is not SequenceState.ENDED]
+        sampled = {
+            row.key for row, each in zip(batch.rows, batch.sequences, strict=True) if row.sample and each in alive
+        }
+        self.num_tokens.update(sampled)
+        if fate != "go on" and alive:
+            victim = alive[-1]
+            self.ended_early.add(victim.request.key)
+            (self.engine.fail if fate == "fail" else self.engine.end)(victim)
+        take(self.engine, batch)
+
+    @rule(
+        length=st.sampled_from([1, 60, 64, 65, 130]),
+        first=st.sampled_from([0, 1]),
+        max_tokens=st.sampled_from([1, 2, 70]),
+        hold_kv=st.booleans(),
+    )
+    def add(self, length, first, max_tokens, hold_kv):
+        added = request(f"r{len(self.requests)}", prompt(length, first), greedy(max_tokens), hold_kv=hold_kv)
+        self.requests[added.key] = added
+        self.engine.add(added)
+
+    @rule(length=st.sampled_from([2, 65, 130]))
+    def reserve(self, length):
+        wanted = request(f"r{len(self.requests)}", prompt(length), greedy(70), prompt_len=length - 1)
+        reservation = self.engine.reserve(wanted)
+        if reservation is not None:
+            used = {page for batch in self.in_flight for row in batch.rows for page in row.pages}
+            assert not used & set(reservation.pages[reservation.num_cached_pages :])
+            self.requests[wanted.key] = wanted
+            self.importing.append(wanted.key)
+
+    @precondition(lambda self: self.importing)
+    @rule()
+    def imported(self):
+        key = self.importing.pop()
+        self.num_tokens[key] = 1
+        self.engine.imported(key)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        key = data.draw(st.sampled_from(sorted(self.requests)))
+        self.ended_early.add(key)
+        self.importing = [other for other in self.importing if other != key]
+        self.engine.abort(key)
+
+    @invariant()
+    def adds_up(self):
+        self.engine.check()
+        for batch in self.in_flight:
+            for row, sequence in zip(batch.rows, batch.sequences, strict=True):
+                assert sequence.pages[: len(row.pages)] == row.pages, "the batch's pages are not its sequence's"
+                assert sequence.seat == row.seat
+
+    def teardown(self):
+        while self.importing:
+            self.imported()
+        while True:
+            for key in [key for key, each in self.requests.items() if each.hold_kv and self.num_tokens[key]]:
+                self.engine.abort(key)
+            if not self.engine.has_work():
+                break
+            num_preemptions = self.engine.num_preemptions
+            for _ in range(2 - len(self.in_flight)):
+                self.launch()
+            if self.in_flight:
+                self.collect("go on")
+            else:
+                assert self.engine.num_preemptions > num_preemptions, "nothing can be done though there is work"
+            self.adds_up()
+        assert self.engine.pool.num_free == 9
+        assert self.engine.num_waiting == 0
+        assert all(count == 1 for count in self.started.values())
+        for key, wanted in self.requests.items():
+            if key not in self.ended_early:
+                assert self.num_tokens[key] == (1 if wanted.hold_kv else wanted.sampling.max_tokens), key
+
+
+TestAhead = AheadMachine.TestCase
+TestAhead.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
