@@ -40,6 +40,8 @@ def make_row(answer=(), prompt=PROMPT, choice=0, forbid_end=False, **sampling):
     ids = token_ids((*prompt, *answer))
     return BatchRow(
         key="k",
+        sequence=0,
+        seat=0,
         ids=ids,
         start=len(ids) - 1,
         end=len(ids),
