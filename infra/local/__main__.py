@@ -48,7 +48,10 @@ def up(
     prefill_gpus: Annotated[str, typer.Option(help="GPUs of the prefill workers in turn, as in 0,1.")] = "",
     decode_gpus: Annotated[str, typer.Option(help="GPUs of the decode workers in turn.")] = "",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    num_pages: Annotated[int, typer.Option(help="KV pages of each worker, 64 tokens a page.", min=1)] = 512,
+    num_pages: Annotated[
+        int | None,
+        typer.Option(help="KV pages of each worker, 64 tokens a page; by default 512, on GPUs as many as fit.", min=2),
+    ] = None,
     max_restarts: Annotated[int, typer.Option(help="Restarts of a process that dies.", min=0)] = 3,
     run_dir: RunDir = DEFAULT_RUN_DIR,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C.")] = False,

@@ -10,6 +10,13 @@ from infra.local.process import ProcessSpec
 
 HOST = "127.0.0.1"
 
+CPU_PAGES = 512
+
+GPU_MEMORY_SHARE = 0.9
+"""Of a GPU's memory, for all workers on it together."""
+
+WORKERS = ("prefill", "decode")
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -51,7 +58,7 @@ class Composition:
         gpus: numbers of the GPUs of a service's processes, by its name, as in "0,1"; each process sees one of them,
             in turn. Where a service has none, its processes see what this one sees and use the first.
         dtype: "float32" or "bfloat16".
-        num_pages: KV pages of each worker.
+        num_pages: KV pages of each worker; None: CPU_PAGES, and on GPUs as many as fit.
         max_restarts: how often a process that died is started again before it is left dead.
         env: further settings of every service.
         kafka_port, redis_port: wished ports; any free port where taken.
@@ -63,7 +70,7 @@ class Composition:
     device: str = "cpu"
     gpus: Mapping[str, str] = field(default_factory=dict[str, str])
     dtype: str = "bfloat16"
-    num_pages: int = 512
+    num_pages: int | None = None
     max_restarts: int = 3
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     kafka_port: int | None = 9092
@@ -86,7 +93,7 @@ def service_spec(
             "BATON_MODEL_NAME": composition.model_name,
             "BATON_DEVICE": composition.device,
             "BATON_DTYPE": composition.dtype,
-            "BATON_NUM_PAGES": str(composition.num_pages),
+            **_memory_env(service, index, composition),
             "BATON_HTTP_HOST": HOST,
             "BATON_HTTP_PORT": str(http_port),
             # Two busy processes with two OpenMP threads each wait for one another at every barrier.
@@ -94,12 +101,33 @@ def service_spec(
             "PYTHONUNBUFFERED": "1",
             # UCX reports a variable that it sets itself, on the standard output that carries the logs.
             "UCX_WARN_UNUSED_ENV_VARS": "n",
-            **_gpu_env(composition.gpus.get(service.name, ""), index),
+            **_gpu_env(_gpu_of(composition, service.name, index)),
             **composition.env,
         },
     )
 
 
-def _gpu_env(gpus: str, index: int) -> dict[str, str]:
-    numbers = gpus.split(",") if gpus else []
-    return {"CUDA_VISIBLE_DEVICES": numbers[index % len(numbers)].strip()} if numbers else {}
+def _gpu_env(gpu: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+
+
+def _memory_env(service: Service, index: int, composition: Composition) -> dict[str, str]:
+    """Pages where they are given, else each worker's share of its GPU."""
+    if composition.num_pages is not None:
+        return {"BATON_NUM_PAGES": str(composition.num_pages)}
+    if composition.device == "cpu":
+        return {"BATON_NUM_PAGES": str(CPU_PAGES)}
+    own = _gpu_of(composition, service.name, index)
+    neighbours = [
+        (name, number)
+        for name in WORKERS
+        for number in range(composition.counts.get(name, 0))
+        if _gpu_of(composition, name, number) == own
+    ]
+    return {"BATON_GPU_MEMORY_SHARE": f"{GPU_MEMORY_SHARE / max(1, len(neighbours)):.3f}"}
+
+
+def _gpu_of(composition: Composition, service: str, index: int) -> str:
+    """The GPU that a process uses; "" is the first that this process sees."""
+    numbers = composition.gpus.get(service, "").split(",")
+    return numbers[index % len(numbers)].strip()

@@ -37,3 +37,22 @@ def test_each_worker_sees_one_gpu_of_its_service_in_turn():
     by_name = {service.name: service for service in SERVICES}
     assert [visible(by_name["decode"], index) for index in range(3)] == ["1", "2", "1"]
     assert visible(by_name["prefill"], 0) is None
+
+
+def memory(composition, name, index):
+    service = next(service for service in SERVICES if service.name == name)
+    env = service_spec(service, index, composition, kafka_address="", redis_url="", http_port=1).env
+    return env.get("BATON_NUM_PAGES"), env.get("BATON_GPU_MEMORY_SHARE")
+
+
+def test_workers_on_one_gpu_share_its_memory():
+    apart = Composition(counts={"prefill": 1, "decode": 3}, model="/m", device="cuda", gpus={"decode": "1,2"})
+    assert memory(apart, "prefill", 0) == (None, "0.900")
+    assert [memory(apart, "decode", index)[1] for index in range(3)] == ["0.450", "0.900", "0.450"]
+    together = Composition(counts={"prefill": 1, "decode": 2}, model="/m", device="cuda")
+    assert memory(together, "prefill", 0) == (None, "0.300")
+
+
+def test_pages_are_counted_where_no_gpu_tells_how_many_fit():
+    assert memory(Composition(counts={}, model="/m"), "decode", 0) == ("512", None)
+    assert memory(Composition(counts={}, model="/m", device="cuda", num_pages=7), "decode", 0) == ("7", None)

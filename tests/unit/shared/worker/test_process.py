@@ -2,11 +2,24 @@ import asyncio
 import sys
 
 import pytest
+import torch
+from prometheus_client import CollectorRegistry
 
+from shared.engine.graphs import LateWork
 from shared.errors import StartupError
+from shared.kv.layout import KvLayout
+from shared.kv.paged_cache import PagedCache
+from shared.observe.metrics import WorkerMetrics
 from shared.state.port import Role
-from shared.worker.process import serve_worker
+from shared.transfer.staging import Staging
+from shared.worker.process import ReadingLog, copy_once, export_late_work, serve_worker, start
 from shared.worker.settings import WorkerSettings
+from tests.tiny_checkpoints import TinyCheckpoint, TinyCheckpoints
+
+
+@pytest.fixture
+def tiny_checkpoints(tmp_path):
+    return TinyCheckpoints(tmp_path)
 
 
 @pytest.fixture
@@ -23,3 +36,62 @@ async def test_the_event_loop_keeps_the_engine_waiting_a_tenth_of_a_millisecond_
             Role.DECODE, lambda _: pytest.fail("no role"), WorkerSettings(model=tmp_path), asyncio.Event()
         )
     assert sys.getswitchinterval() == pytest.approx(1e-4)
+
+
+class Told:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, event, **fields):
+        self.lines.append((event, fields))
+
+
+def test_the_reading_of_weights_is_told_once_a_second_and_at_its_end():
+    told, now_s = Told(), 10.0
+    reading = ReadingLog(told, lambda: now_s)
+    for now_s, num_read in [(10.5, 2e9), (11.0, 4e9), (11.9, 8e9), (12.1, 9e9), (12.5, 10e9)]:  # noqa: B007
+        reading(int(num_read), int(10e9))
+    assert [(event, fields["percent"], fields["gb_per_s"]) for event, fields in told.lines] == [
+        ("reading weights", 40, 4.0),
+        ("reading weights", 90, 4.29),
+        ("weights read", 100, 4.0),
+    ]
+
+
+def test_an_engine_that_is_ready_says_what_runs(tiny_checkpoints):
+    told = Told()
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    start(WorkerSettings(model=folder, model_name="m", dtype="float32", num_pages=8), told)
+    event, fields = told.lines[-1]
+    assert event == "engine ready"
+    assert (fields["model"], fields["device"], fields["runs"], fields["pages"]) == ("m", "cpu", "PyTorch alone", 8)
+
+
+def test_a_missing_gpu_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(StartupError, match="BATON_DEVICE is cuda"):
+        start(WorkerSettings(model=tmp_path, device="cuda"), Told())
+
+
+def test_late_work_is_what_came_after_the_start():
+    registry, done = CollectorRegistry(), [LateWork(5, 6, 7)]
+    export_late_work(WorkerMetrics(registry, "m"), lambda: done[-1])
+
+    def shown():
+        names = ("baton_late_compiles", "baton_late_captures", "baton_late_allocations")
+        return [registry.get_sample_value(name, {"model_name": "m"}) for name in names]
+
+    assert shown() == [0, 0, 0]
+    done.append(LateWork(6, 6, 9))
+    assert shown() == [1, 0, 2]
+
+
+async def test_the_first_copy_of_pages_changes_none():
+    layout = KvLayout(model_fingerprint="m", num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
+    cache = PagedCache(layout, 3, torch.device("cpu"))
+    cache.pages.copy_(torch.arange(cache.pages.numel()).view_as(cache.pages))
+    before = cache.pages.clone()
+    staging = Staging(cache, {}, message_bytes=layout.page_bytes)
+    await copy_once(staging)
+    assert torch.equal(cache.pages, before)
+    assert staging.outgoing.num_free == 2

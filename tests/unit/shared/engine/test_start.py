@@ -1,0 +1,85 @@
+from itertools import count
+
+import pytest
+import torch
+
+from shared.blocks import token_ids
+from shared.engine.models.config import read_config
+from shared.engine.port import EngineRequest
+from shared.engine.runner import TorchRunner
+from shared.engine.start import EnginePlan, largest_batches, start_engine
+from shared.engine.triton_runner import TritonRunner
+from shared.engine.weights import load_checkpoint
+from shared.errors import StartupError
+from shared.request import SamplingParams
+from tests.tiny_checkpoints import TinyCheckpoint
+
+CPU = torch.device("cpu")
+
+
+def plan(folder, **changes):
+    fields = {
+        "folder": folder,
+        "name": "m",
+        "device": CPU,
+        "dtype": "float32",
+        "kernels": "torch",
+        "num_pages": 8,
+        "gpu_memory_share": 0.9,
+        "reserved_bytes": 0,
+        "max_running": 4,
+        "max_batch_tokens": 64,
+    }
+    return EnginePlan(**{**fields, **changes})
+
+
+def answer(engine):
+    engine.add(
+        EngineRequest("r", token_ids(range(3, 80)), prompt_len=77, sampling=SamplingParams(max_tokens=5, temperature=0))
+    )
+    tokens = []
+    while engine.has_work():
+        tokens += [output.token_id for output in engine.step().tokens]
+    return tokens
+
+
+def test_a_started_engine_answers_and_says_what_it_took(tiny_checkpoints):
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    told = []
+    clock = count()
+    started = start_engine(plan(folder), lambda read, all_: told.append((read, all_)), lambda: float(next(clock)))
+    assert len(answer(started.engine)) == 5
+    limits = started.engine.limits
+    assert (limits.num_pages, limits.max_running, limits.max_batch_tokens) == (8, 4, 64)
+    assert limits.max_context == 1024
+    assert started.kv_bytes == started.engine.cache.pages.nbytes
+    assert told[-1] == (started.weight_bytes, started.weight_bytes)
+    assert (started.load_s, started.warm_up_s) == (1.0, 1.0)
+    assert started.peak_bytes is None
+    assert started.late_work is None
+
+
+def test_a_cpu_is_not_asked_how_many_pages_fit(tiny_checkpoints):
+    with pytest.raises(StartupError, match="num_pages"):
+        start_engine(plan(tiny_checkpoints.get(TinyCheckpoint()), num_pages=None), lambda _read, _all: None, float)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [4, 63, 2000])
+def test_the_largest_batches_take_all_seats_and_all_tokens_and_run(tiny_checkpoints, max_batch_tokens):
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    many, one = largest_batches(read_config(folder), 4, max_batch_tokens)
+    assert [row.seat for row in many] == [0, 1, 2, 3]
+    assert max_batch_tokens - 4 < sum(row.end for row in many) <= max_batch_tokens
+    assert [row.end for row in one] == [min(max_batch_tokens, 1023)]
+    runner = TorchRunner(load_checkpoint(folder, "float32", CPU), 2)
+    for batch in (many, one):
+        assert [sampled.error for sampled in runner.launch(batch).wait()] == [None] * len(batch)
+
+
+def test_the_largest_batches_run_before_the_warm_up(tiny_checkpoints):
+    """On a GPU they are the first thing that a runner computes, in a cache of two pages."""
+    checkpoint = load_checkpoint(tiny_checkpoints.get(TinyCheckpoint()), "float32", CPU)
+    config = checkpoint.config
+    runner = TritonRunner(checkpoint, 2, max_running=2, max_batch_tokens=16, max_context=config.max_context)
+    for batch in largest_batches(config, 2, 16):
+        assert [sampled.error for sampled in runner.launch(batch).wait()] == [None] * len(batch)
