@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from benchmarks.engine.rows import FULL, TINY, Bench, Row
 TRIAL_SHAPES = ("tiny", "small")
 """Shapes whose rows are small, to see that they can be measured."""
 
-ALL_ROWS = "first,prefill,decode,throughput,mixed,sampling"
+ALL_ROWS = "first,prefill,decode,throughput,sampling,mixed"
 
 
 def main(
@@ -30,6 +30,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     max_batch_tokens: Annotated[int, typer.Option(help="Token rows of one step.")] = 8192,
     num_pages: Annotated[int, typer.Option(help="KV pages; 0 takes what the rows need.")] = 0,
+    profile: Annotated[bool, typer.Option(help="Profile first tokens and decode steps at the end.")] = True,
     repeats: Annotated[int, typer.Option(help="Of each row; 0 takes the usual number.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     revision: Annotated[str, typer.Option(help="Commit to name in the result where git cannot tell.")] = "",
@@ -61,6 +62,9 @@ def main(
             began_s = time.perf_counter()
             measured += measure()
             say(f"{name}: {time.perf_counter() - began_s:.1f} s")
+    if profile:
+        profiles = bench.profiles({row.name for row in measured})
+        measured = [replace(row, profile=profiles.get(row.name)) for row in measured]
     engine.check()
     result = {
         "shape": shape,

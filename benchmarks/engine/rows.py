@@ -1,7 +1,8 @@
 """The rows of the engine's tables, each measured on one ready engine."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -111,6 +112,14 @@ class Row:
     profile: Profile | None = None
 
 
+def first_token_name(num_tokens: int) -> str:
+    return f"first token, {num_tokens}"
+
+
+def decode_name(batch: int, context: int) -> str:
+    return f"decode step, {batch} × {context}"
+
+
 class Bench:
     """An engine and what is measured on it."""
 
@@ -122,15 +131,34 @@ class Bench:
         self._one_token_s: dict[tuple[int, int], list[float]] = {}
 
     def groups(self) -> Mapping[str, Callable[[], list[Row]]]:
-        """What `--rows` names, in the order of measuring: a first request is the first only once."""
+        """What `--rows` names, in the order of measuring.
+
+        A first request is the first only once; the mixed step uses the profiler, which may slow down what follows.
+        """
         return {
             "first": self.first_request,
             "prefill": lambda: [*self.first_tokens(), *self.prefills()],
             "decode": self.decode_steps,
             "throughput": self.throughput,
-            "mixed": self.mixed_step,
             "sampling": self.sampling,
+            "mixed": self.mixed_step,
         }
+
+    def profiles(self, names: Collection[str]) -> Mapping[str, Profile]:
+        """Device time of those first tokens and decode steps that are among the `names` of rows; none without CUDA."""
+        if not self._on_cuda:
+            return {}
+        found: dict[str, Profile] = {}
+        for length in self._sizes.first:
+            if first_token_name(length) in names:
+                [request] = self._work.requests(1, length, greedy(1))
+                found[first_token_name(length)] = profile_steps(1, partial(run_all, self._engine, [request]))
+        for batch, context in self._sizes.decode:
+            if decode_name(batch, context) in names:
+                _, profile = self._full_steps(batch, context)
+                assert profile is not None
+                found[decode_name(batch, context)] = profile
+        return found
 
     def first_request(self) -> list[Row]:
         """The first request after ready against the median of the next ones, each alone."""
@@ -150,8 +178,7 @@ class Bench:
                 1e3 * run_all(self._engine, self._work.requests(1, num_tokens, greedy(1)))
                 for _ in range(self._sizes.repeats + 1)
             ]
-            profile = self._profile(1, lambda length=num_tokens: self._prefill_once(1, length))
-            rows.append(Row(f"first token, {num_tokens}", "ms", median(times_ms), times_ms, profile=profile))
+            rows.append(Row(first_token_name(num_tokens), "ms", median(times_ms), times_ms))
         return rows
 
     def prefills(self) -> list[Row]:
@@ -173,9 +200,8 @@ class Bench:
                 / NUM_STEPS
                 for _ in range(self._sizes.repeats)
             ]
-            steady_ms, profile = self._full_steps(batch, context, greedy)
-            name = f"decode step, {batch} × {context}"
-            rows.append(Row(name, "ms", min(times_ms), times_ms, steady_ms, profile))
+            steady_ms = self._steady_ms(batch, context, greedy)
+            rows.append(Row(decode_name(batch, context), "ms", min(times_ms), times_ms, steady_ms))
         return rows
 
     def throughput(self) -> list[Row]:
@@ -223,13 +249,11 @@ class Bench:
     def _prefill_once(self, number: int, num_tokens: int) -> float:
         return run_all(self._engine, self._work.requests(number, num_tokens, greedy(1)))
 
-    def _full_steps(
-        self, batch: int, context: int, sampling: Callable[[int], SamplingParams]
-    ) -> tuple[float, Profile | None]:
-        """Milliseconds of a full step of many in a row, and the profile of some more."""
-        rows = self._decode_rows(batch, context, sampling)
+    def _full_steps(self, batch: int, context: int) -> tuple[float, Profile | None]:
+        """Milliseconds of a full greedy step of some in a row, and the profile of some more."""
+        rows = self._decode_rows(batch, context, greedy)
         rows.steps(NUM_WARM_STEPS)
-        steady_ms = 1e3 * rows.steps(self._sizes.steady_steps)
+        steady_ms = 1e3 * rows.steps(NUM_PROFILED_STEPS)
         profile = self._profile(NUM_PROFILED_STEPS, lambda: rows.steps(NUM_PROFILED_STEPS))
         rows.close()
         return steady_ms, profile
@@ -242,7 +266,7 @@ class Bench:
         return steady_ms
 
     def _device_step_ms(self, batch: int, context: int) -> float:
-        steady_ms, profile = self._full_steps(batch, context, greedy)
+        steady_ms, profile = self._full_steps(batch, context)
         return steady_ms if profile is None else profile.step_ms
 
     def _chunks_ms(self, chunk: int) -> float:
