@@ -1,5 +1,6 @@
-"""What every engine does: one suite over the fake runner and over the torch runner with a tiny checkpoint."""
+"""What every engine does: one suite over the fake runner and, with a tiny checkpoint, the torch and Triton runners."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -9,17 +10,22 @@ import pytest
 import torch
 
 from shared.blocks import PAGE_TOKENS, TokenIds, pages_for, token_ids
+from shared.engine.batch import Runner
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import fake_answer, fake_engine
 from shared.engine.port import EngineLimits, EngineModel, EngineRequest
 from shared.engine.runner import TorchRunner
+from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import Checkpoint, load_checkpoint
 from shared.request import FinishReason, SamplingParams
 from tests.engine_driver import Driver, copy_pages, greedy, request
+from tests.reference_layers import use_reference_layers
 from tests.tiny_checkpoints import TinyCheckpoint, write_tiny_checkpoint
 
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 200]
 """Prompt lengths at and beside page borders."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of Triton's interpreter
 
 
 class EngineKind(Protocol):
@@ -67,6 +73,17 @@ class TorchKind:
         return self.checkpoint.config.vocab_size
 
     def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
+        limits = EngineLimits(1024, num_pages, max_running, max_batch_tokens)
+        return self._engine(self._runner(limits), limits)
+
+    def answer(self, wanted):
+        limits = EngineLimits(1024, 16, 1, 1024)
+        return Driver(self._engine(TorchRunner(self.checkpoint, 16), limits)).serve(wanted)[0]
+
+    def _runner(self, limits: EngineLimits) -> Runner:
+        return TorchRunner(self.checkpoint, limits.num_pages)
+
+    def _engine(self, runner: Runner, limits: EngineLimits) -> PagedEngine:
         checkpoint = self.checkpoint
         model = EngineModel(
             name="tiny",
@@ -75,11 +92,22 @@ class TorchKind:
             eos_token_ids=checkpoint.config.eos_token_ids,
             layout=checkpoint.layout,
         )
-        limits = EngineLimits(1024, num_pages, max_running, max_batch_tokens)
-        return PagedEngine(TorchRunner(checkpoint, num_pages), model, limits)
+        return PagedEngine(runner, model, limits)
 
-    def answer(self, wanted):
-        return Driver(self.make(num_pages=16, max_running=1, max_batch_tokens=1024)).serve(wanted)[0]
+
+class TritonKind(TorchKind):
+    """One batch ahead; answers come from the torch runner."""
+
+    random_operations = 100
+
+    def _runner(self, limits):
+        return TritonRunner(
+            self.checkpoint,
+            limits.num_pages,
+            max_running=limits.max_running,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_context=limits.max_context,
+        )
 
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -87,7 +115,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TinyCheckpoint())
+    tiny = TinyCheckpoint(overrides=(("head_dim", 64),))  # the smallest that the Triton kernels take
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), tiny)
 
 
 def torch_kind(folder: Path, device: str) -> TorchKind:
@@ -97,9 +126,16 @@ def torch_kind(folder: Path, device: str) -> TorchKind:
 FAKES = {"fake": FakeKind(num_ahead=0), "fake-ahead": FakeKind(num_ahead=1)}
 
 
-@pytest.fixture(scope="module", params=[*FAKES, *DEVICES])
-def kind(request, folder) -> EngineKind:
-    return FAKES.get(request.param) or torch_kind(folder, request.param)
+@pytest.fixture(scope="module", params=[*FAKES, *DEVICES, "triton"])
+def kind(request, folder) -> Iterator[EngineKind]:
+    if request.param == "triton":
+        device = DEVICES[-1]
+        with pytest.MonkeyPatch.context() as patch:
+            if device == "cpu":
+                use_reference_layers(patch)
+            yield TritonKind(load_checkpoint(folder, "float32", torch.device(device)))
+    else:
+        yield FAKES.get(request.param) or torch_kind(folder, request.param)
 
 
 def prompt(kind: EngineKind, length: int, seed: int = 0) -> TokenIds:
@@ -160,7 +196,7 @@ def test_joining_a_running_batch(kind):
 
 def test_preempted(kind):
     driver = Driver(kind.make(num_pages=7))
-    wanted = mixed_requests(kind, max_tokens=100)
+    wanted = mixed_requests(kind, max_tokens=60)
     driver.serve(*wanted)
     assert driver.engine.stats().num_preemptions > 0
     for each in wanted:

@@ -1,0 +1,37 @@
+"""Torch in place of the row-wise Triton kernels, for tests of what drives them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.engine import triton_runner
+from shared.engine.attention import paged
+from shared.engine.attention.decode import DecodeScratch
+from shared.engine.attention.prefill import prefill_attention_reference
+from shared.engine.layers.kernels import TORCH_KERNELS
+from shared.engine.layers.rotary import rotate_and_store_reference
+
+
+def use_reference_layers(patch: pytest.MonkeyPatch) -> None:
+    """The kernels' own tests hold them to these; the interpreter takes 20 ms over each token of a layer."""
+    patch.setattr(triton_runner, "TRITON_KERNELS", TORCH_KERNELS)
+    patch.setattr(paged, "rotate_and_store", rotate_and_store_reference)
+    patch.setattr(paged, "decode_attention", _decode_attention)
+    patch.setattr(paged, "prefill_attention", prefill_attention_reference)
+
+
+def _decode_attention(
+    q: Tensor,
+    layer_pages: Tensor,
+    page_table: Tensor,
+    seats: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    _scratch: DecodeScratch,
+    *,
+    scale: float,
+) -> None:
+    """Each row is a block of one row."""
+    rows = torch.arange(len(q), dtype=torch.int32)
+    blocks = torch.stack((rows, (positions >= 0).int(), positions, seats), 1)
+    prefill_attention_reference(q, layer_pages, page_table, blocks, out, scale=scale)
