@@ -118,8 +118,9 @@ class TritonRunner:
         )
         for shape in (self._planner.largest_shape, *captured):
             self._inputs.send(padding_words(shape, self._seats.nobody))
+            logits = self._forward(shape)
             for kind in Draw:
-                self._draw(shape, kind, self._forward(shape))
+                self._draw(shape, kind, logits)
         if self._device.type == "cuda":
             for shape in captured:
                 self._graphs.capture(shape, self._forward, self._draw)
