@@ -7,7 +7,7 @@ from torch import Tensor
 from shared.engine import triton_runner
 from shared.engine.attention import paged
 from shared.engine.attention.decode import DecodeScratch
-from shared.engine.attention.prefill import prefill_attention_reference
+from shared.engine.attention.prefill import Tiling, prefill_attention_reference
 from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.layers.rotary import rotate_and_store_reference
 
@@ -17,7 +17,20 @@ def use_reference_layers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton_runner, "TRITON_KERNELS", TORCH_KERNELS)
     patch.setattr(paged, "rotate_and_store", rotate_and_store_reference)
     patch.setattr(paged, "decode_attention", _decode_attention)
-    patch.setattr(paged, "prefill_attention", prefill_attention_reference)
+    patch.setattr(paged, "prefill_attention", _prefill_attention)
+
+
+def _prefill_attention(
+    q: Tensor,
+    layer_pages: Tensor,
+    page_table: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    tiling: Tiling,
+) -> None:
+    prefill_attention_reference(q, layer_pages, page_table, blocks, out, scale=scale)
 
 
 def _decode_attention(

@@ -14,7 +14,7 @@ are its seats alone, and do not change as long as the same sequences decode.
 # triton is untyped, and so are the arguments of kernels.
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import pairwise
@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.blocks import PAGE_TOKENS
 from shared.engine.attention.prefill import max_blocks, plan_blocks
 from shared.engine.batch import BatchRow
 from shared.engine.host_copies import Words
@@ -62,14 +61,12 @@ class StepShape:
     Attributes:
         num_decode: decode rows: the first of the token rows and the first of the sampled rows.
         num_tokens: token rows.
-        num_chunks: runs of token rows behind the decode rows.
         num_blocks: of prefill attention.
         num_sampled: sampled rows.
     """
 
     num_decode: int
     num_tokens: int
-    num_chunks: int
     num_blocks: int
     num_sampled: int
 
@@ -89,7 +86,6 @@ class StepInputs(Generic[Array]):
         sampled_seats: `[num_sampled]`.
         ends: `[num_sampled]`, position of the drawn token; 0 in padding rows. Those of decode rows come from the seats.
         ids, positions: `[num_tokens]`; position -1 in padding rows. Those of decode rows come from the seats.
-        entered_pages: `[num_chunks]`, the page that a chunk is the first to write to and may leave half empty, or -1.
         blocks: `[num_blocks, 4]`, see `prefill_attention`.
     """
 
@@ -99,7 +95,6 @@ class StepInputs(Generic[Array]):
     ends: Array
     ids: Array
     positions: Array
-    entered_pages: Array
     blocks: Array
 
     @classmethod
@@ -108,22 +103,22 @@ class StepInputs(Generic[Array]):
         num_listed = 0 if shape.is_decode else shape.num_sampled
         lengths = (
             shape.num_tokens, num_listed, num_listed, shape.num_sampled, shape.num_tokens, shape.num_tokens,
-            shape.num_chunks, 4 * shape.num_blocks,
+            4 * shape.num_blocks,
         )  # fmt: skip
         parts: list[Array] = []
         offset = 0
         for length in lengths:
             parts.append(words[offset : offset + length])
             offset += _aligned(length)
-        seats, sampled_rows, sampled_seats, ends, ids, positions, entered_pages, blocks = parts
+        seats, sampled_rows, sampled_seats, ends, ids, positions, blocks = parts
         if shape.is_decode:
             sampled_seats = seats
-        return cls(seats, sampled_rows, sampled_seats, ends, ids, positions, entered_pages, blocks.reshape(-1, 4))
+        return cls(seats, sampled_rows, sampled_seats, ends, ids, positions, blocks.reshape(-1, 4))
 
 
 def num_words(shape: StepShape) -> int:
     """Length of the words of a step, at most."""
-    lengths = [shape.num_tokens] * 3 + [shape.num_sampled] * 3 + [shape.num_chunks, 4 * shape.num_blocks]
+    lengths = [shape.num_tokens] * 3 + [shape.num_sampled] * 3 + [4 * shape.num_blocks]
     return sum(map(_aligned, lengths))
 
 
@@ -134,7 +129,6 @@ def padding_words(shape: StepShape, nobody: int) -> Words:
     inputs.seats.fill(nobody)
     inputs.sampled_seats.fill(nobody)
     inputs.positions.fill(-1)
-    inputs.entered_pages.fill(-1)
     return words
 
 
@@ -156,11 +150,15 @@ class StepPlan:
 class StepPlanner:
     """Plans the steps of one runner.
 
+    `tokens_per_block` gives the tokens of a block of prefill attention in a step of so many token rows.
+
     Attributes:
         decode_buckets: numbers of decode rows that there are shapes for, ascending, the last for `max_running` rows.
     """
 
-    def __init__(self, max_running: int, max_batch_tokens: int, nobody: int, tokens_per_block: int) -> None:
+    def __init__(
+        self, max_running: int, max_batch_tokens: int, nobody: int, tokens_per_block: Callable[[int], int]
+    ) -> None:
         self.decode_buckets = decode_buckets(max_running)
         self._max_batch_tokens = max_batch_tokens
         self._nobody = nobody
@@ -174,7 +172,12 @@ class StepPlanner:
     def prefill_shapes(self) -> list[StepShape]:
         """Of small prefill steps."""
         return [
-            StepShape(0, num_tokens, MAX_SMALL_CHUNKS, self._max_blocks(num_tokens, MAX_SMALL_CHUNKS), MAX_SMALL_CHUNKS)
+            StepShape(
+                0,
+                num_tokens,
+                max_blocks(num_tokens, MAX_SMALL_CHUNKS, self._tokens_per_block(num_tokens)),
+                MAX_SMALL_CHUNKS,
+            )
             for num_tokens in SMALL_PREFILLS
             if num_tokens <= self._max_batch_tokens
         ]
@@ -187,7 +190,8 @@ class StepPlanner:
         num_tokens = self._max_batch_tokens + padding
         num_chunks = max(most, MAX_SMALL_CHUNKS)
         num_sampled = max(most + padding, MAX_SMALL_CHUNKS)
-        return StepShape(most, num_tokens, num_chunks, self._max_blocks(num_tokens, num_chunks), num_sampled)
+        fewest = min(self._tokens_per_block(size) for size in (1, num_tokens))
+        return StepShape(most, num_tokens, max_blocks(num_tokens, num_chunks, fewest), num_sampled)
 
     def plan(self, rows: Sequence[BatchRow]) -> StepPlan:
         """The step that computes `rows`."""
@@ -209,22 +213,24 @@ class StepPlanner:
         starts = np.array([rows[index].start for index in chunks], dtype=np.int32)
         seats = np.array([rows[index].seat for index in chunks], dtype=np.int32)
         lasts = num_decode + np.cumsum(lengths, dtype=np.int32)
-        blocks = plan_blocks(lasts - lengths, lengths, starts, seats, self._tokens_per_block)
         ending = [place for place, index in enumerate(chunks) if rows[index].sample]
-        shape = self._padded(StepShape(num_decode, int(lasts[-1]), len(chunks), len(blocks), num_decode + len(ending)))
+        num_tokens = int(lasts[-1])
+        small = None if num_decode else self._small_shape(num_tokens, len(chunks))
+        tokens_per_block = self._tokens_per_block(small.num_tokens if small else num_tokens)
+        blocks = plan_blocks(lasts - lengths, lengths, starts, seats, tokens_per_block)
+        shape = small or StepShape(num_decode, num_tokens, len(blocks), num_decode + len(ending))
         words = padding_words(shape, self._nobody)
         inputs = StepInputs[Words].of(words, shape)
         decode_seats = [rows[index].seat for index in decoding]
         inputs.seats[: len(decoding)] = decode_seats
         inputs.sampled_seats[: len(decoding)] = decode_seats
         inputs.sampled_rows[:num_decode] = np.arange(num_decode)
-        for place, (index, last) in enumerate(zip(chunks, lasts.tolist(), strict=True)):
+        for index, last in zip(chunks, lasts.tolist(), strict=True):
             row = rows[index]
             own = slice(last - (row.end - row.start), last)
             inputs.seats[own] = row.seat
             inputs.ids[own] = np.frombuffer(row.ids[row.start : row.end], dtype=np.int32)
             inputs.positions[own] = np.arange(row.start, row.end)
-            inputs.entered_pages[place] = _entered_page(row)
         inputs.blocks[: len(blocks)] = blocks
         sampled = slice(num_decode, num_decode + len(ending))
         inputs.sampled_rows[sampled] = lasts[ending] - 1
@@ -234,32 +240,23 @@ class StepPlanner:
         drawn += [(chunks[place], num_decode + rank) for rank, place in enumerate(ending)]
         return StepPlan(shape, words, draw_of([rows[index] for index, _ in drawn]), drawn)
 
-    def _max_blocks(self, num_tokens: int, num_chunks: int) -> int:
-        return max_blocks(num_tokens, num_chunks, self._tokens_per_block)
-
-    def _padded(self, shape: StepShape) -> StepShape:
-        """The shape itself, or that of the small prefill steps that it fits."""
-        if shape.num_decode or shape.num_chunks > MAX_SMALL_CHUNKS:
-            return shape
-        return next((small for small in self.prefill_shapes if shape.num_tokens <= small.num_tokens), shape)
+    def _small_shape(self, num_tokens: int, num_chunks: int) -> StepShape | None:
+        """That of the small prefill steps that fits so many tokens of chunks."""
+        if num_chunks > MAX_SMALL_CHUNKS:
+            return None
+        return next((small for small in self.prefill_shapes if num_tokens <= small.num_tokens), None)
 
     def _bucket(self, num_rows: int) -> int:
         return self.decode_buckets[bisect_left(self.decode_buckets, num_rows)] if num_rows else 0
 
     def _decode_shape(self, num_rows: int) -> StepShape:
-        return StepShape(num_rows, num_rows, 0, 0, num_rows)
+        return StepShape(num_rows, num_rows, 0, num_rows)
 
 
 def decode_buckets(max_running: int) -> list[int]:
     """1, 2, 4, then steps that keep padding below a quarter, to `max_running`."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_running, 32)]
     return [*(size for size in sizes if size < max_running), max_running]
-
-
-def _entered_page(row: BatchRow) -> int:
-    """The page of the row's last position if the row computes its first one, else -1."""
-    page = (row.end - 1) // PAGE_TOKENS
-    return row.pages[page] if row.start <= page * PAGE_TOKENS else -1
 
 
 def draw_of(rows: Sequence[BatchRow]) -> Draw:

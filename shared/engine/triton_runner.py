@@ -20,8 +20,8 @@ from torch import Tensor
 
 from shared.blocks import pages_for
 from shared.engine.attention.decode import DecodeScratch
-from shared.engine.attention.paged import PagedAttention, clear_pages
-from shared.engine.attention.prefill import tiling_for
+from shared.engine.attention.paged import PagedAttention
+from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
 from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
 from shared.engine.host_copies import Event, Uploads, host_tensor, new_event
@@ -67,14 +67,20 @@ class TritonRunner:
         self._cache = PagedCache(checkpoint.layout, num_pages, device)
         self._angles = angle_table(config.rope, config.head_dim, max_context, device)
         self._seats = Seats(max_running, pages_for(max_context), config.eos_token_ids, config.vocab_size, device)
-        tiling = tiling_for(config.head_dim, checkpoint.decoder.dtype)
-        tokens_per_block = tiling.tokens_per_block(config.num_heads // config.num_kv_heads)
-        self._planner = StepPlanner(max_running, max_batch_tokens, self._seats.nobody, tokens_per_block)
+        num_processors = _num_processors(device)
+        self._tilings = tilings_for(config.head_dim, config.num_heads, checkpoint.decoder.dtype, num_processors)
+        group = config.num_heads // config.num_kv_heads
+        self._planner = StepPlanner(
+            max_running,
+            max_batch_tokens,
+            self._seats.nobody,
+            lambda num_tokens: self._tilings.of(num_tokens).tokens_per_block(group),
+        )
         largest = self._planner.largest_shape
         self._inputs = Uploads(num_words(largest), device)
         self._sent: StepPlan | None = None
         self._scratch = DecodeScratch.allocate(
-            max_running, config.num_heads, config.num_kv_heads, config.head_dim, _num_processors(device), device
+            max_running, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
         self._sampler = TritonSampler(config.vocab_size, max_running, largest.num_sampled, device)
         self._results = DrawResults.allocate(largest.num_sampled, device)
@@ -147,7 +153,6 @@ class TritonRunner:
         """Logits `[num_sampled, vocab]` of the step whose words were sent."""
         inputs = StepInputs[Tensor].of(self._inputs.words, shape)
         begin_step(self._seats.words, inputs, shape.num_decode)
-        clear_pages(self._cache.pages, inputs.entered_pages)
         attention = PagedAttention(
             self._decoder.config,
             self._cache.pages,
@@ -156,6 +161,7 @@ class TritonRunner:
             inputs.positions,
             shape.num_decode,
             inputs.blocks,
+            self._tilings.of(shape.num_tokens),
             self._angles,
             self._scratch,
         )

@@ -1,25 +1,18 @@
 """Attention of one step by the Triton kernels: decode rows first, then the chunks in blocks."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownParameterType=false, reportMissingParameterType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUntypedFunctionDecorator=false
-# pyright: reportMissingTypeStubs=false, reportArgumentType=false
-# ruff: noqa: ANN001, ANN202
-# triton is untyped, and so are the arguments of kernels.
+# pyright: reportUnknownMemberType=false
+# torch types unflatten in part.
 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from shared.engine.attention.decode import DecodeScratch, decode_attention
-from shared.engine.attention.prefill import prefill_attention
+from shared.engine.attention.prefill import Tiling, prefill_attention
 from shared.engine.layers.rotary import rotate_and_store
 from shared.engine.models.config import ModelConfig
 from shared.engine.models.decoder import LayerWeights
-
-CLEARED_A_PROGRAM = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +24,7 @@ class PagedAttention:
         page_table: int32 `[seats, max_pages]`.
         seats, positions: int32 `[T]`; position -1 in padding rows.
         num_decode: how many of the rows, the first ones, are the only one of their sequence.
-        blocks: int32 `[num_blocks, 4]` over the other rows, see `prefill_attention`.
+        blocks: int32 `[num_blocks, 4]` over the other rows, as `prefill_attention` needs them for `tiling`.
         angles: float32 `[max_position, head_dim]`, cosines then sines.
         scratch: of `decode_attention`.
     """
@@ -43,6 +36,7 @@ class PagedAttention:
     positions: Tensor
     num_decode: int
     blocks: Tensor
+    tiling: Tiling
     angles: Tensor
     scratch: DecodeScratch
 
@@ -80,27 +74,5 @@ class PagedAttention:
                 scale=scale,
             )
         if len(self.blocks):
-            prefill_attention(q, layer_pages, self.page_table, self.blocks, mixed, scale=scale)
+            prefill_attention(q, layer_pages, self.page_table, self.blocks, mixed, scale=scale, tiling=self.tiling)
         return mixed
-
-
-def clear_pages(pages: Tensor, numbers: Tensor) -> None:
-    """Fill pages `numbers` (int32 `[n]`, -1 for none) of `pages` `[num_pages, ...]` with zeros, in all layers.
-
-    `prefill_attention` multiplies what lies behind a sequence's end by 0, so a NaN left there would spread.
-    """
-    if len(numbers):
-        size = pages[0].numel()
-        _clear_kernel[(len(numbers), triton.cdiv(size, CLEARED_A_PROGRAM))](
-            pages, numbers, page_stride=pages.stride(0), size=size, block=CLEARED_A_PROGRAM
-        )
-
-
-@triton.jit
-def _clear_kernel(pages, numbers, page_stride: tl.constexpr, size: tl.constexpr, block: tl.constexpr):
-    """One program a page (axis 0) and `block` of its elements (axis 1)."""
-    number = tl.load(numbers + tl.program_id(0)).to(tl.int64)
-    if number >= 0:
-        element = tl.program_id(1) * block + tl.arange(0, block)
-        zeros = tl.zeros([block], pages.dtype.element_ty)
-        tl.store(pages + number * page_stride + element, zeros, mask=element < size)

@@ -13,7 +13,7 @@ Softmax is kept running over tiles of keys (FlashAttention-2, Dao 2023), in base
 # Triton is untyped, and its kernels are Python in form only.
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,12 +52,40 @@ class Tiling:
         return self.block_rows // group
 
 
-def tiling_for(head_dim: int, dtype: torch.dtype) -> Tiling:
+@dataclass(frozen=True, slots=True)
+class Tilings:
+    """Which tiling a step takes.
+
+    Attributes:
+        small: for steps that would leave processors idle if they were cut into `large` blocks.
+        large: reads keys and values half as often.
+        large_from: token rows of a step from which on it takes `large`.
+    """
+
+    small: Tiling
+    large: Tiling
+    large_from: int
+
+    def of(self, num_tokens: int) -> Tiling:
+        """For a step of `num_tokens` token rows."""
+        return self.large if num_tokens >= self.large_from else self.small
+
+
+PROGRAMS_A_PROCESSOR = 3
+"""Programs of large blocks that each processor should have for them to pay: two run at a time."""
+
+
+def tilings_for(head_dim: int, num_heads: int, dtype: torch.dtype, num_processors: int) -> Tilings:
+    """Those measured fastest on an H200; `num_processors` are the device's."""
     if dtype == torch.float32:
-        return Tiling(block_rows=16, tile_pages=1, num_warps=8, num_stages=1, bulk_copy=False)
+        only = Tiling(block_rows=16, tile_pages=1, num_warps=8, num_stages=1, bulk_copy=False)
+        return Tilings(only, only, 0)
     if head_dim > 128:
-        return Tiling(block_rows=128, tile_pages=1, num_warps=8, num_stages=2, bulk_copy=True)
-    return Tiling(block_rows=128, tile_pages=2, num_warps=8, num_stages=2, bulk_copy=True)
+        only = Tiling(block_rows=128, tile_pages=1, num_warps=8, num_stages=2, bulk_copy=True)
+        return Tilings(only, only, 0)
+    small = Tiling(block_rows=64, tile_pages=1, num_warps=4, num_stages=3, bulk_copy=True)
+    large = replace(small, block_rows=128, num_stages=2 if head_dim > 64 else 3)
+    return Tilings(small, large, -(-PROGRAMS_A_PROCESSOR * num_processors * large.block_rows // num_heads))
 
 
 def max_blocks(num_tokens: int, num_runs: int, tokens_per_block: int) -> int:
@@ -72,7 +100,8 @@ def plan_blocks(
     seats: NDArray[np.int32],
     tokens_per_block: int,
 ) -> NDArray[np.int32]:
-    """Cut runs of token rows into blocks, those with most keys first so that the last to run are short.
+    """Cut runs of token rows into blocks: run by run, so that blocks that run together read the same keys, and of the
+    runs and of each run's blocks those with most keys first, so that the last to run are short.
 
     Run i is the rows `first_rows[i]` and on, `num_tokens[i]` of them, at positions `starts[i]` and on of `seats[i]`.
     Returns int32 `[num_blocks, 4]` with the columns FIRST_ROW, NUM_ROWS, FIRST_POSITION, SEAT.
@@ -83,7 +112,7 @@ def plan_blocks(
     rows = np.minimum(tokens_per_block, num_tokens[run] - offset)
     positions = starts[run] + offset
     blocks = np.stack((first_rows[run] + offset, rows, positions, seats[run]), axis=1).astype(np.int32)
-    return blocks[np.argsort(-(positions + rows), kind="stable")]
+    return blocks[np.lexsort((-positions, run, -(starts + num_tokens)[run]))]
 
 
 def prefill_attention(
@@ -94,25 +123,23 @@ def prefill_attention(
     out: Tensor,
     *,
     scale: float,
-    tiling: Tiling | None = None,
+    tiling: Tiling,
 ) -> None:
     """Attend each row of `blocks` to positions 0 to its own, whose keys and values are in the pages.
 
     Args:
         q: `[T, num_heads, head_dim]`, rows of any stride, heads one after another.
         layer_pages: `[num_pages, 2, PAGE_TOKENS, num_kv_heads, head_dim]` of q's dtype; pages of any stride.
-            What lies behind a sequence's end in its last page must be finite.
+            What lies behind the last key in its page is of no matter.
         page_table: int32 `[num_seats, max_pages]`, rows of any stride.
         blocks: int32 `[num_blocks, 4]` as `plan_blocks` makes them for `tiling.tokens_per_block`.
         out: `[T, num_heads * head_dim]`, contiguous; rows in no block are left as they are.
         scale: factor of the scores, positive.
-        tiling: `tiling_for` head_dim and dtype unless given.
     """
     _, num_heads, head_dim = q.shape
     num_kv_heads = layer_pages.shape[3]
     if not blocks.shape[0]:
         return
-    tiling = tiling or tiling_for(head_dim, q.dtype)
     row_stride = num_kv_heads * head_dim
     pages = _page_rows(layer_pages, head_dim) if tiling.bulk_copy else layer_pages
     _prefill_kernel[(num_kv_heads, blocks.shape[0])](
@@ -207,6 +234,12 @@ def _scores(q, keys, positions, first_key, PAGE: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
+def _known(values, num_known, PAGE: tl.constexpr):
+    """`values` with 0 behind the first `num_known` rows: what lies there may be NaN, which a weight of 0 would keep."""
+    return tl.where(tl.arange(0, PAGE)[:, None] < num_known, values, 0.0)
+
+
+@triton.jit
 def _attend_tiles(
     q,
     positions,
@@ -217,7 +250,7 @@ def _attend_tiles(
     scale,
     first_tile,
     last_tile,
-    last_page,
+    num_keys,
     highest,
     total,
     mixed,
@@ -234,12 +267,15 @@ def _attend_tiles(
     `highest` (in base 2, scaled) and `total` are `[rows]`, `mixed` is `[rows, PADDED_DIM]` before division by `total`.
     Page numbers are read one tile ahead, so that no load of a page waits for its number.
     """
+    last_page = (num_keys - 1) // PAGE
     page = tl.load(page_numbers + tl.minimum(first_tile * TILE_PAGES, last_page))
     second_page = tl.load(page_numbers + tl.minimum(first_tile * TILE_PAGES + 1, last_page))
-    for tile in tl.range(first_tile, last_tile):
+    for tile in tl.range(first_tile, last_tile, num_stages=1 if MASKED else None):
         first_key = tile * (TILE_PAGES * PAGE)
         keys = _load_page(pages, page, page_rows, head, 0, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, PAGE, BULK_COPY)
         values = _load_page(pages, page, page_rows, head, 1, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, PAGE, BULK_COPY)
+        if MASKED:
+            values = _known(values, num_keys - first_key, PAGE)
         scores = _scores(q, keys, positions, first_key, PAGE, MASKED)
         tile_highest = tl.max(scores, 1)
         if TILE_PAGES == 2:
@@ -249,6 +285,8 @@ def _attend_tiles(
             second_values = _load_page(
                 pages, second_page, page_rows, head, 1, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, PAGE, BULK_COPY
             )
+            if MASKED:
+                second_values = _known(second_values, num_keys - first_key - PAGE, PAGE)
             second_scores = _scores(q, keys, positions, first_key + PAGE, PAGE, MASKED)
             tile_highest = tl.maximum(tile_highest, tl.max(second_scores, 1))
         new_highest = tl.maximum(highest, tile_highest * scale)
@@ -314,14 +352,13 @@ def _prefill_kernel(
     num_keys = first_position + num_rows
     num_full = (first_position + 1) // tile_keys
     num_tiles = tl.cdiv(num_keys, tile_keys)
-    last_page = (num_keys - 1) // PAGE
     highest, total, mixed = _attend_tiles(
-        queries, positions, pages, page_numbers, page_rows, head, scale, 0, num_full, last_page,
+        queries, positions, pages, page_numbers, page_rows, head, scale, 0, num_full, num_keys,
         highest, total, mixed,
         NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, PAGE, TILE_PAGES, BULK_COPY, False,
     )  # fmt: skip
     highest, total, mixed = _attend_tiles(
-        queries, positions, pages, page_numbers, page_rows, head, scale, num_full, num_tiles, last_page,
+        queries, positions, pages, page_numbers, page_rows, head, scale, num_full, num_tiles, num_keys,
         highest, total, mixed,
         NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, PAGE, TILE_PAGES, BULK_COPY, True,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def row(start, end, seat=0, *, sample=True, forbid_end=False, **sampling):
 
 @pytest.fixture
 def planner():
-    return StepPlanner(max_running=40, max_batch_tokens=600, nobody=NOBODY, tokens_per_block=TOKENS_PER_BLOCK)
+    return StepPlanner(max_running=40, max_batch_tokens=600, nobody=NOBODY, tokens_per_block=lambda _: TOKENS_PER_BLOCK)
 
 
 def inputs_of(plan):
@@ -68,7 +68,7 @@ def test_decode_rows_are_their_seats_alone(planner):
     words = np.arange(num_words(plan.shape), dtype=np.int32)
     inputs = StepInputs.of(words, plan.shape)
     assert inputs.sampled_seats.tolist() == inputs.seats.tolist()
-    assert len(inputs.sampled_rows) == len(inputs.blocks) == len(inputs.entered_pages) == 0
+    assert len(inputs.sampled_rows) == len(inputs.blocks) == 0
 
 
 def test_chunks_lie_behind_decode_rows(planner):
@@ -77,14 +77,13 @@ def test_chunks_lie_behind_decode_rows(planner):
     plan = planner.plan(rows)
     inputs = inputs_of(plan)
     shape = plan.shape
-    assert (shape.num_decode, shape.num_tokens, shape.num_chunks, shape.num_sampled) == (2, 26, 3, 3)
+    assert (shape.num_decode, shape.num_tokens, shape.num_sampled) == (2, 26, 3)
     assert inputs.seats.tolist() == [2, 3] + [1] * 20 + [4] * 3 + [5]
     assert inputs.ids[2:].tolist() == [*range(1060, 1080), *range(4064, 4067), 5006]
     assert inputs.positions[2:].tolist() == [*range(60, 80), *range(64, 67), 6]
     assert inputs.sampled_rows.tolist() == [0, 1, 21]
     assert inputs.sampled_seats.tolist() == [2, 3, 1]
     assert inputs.ends[2] == 80
-    assert inputs.entered_pages.tolist() == [101, 401, -1]
     assert sorted(inputs.blocks.tolist()) == [[2, 16, 60, 1], [18, 4, 76, 1], [22, 3, 64, 4], [25, 1, 6, 5]]
     assert plan.drawn == [(1, 0), (2, 1), (0, 2)]
 
@@ -117,7 +116,7 @@ def test_no_step_exceeds_the_largest_shape(planner):
                 budget -= length
         plan = planner.plan(rows)
         assert len(plan.words) <= num_words(largest)
-        for size in ("num_decode", "num_tokens", "num_chunks", "num_blocks", "num_sampled"):
+        for size in ("num_decode", "num_tokens", "num_blocks", "num_sampled"):
             assert getattr(plan.shape, size) <= getattr(largest, size)
         assert sorted(index for index, _ in plan.drawn) == [index for index, each in enumerate(rows) if each.sample]
 
