@@ -7,6 +7,7 @@ from torch import Tensor
 from shared.engine import triton_runner
 from shared.engine.attention import paged
 from shared.engine.attention.decode import DecodeScratch
+from shared.engine.attention.decode_plan import LENGTH, NUM_SPLITS, ROW, SEAT, SPLIT
 from shared.engine.attention.prefill import Tiling, prefill_attention_reference
 from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.layers.rotary import rotate_and_store_reference
@@ -37,14 +38,14 @@ def _decode_attention(
     q: Tensor,
     layer_pages: Tensor,
     page_table: Tensor,
-    seats: Tensor,
-    positions: Tensor,
     out: Tensor,
-    _scratch: DecodeScratch,
+    scratch: DecodeScratch,
     *,
     scale: float,
 ) -> None:
-    """Each row is a block of one row."""
-    rows = torch.arange(len(q), dtype=torch.int32)
-    blocks = torch.stack((rows, (positions >= 0).int(), positions, seats), 1)
+    """Each row is a block of one row; the plan's first item of a row tells where it is."""
+    items = scratch.work.items[: scratch.work.max_items(len(q))]
+    items = items[(items[:, NUM_SPLITS.value] > 0) & (items[:, SPLIT.value] == 0)]
+    rows, seats, lengths = items[:, ROW.value], items[:, SEAT.value], items[:, LENGTH.value]
+    blocks = torch.stack((rows, (lengths > 0).int(), lengths - 1, seats), 1)
     prefill_attention_reference(q, layer_pages, page_table, blocks, out, scale=scale)

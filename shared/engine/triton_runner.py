@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared.blocks import pages_for
 from shared.engine.attention.decode import DecodeScratch
+from shared.engine.attention.decode_plan import plan_decode
 from shared.engine.attention.paged import PagedAttention
 from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
@@ -152,14 +153,16 @@ class TritonRunner:
     def _forward(self, shape: StepShape) -> Tensor:
         """Logits `[num_sampled, vocab]` of the step whose words were sent."""
         inputs = StepInputs[Tensor].of(self._inputs.words, shape)
-        begin_step(self._seats.words, inputs, shape.num_decode)
+        num_decode = shape.num_decode
+        begin_step(self._seats.words, inputs, num_decode)
+        plan_decode(inputs.positions[:num_decode], inputs.seats[:num_decode], self._scratch.work)
         attention = PagedAttention(
             self._decoder.config,
             self._cache.pages,
             self._seats.page_table,
             inputs.seats,
             inputs.positions,
-            shape.num_decode,
+            num_decode,
             inputs.blocks,
             self._tilings.of(shape.num_tokens),
             self._angles,

@@ -1,9 +1,10 @@
 """Paged attention of one query row a sequence, in Triton: the decode step's attention.
 
-The keys of a row are split among several programs so that a small batch still fills the device, and the last program
-of a row to finish merges what they found (flash-decoding: Dao, Haziza, Massa, Sizov 2023). The grid depends on the
+The keys of a row are split among several programs so that a small batch still fills the device and one long row does
+not delay the others, and the last program of a row to finish merges what they found (flash-decoding: Dao, Haziza,
+Massa, Sizov 2023). What each program does is read from the plan of the step, see `decode_plan`. The grid depends on the
 batch alone, never on the lengths, which only the device knows: a launch can be captured in a CUDA graph. Programs
-without keys return at once.
+without work return at once.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownParameterType=false, reportMissingParameterType=false
@@ -22,6 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS
+from shared.engine.attention.decode_plan import (
+    END_PAGE,
+    FIRST_PAGE,
+    ITEM_WORDS,
+    LENGTH,
+    NUM_SPLITS,
+    ROW,
+    SEAT,
+    SPLIT,
+    DecodeWork,
+)
 
 MIN_DOT_ROWS = tl.constexpr(16)
 """Rows that a matrix multiplication takes at least; the query heads of a KV head are padded to it."""
@@ -44,60 +56,52 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class DecodeScratch:
-    """What the splits of one launch leave for each other. Launches that may overlap need one each.
+    """What the programs of one launch leave for each other. Launches that may overlap need one each.
 
     Attributes:
-        partial: float32 `[slots, head_dim]`, a split's output for one query head, as if its keys were all.
-        weight: float32 `[slots]`, log2 of the sum of exp2 of the split's scores: by this the parts are weighed.
-        arrived: int32 `[max_batch * num_kv_heads]`, splits that have left their part; 0 between launches.
-        num_programs: programs that a launch is to have about, if there is work for them.
+        work: the plan of the step.
+        partial: float32 `[slots, head_dim]`, an item's output for one query head, as if its keys were all.
+        weight: float32 `[slots]`, log2 of the sum of exp2 of the item's scores: by this the parts are weighed.
+        arrived: int32 `[max_batch * num_kv_heads]`, items that have left their part; 0 between launches.
     """
 
+    work: DecodeWork
     partial: Tensor
     weight: Tensor
     arrived: Tensor
-    num_programs: int
 
     @classmethod
     def allocate(
         cls, max_batch: int, num_heads: int, num_kv_heads: int, head_dim: int, num_processors: int, device: torch.device
     ) -> Self:
         """For batches of up to `max_batch` rows on a device of `num_processors` multiprocessors."""
-        num_programs = num_processors * PROGRAMS_PER_PROCESSOR
-        slots = max(batch * _num_splits(batch, num_kv_heads, num_programs) for batch in range(1, max_batch + 1))
+        work = DecodeWork.allocate(max_batch, num_kv_heads, num_processors, device)
+        slots = len(work.items) * num_heads
         return cls(
-            partial=torch.empty((slots * num_heads, head_dim), dtype=torch.float32, device=device),
-            weight=torch.empty(slots * num_heads, dtype=torch.float32, device=device),
+            work=work,
+            partial=torch.empty((slots, head_dim), dtype=torch.float32, device=device),
+            weight=torch.empty(slots, dtype=torch.float32, device=device),
             arrived=torch.zeros(max_batch * num_kv_heads, dtype=torch.int32, device=device),
-            num_programs=num_programs,
         )
-
-
-PROGRAMS_PER_PROCESSOR = 4
-MAX_SPLITS = 64
-MIN_SPLIT_PAGES = 2
-"""A sequence is split no finer than this, so that short ones do not pay for merging."""
 
 
 def decode_attention(
     q: Tensor,
     layer_pages: Tensor,
     page_table: Tensor,
-    seats: Tensor,
-    positions: Tensor,
     out: Tensor,
     scratch: DecodeScratch,
     *,
     scale: float,
 ) -> None:
-    """Attend row b of `q` to the keys at 0..positions[b] of seat seats[b], whose pages are page_table[seats[b]].
+    """Attend each row of `q` to the keys of its seat up to its length, as `plan_decode` wrote into `scratch.work`.
+
+    The plan is to be of the same B rows. A row of length 0 is padding, its output is 0.
 
     Args:
         q: `[B, num_heads, head_dim]`, rows at any distance, each contiguous.
         layer_pages: `[num_pages, 2, PAGE_TOKENS, num_kv_heads, head_dim]`, pages at any distance, each contiguous.
         page_table: int32 `[num_seats, max_pages]`, rows at any distance.
-        seats: int32 `[B]`.
-        positions: int32 `[B]`; a row at -1 is padding, its output is 0.
         out: `[B, num_heads * head_dim]`, contiguous, of q's dtype; written.
         scratch: for B rows or more of these heads.
         scale: what the products of q and k are multiplied by.
@@ -106,13 +110,13 @@ def decode_attention(
     num_kv_heads = layer_pages.shape[3]
     if batch == 0:
         return
-    tiling = _tiling(q.dtype, head_dim)
-    decode_kernel[num_kv_heads, _num_splits(batch, num_kv_heads, scratch.num_programs), batch](
+    work = scratch.work
+    tiling = tiling_for(q.dtype, head_dim, batch * num_kv_heads / work.num_processors)
+    decode_kernel[num_kv_heads, work.max_items(batch)](
         q,
         layer_pages,
         page_table,
-        seats,
-        positions,
+        work.items,
         out,
         scratch.partial,
         scratch.weight,
@@ -126,22 +130,28 @@ def decode_attention(
         head_dim=head_dim,
         page_tokens=PAGE_TOKENS,
         block_pages=tiling.block_pages,
-        min_split_pages=MIN_SPLIT_PAGES,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
 
 
-def _num_splits(batch: int, num_kv_heads: int, num_programs: int) -> int:
-    return max(1, min(MAX_SPLITS, num_programs // (batch * num_kv_heads)))
+def tiling_for(dtype: torch.dtype, head_dim: int, programs_per_processor: float) -> Tiling:
+    """The fastest of those measured on an H200.
 
-
-def _tiling(dtype: torch.dtype, head_dim: int) -> Tiling:
+    Three programs with two buffers, or four with one, are resident on a processor. The former end sooner when few are
+    left; the latter pay where they let all rows of a batch, uncut, run at once.
+    """
     if dtype == torch.float32:
         return Tiling(block_pages=1, num_warps=8, num_stages=1)
     if head_dim > 128:
         return Tiling(block_pages=1, num_warps=4, num_stages=3)
-    return Tiling(block_pages=1, num_warps=4, num_stages=5)
+    if head_dim <= 64:
+        return Tiling(block_pages=1, num_warps=2, num_stages=5)
+    if programs_per_processor <= 3:
+        return Tiling(block_pages=1, num_warps=4, num_stages=5)
+    if programs_per_processor <= 4:
+        return Tiling(block_pages=1, num_warps=2, num_stages=3)
+    return Tiling(block_pages=1, num_warps=2, num_stages=5)
 
 
 @triton.jit
@@ -211,13 +221,13 @@ def _merge_splits(
     partial,
     weight,
     first_slot,
-    used_splits,
+    num_splits,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ):
-    """Weigh the parts of `used_splits` splits, `num_heads` slots apart, into `[padded rows, padded_dim]`."""
+    """Weigh the parts of `num_splits` splits, `num_heads` slots apart, into `[padded rows, padded_dim]`."""
     group: tl.constexpr = num_heads // num_kv_heads
     padded_rows: tl.constexpr = triton.next_power_of_2(group)
     heads, is_head = _row_of_head(num_heads, num_kv_heads, padded_rows)
@@ -227,9 +237,9 @@ def _merge_splits(
     top = tl.full([padded_rows], float("-inf"), tl.float32)
     total = tl.zeros([padded_rows], tl.float32)
     mixed = tl.zeros([padded_rows, padded_dim], tl.float32)
-    for first in range(0, used_splits, MERGE_CHUNK):
+    for first in range(0, num_splits, MERGE_CHUNK):
         slots = first_slot + (first + splits)[:, None] * num_heads + heads[None, :]
-        used = (first + splits < used_splits)[:, None] & is_head[None, :]
+        used = (first + splits < num_splits)[:, None] & is_head[None, :]
         # Read from L2: the parts come from other multiprocessors.
         logs = tl.load(weight + slots, mask=used, other=float("-inf"), cache_modifier=".cg")
         part_mask = used[:, :, None] & (dims < head_dim)[None, None, :]
@@ -249,13 +259,12 @@ def _merge_splits(
     return mixed / tl.where(is_head, total, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize_on_alignment=["page_table", "seats", "positions"], do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize_on_alignment=["page_table"], do_not_specialize=["table_stride"])
 def decode_kernel(
     q,
     layer_pages,
     page_table,
-    seats,
-    positions,
+    items,
     out,
     partial,
     weight,
@@ -269,18 +278,20 @@ def decode_kernel(
     head_dim: tl.constexpr,
     page_tokens: tl.constexpr,
     block_pages: tl.constexpr,
-    min_split_pages: tl.constexpr,
 ):
-    """One program a KV head (axis 0), split of the keys (axis 1) and row (axis 2); see `decode_attention`."""
+    """One program a KV head (axis 0) and item of work (axis 1); see `decode_attention`."""
     group: tl.constexpr = num_heads // num_kv_heads
     padded_rows: tl.constexpr = max(MIN_DOT_ROWS, triton.next_power_of_2(group))
     padded_dim: tl.constexpr = triton.next_power_of_2(head_dim)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    length = tl.load(positions + row) + 1
-    num_pages = tl.cdiv(length, page_tokens)
-    used_splits = tl.maximum(1, tl.minimum(tl.num_programs(1), num_pages // min_split_pages))
-    if split >= used_splits:
+    item = items + tl.program_id(1) * ITEM_WORDS
+    row = tl.load(item + ROW).to(tl.int64)
+    seat = tl.load(item + SEAT).to(tl.int64)
+    length = tl.load(item + LENGTH)
+    first_page = tl.load(item + FIRST_PAGE)
+    end_page = tl.load(item + END_PAGE)
+    split = tl.load(item + SPLIT)
+    num_splits = tl.load(item + NUM_SPLITS)
+    if num_splits == 0:
         return
     heads, is_head = _row_of_head(num_heads, num_kv_heads, padded_rows)
     dims = tl.arange(0, padded_dim)
@@ -291,7 +302,6 @@ def decode_kernel(
         tl.store(out + out_offsets, tl.zeros([padded_rows, padded_dim], out.dtype.element_ty), mask=head_mask)
         return
 
-    pages = page_table + tl.load(seats + row).to(tl.int64) * table_stride
     queries = tl.load(
         q + row * q_stride + heads[:, None] * head_dim + dims[None, :],
         mask=head_mask,
@@ -300,9 +310,9 @@ def decode_kernel(
     mixed, log_sum = _attend_pages(
         queries,
         layer_pages,
-        pages,
-        num_pages * split // used_splits,
-        num_pages * (split + 1) // used_splits,
+        page_table + seat * table_stride,
+        first_page,
+        end_page,
         length,
         page_stride,
         scale,
@@ -312,21 +322,21 @@ def decode_kernel(
         page_tokens,
         block_pages,
     )
-    if used_splits == 1:
+    if num_splits == 1:
         tl.store(out + out_offsets, mixed.to(out.dtype.element_ty), mask=head_mask)
         return
 
-    first_slot = row * tl.num_programs(1) * num_heads
-    slots = first_slot + split * num_heads + heads
+    slots = tl.program_id(1) * num_heads + heads
     tl.store(partial + slots[:, None] * head_dim + dims[None, :], mixed, mask=head_mask)
     tl.store(weight + slots, log_sum, mask=is_head)
     # All threads' parts must be written before one thread says so.
     tl.debug_barrier()
     counter = arrived + row * num_kv_heads + tl.program_id(0)
-    if tl.atomic_add(counter, 1, sem="acq_rel") < used_splits - 1:
+    if tl.atomic_add(counter, 1, sem="acq_rel") < num_splits - 1:
         return
     tl.store(counter, 0)
-    merged = _merge_splits(partial, weight, first_slot, used_splits, num_heads, num_kv_heads, head_dim, padded_dim)
+    first_slot = (tl.program_id(1) - split) * num_heads
+    merged = _merge_splits(partial, weight, first_slot, num_splits, num_heads, num_kv_heads, head_dim, padded_dim)
     merged_heads, is_merged_head = _row_of_head(num_heads, num_kv_heads, triton.next_power_of_2(group))
     tl.store(
         out + row * num_heads * head_dim + merged_heads[:, None] * head_dim + dims[None, :],

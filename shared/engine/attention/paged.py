@@ -26,7 +26,7 @@ class PagedAttention:
         num_decode: how many of the rows, the first ones, are the only one of their sequence.
         blocks: int32 `[num_blocks, 4]` over the other rows, as `prefill_attention` needs them for `tiling`.
         angles: float32 `[max_position, head_dim]`, cosines then sines.
-        scratch: of `decode_attention`.
+        scratch: of `decode_attention`; holds the plan of these rows.
     """
 
     config: ModelConfig
@@ -67,8 +67,6 @@ class PagedAttention:
                 q[:num_decode],
                 layer_pages,
                 self.page_table,
-                self.seats[:num_decode],
-                self.positions[:num_decode],
                 mixed[:num_decode],
                 self.scratch,
                 scale=scale,

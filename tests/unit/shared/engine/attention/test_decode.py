@@ -5,6 +5,7 @@ import torch
 
 from shared.blocks import PAGE_TOKENS
 from shared.engine.attention.decode import DecodeScratch, decode_attention
+from shared.engine.attention.decode_plan import plan_decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_BATCH = 8
@@ -35,21 +36,14 @@ class Decode:
         _, heads, head_dim = self.q.shape
         return DecodeScratch.allocate(MAX_BATCH, heads, self.kv_heads, head_dim, num_processors, DEVICE)
 
-    def run(self, scratch=None):
+    def run(self, scratch=None, layer_pages=None):
+        scratch = scratch or self.scratch()
         out = torch.full((len(self.positions), self.q[0].numel() if self.positions else 0), float("nan"))
         out = out.to(self.q.dtype).to(DEVICE)
-        positions = torch.tensor(self.positions, dtype=torch.int32, device=DEVICE)
-        tables = self.table.to(DEVICE)
-        decode_attention(
-            self.q.to(DEVICE),
-            self.pages.to(DEVICE)[:, 1],
-            tables[:, 5:],
-            self.seats.to(DEVICE),
-            positions,
-            out,
-            scratch or self.scratch(),
-            scale=self.scale,
-        )
+        layer_pages = self.pages.to(DEVICE)[:, 1] if layer_pages is None else layer_pages
+        plan_decode(torch.tensor(self.positions, dtype=torch.int32, device=DEVICE), self.seats.to(DEVICE), scratch.work)
+        page_table = self.table.to(DEVICE)[:, 5:]
+        decode_attention(self.q.to(DEVICE), layer_pages, page_table, out, scratch, scale=self.scale)
         return out.cpu()
 
     def expected(self):
@@ -103,6 +97,22 @@ def test_any_number_of_splits(num_processors):
     decode.check(decode.scratch(num_processors))
 
 
+def test_one_plan_serves_every_layer():
+    decode = Decode([1300, 100])
+    scratch = decode.scratch()
+    decode.check(scratch)
+    out = torch.empty((2, 2 * 64), device=DEVICE)
+    decode_attention(
+        decode.q.to(DEVICE),
+        decode.layer_pages.to(DEVICE),
+        decode.page_table.to(DEVICE),
+        out,
+        scratch,
+        scale=decode.scale,
+    )
+    torch.testing.assert_close(out.cpu().double(), decode.expected(), rtol=1e-5, atol=1e-5)
+
+
 def test_scratch_serves_one_launch_after_another():
     first, second = Decode([500, 900], seed=1), Decode([700, 20, 1100], seed=2)
     scratch = first.scratch()
@@ -127,21 +137,9 @@ def test_large_scores_do_not_overflow():
 
 def test_layer_major_pages():
     decode = Decode([150, 330], heads=4, kv_heads=2)
-    expected = decode.expected()
     layer_major = decode.pages.transpose(0, 1).contiguous().to(DEVICE)
-    out = torch.empty(2, 4 * 64, device=DEVICE)
-    positions = torch.tensor(decode.positions, dtype=torch.int32, device=DEVICE)
-    decode_attention(
-        decode.q.to(DEVICE),
-        layer_major[1],
-        decode.page_table.to(DEVICE),
-        decode.seats.to(DEVICE),
-        positions,
-        out,
-        decode.scratch(),
-        scale=decode.scale,
-    )
-    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    out = decode.run(layer_pages=layer_major[1])
+    torch.testing.assert_close(out.double(), decode.expected(), rtol=1e-5, atol=1e-5)
 
 
 def test_empty_batch_does_nothing():
