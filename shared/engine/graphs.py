@@ -66,11 +66,13 @@ class LateWork:
         num_compiles: Triton kernels, of the whole process.
         num_captures: graphs.
         num_allocations: blocks of memory that torch asked the driver of the runner's device for.
+        compiled: the kernels, with what they were compiled for.
     """
 
     num_compiles: int
     num_captures: int
     num_allocations: int
+    compiled: tuple[str, ...] = ()
 
 
 class LateWorkCounter:
@@ -79,7 +81,7 @@ class LateWorkCounter:
     def __init__(self, device: torch.device, graphs: StepGraphs) -> None:
         self._device = device
         self._graphs = graphs
-        self._num_compiles = 0
+        self._compiled: list[str] = []
         hooks = cast("Any", knobs.runtime)
         self._next_hook = hooks.jit_post_compile_hook
         hooks.jit_post_compile_hook = self._on_compile
@@ -87,19 +89,20 @@ class LateWorkCounter:
 
     def restart(self) -> None:
         """What was done before does not count."""
-        self._num_compiles = 0
+        self._compiled.clear()
         self._num_captures = len(self._graphs)
         self._num_allocations = _num_allocations(self._device)
 
     def read(self) -> LateWork:
         return LateWork(
-            num_compiles=self._num_compiles,
+            num_compiles=len(self._compiled),
             num_captures=len(self._graphs) - self._num_captures,
             num_allocations=_num_allocations(self._device) - self._num_allocations,
+            compiled=tuple(self._compiled),
         )
 
     def _on_compile(self, *args: Any, **kwargs: Any) -> Any:
-        self._num_compiles += 1
+        self._compiled.append(str(kwargs["repr"]))
         return self._next_hook(*args, **kwargs) if self._next_hook is not None else None
 
 

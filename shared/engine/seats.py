@@ -106,6 +106,10 @@ class Seats:
         """How often the device had to be told something."""
         return self._uploads.num_sent
 
+    def warm_up(self) -> None:
+        """Tell the device something that it knows, so that all it takes to do so is there."""
+        self._write([self.nobody * self.words.shape[1] + Word.POSITION], [-1])
+
     def prepare(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
         """Tell the device what it lacks for `rows`, which are launched next; returns the rows of those who sat down.
 

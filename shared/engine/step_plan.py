@@ -37,6 +37,9 @@ ALIGNMENT_WORDS = 32
 SMALL_PREFILLS = (64, 128, 256, 512)
 """Token rows of the prefill steps that are padded to a shape known beforehand."""
 
+SMALL_DECODES = (8, 16, 32, 64, 96, 128, 192, 256)
+"""Decode rows beside such chunks, likewise."""
+
 MAX_SMALL_CHUNKS = 8
 """Chunks of such a step."""
 
@@ -163,6 +166,9 @@ class StepPlanner:
         self._max_batch_tokens = max_batch_tokens
         self._nobody = nobody
         self._tokens_per_block = tokens_per_block
+        self._small_decodes = [size for size in SMALL_DECODES if size < max_running]
+        self._small_decodes += [max_running] if max_running <= SMALL_DECODES[-1] else []
+        self._small_chunks = [size for size in SMALL_PREFILLS if size <= max_batch_tokens]
 
     @property
     def decode_shapes(self) -> list[StepShape]:
@@ -170,16 +176,11 @@ class StepPlanner:
 
     @property
     def prefill_shapes(self) -> list[StepShape]:
-        """Of small prefill steps."""
+        """Of small prefill steps, without and with decode rows."""
         return [
-            StepShape(
-                0,
-                num_tokens,
-                max_blocks(num_tokens, MAX_SMALL_CHUNKS, self._tokens_per_block(num_tokens)),
-                MAX_SMALL_CHUNKS,
-            )
-            for num_tokens in SMALL_PREFILLS
-            if num_tokens <= self._max_batch_tokens
+            self._small_shape(num_decode, num_tokens)
+            for num_decode in (0, *self._small_decodes)
+            for num_tokens in self._small_chunks
         ]
 
     @property
@@ -187,9 +188,9 @@ class StepPlanner:
         """At least as large as any step's in each respect."""
         most = self.decode_buckets[-1]
         padding = max(after - before for before, after in pairwise([0, *self.decode_buckets])) - 1
-        num_tokens = self._max_batch_tokens + padding
+        num_tokens = max(self._max_batch_tokens + padding, *(shape.num_tokens for shape in self.prefill_shapes), 0)
         num_chunks = max(most, MAX_SMALL_CHUNKS)
-        num_sampled = max(most + padding, MAX_SMALL_CHUNKS)
+        num_sampled = most + max(padding, MAX_SMALL_CHUNKS)
         fewest = min(self._tokens_per_block(size) for size in (1, num_tokens))
         return StepShape(most, num_tokens, max_blocks(num_tokens, num_chunks, fewest), num_sampled)
 
@@ -202,21 +203,22 @@ class StepPlanner:
         return self._plan_mixed(rows, decoding, chunks)
 
     def _plan_decode(self, rows: Sequence[BatchRow]) -> StepPlan:
-        shape = self._decode_shape(self._bucket(len(rows)))
+        shape = self._decode_shape(_least(self.decode_buckets, len(rows)))
         seats = np.full(shape.num_decode, self._nobody, dtype=np.int32)
         seats[: len(rows)] = [row.seat for row in rows]
         return StepPlan(shape, seats, draw_of(rows), [(index, index) for index in range(len(rows))])
 
     def _plan_mixed(self, rows: Sequence[BatchRow], decoding: Sequence[int], chunks: Sequence[int]) -> StepPlan:
-        num_decode = self._bucket(len(decoding))
         lengths = np.array([rows[index].end - rows[index].start for index in chunks], dtype=np.int32)
         starts = np.array([rows[index].start for index in chunks], dtype=np.int32)
         seats = np.array([rows[index].seat for index in chunks], dtype=np.int32)
+        num_chunked = int(lengths.sum())
+        small = self._fitting_shape(len(decoding), num_chunked, len(chunks))
+        num_decode = small.num_decode if small else _least(self.decode_buckets, len(decoding))
         lasts = num_decode + np.cumsum(lengths, dtype=np.int32)
         ending = [place for place, index in enumerate(chunks) if rows[index].sample]
-        num_tokens = int(lasts[-1])
-        small = None if num_decode else self._small_shape(num_tokens, len(chunks))
-        tokens_per_block = self._tokens_per_block(small.num_tokens if small else num_tokens)
+        num_tokens = small.num_tokens if small else num_decode + num_chunked
+        tokens_per_block = self._tokens_per_block(num_tokens)
         blocks = plan_blocks(lasts - lengths, lengths, starts, seats, tokens_per_block)
         shape = small or StepShape(num_decode, num_tokens, len(blocks), num_decode + len(ending))
         words = padding_words(shape, self._nobody)
@@ -240,17 +242,28 @@ class StepPlanner:
         drawn += [(chunks[place], num_decode + rank) for rank, place in enumerate(ending)]
         return StepPlan(shape, words, draw_of([rows[index] for index, _ in drawn]), drawn)
 
-    def _small_shape(self, num_tokens: int, num_chunks: int) -> StepShape | None:
-        """That of the small prefill steps that fits so many tokens of chunks."""
-        if num_chunks > MAX_SMALL_CHUNKS:
+    def _fitting_shape(self, num_decode: int, num_chunked: int, num_chunks: int) -> StepShape | None:
+        """The least of the small prefill steps with room for these rows."""
+        if (
+            num_chunks > MAX_SMALL_CHUNKS
+            or num_chunked > max(self._small_chunks, default=0)
+            or num_decode > max(self._small_decodes, default=0)
+        ):
             return None
-        return next((small for small in self.prefill_shapes if num_tokens <= small.num_tokens), None)
+        return self._small_shape(_least(self._small_decodes, num_decode), _least(self._small_chunks, num_chunked))
 
-    def _bucket(self, num_rows: int) -> int:
-        return self.decode_buckets[bisect_left(self.decode_buckets, num_rows)] if num_rows else 0
+    def _small_shape(self, num_decode: int, num_chunked: int) -> StepShape:
+        num_tokens = num_decode + num_chunked
+        num_blocks = max_blocks(num_chunked, MAX_SMALL_CHUNKS, self._tokens_per_block(num_tokens))
+        return StepShape(num_decode, num_tokens, num_blocks, num_decode + MAX_SMALL_CHUNKS)
 
     def _decode_shape(self, num_rows: int) -> StepShape:
         return StepShape(num_rows, num_rows, 0, num_rows)
+
+
+def _least(sizes: Sequence[int], number: int) -> int:
+    """The least of ascending `sizes` that is enough for `number`; 0 is enough for none."""
+    return sizes[bisect_left(sizes, number)] if number else 0
 
 
 def decode_buckets(max_running: int) -> list[int]:

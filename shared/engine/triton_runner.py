@@ -11,6 +11,7 @@ order. In Triton's interpreter the same code runs on the CPU, without graphs.
 # torch types tolist in part.
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,13 +26,14 @@ from shared.engine.attention.paged import PagedAttention
 from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
 from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
-from shared.engine.host_copies import Event, Uploads, host_tensor, new_event
+from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_event
 from shared.engine.layers.kernels import TRITON_KERNELS
 from shared.engine.models.rope import angle_table
 from shared.engine.sampling import triton_sampler
 from shared.engine.sampling.torch_sampler import NOT_FINITE, NOTHING_LEFT
 from shared.engine.sampling.triton_sampler import DrawResults, TritonSampler
 from shared.engine.seats import Seats
+from shared.engine.step_memory import StepMemory
 from shared.engine.step_plan import (
     Draw,
     StepInputs,
@@ -48,6 +50,9 @@ from shared.kv.paged_cache import PagedCache
 from shared.request import TokenLogprob
 
 NUM_AHEAD = 1
+
+HISTORY_LENGTHS = (2, 1024)
+"""PyTorch has kernels of their own for few ids."""
 
 FAILURES = {triton_sampler.NOT_FINITE: NOT_FINITE, triton_sampler.NOTHING_LEFT: NOTHING_LEFT}
 
@@ -80,6 +85,8 @@ class TritonRunner:
         largest = self._planner.largest_shape
         self._inputs = Uploads(num_words(largest), device)
         self._sent: StepPlan | None = None
+        self._histories = Uploads(max_context, device)
+        self._memory = StepMemory(device)
         self._scratch = DecodeScratch.allocate(
             max_running, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
@@ -101,7 +108,7 @@ class TritonRunner:
     @property
     def num_uploads(self) -> int:
         """How often words were sent to the device; a steady decode step sends none."""
-        return self._seats.num_uploads + self._inputs.num_sent
+        return self._seats.num_uploads + self._inputs.num_sent + self._histories.num_sent
 
     @property
     def late_work(self) -> LateWork:
@@ -116,23 +123,38 @@ class TritonRunner:
             return f"Triton paged attention on {self._device.type}, without graphs, up to {most} decode rows"
         return f"Triton paged attention, {len(self._graphs)} graphs of steps, up to {most} decode rows"
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile every kernel, capture every graph and use the most memory once. Nothing in the pages changes."""
+        """Compile every kernel, capture every graph and take all memory. Nothing in the pages changes."""
+        # cuBLAS has a handle and a workspace for each thread; those of a thread that ends go to the next one that needs
+        # some: the one that launches, which may not have begun.
+        with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
+            thread.submit(self._warm_up).result()
+        self._late_work.restart()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
         self._sent = None
+        self._seats.warm_up()
+        largest = self._planner.largest_shape
+        self._memory.reserve(lambda: self._run_padding(largest))
         captured = sorted(
             (*self._planner.prefill_shapes, *self._planner.decode_shapes), key=lambda shape: -shape.num_tokens
         )
-        for shape in (self._planner.largest_shape, *captured):
-            self._inputs.send(padding_words(shape, self._seats.nobody))
-            logits = self._forward(shape)
-            for kind in Draw:
-                self._draw(shape, kind, logits)
+        with self._memory.use():
+            for length in HISTORY_LENGTHS:
+                self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
+            for shape in (largest, *captured):
+                self._run_padding(shape)
         if self._device.type == "cuda":
             for shape in captured:
                 self._graphs.capture(shape, self._forward, self._draw)
             torch.cuda.synchronize(self._device)
-        self._late_work.restart()
+
+    def _run_padding(self, shape: StepShape) -> None:
+        self._inputs.send(padding_words(shape, self._seats.nobody))
+        logits = self._forward(shape)
+        for kind in Draw:
+            self._draw(shape, kind, logits)
 
     @torch.inference_mode()
     def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
@@ -142,10 +164,12 @@ class TritonRunner:
         plan = self._planner.plan(rows)
         for row in self._seats.prepare(rows):
             if has_penalty(row.sampling):
-                self._load_seen(row)
+                with self._memory.use():
+                    self._load_seen(row.seat, np.frombuffer(row.ids[:], dtype=np.int32), row.prompt_len)
         self._send(plan)
         if not self._graphs.replay(plan.shape, plan.draw):
-            self._draw(plan.shape, plan.draw, self._forward(plan.shape))
+            with self._memory.use():
+                self._draw(plan.shape, plan.draw, self._forward(plan.shape))
         copy = self._copies.popleft()
         copy.start(self._results, plan)
         return LaunchedStep(rows, plan, copy, self._copies)
@@ -193,10 +217,11 @@ class TritonRunner:
             self._inputs.send(plan.words)
             self._sent = plan
 
-    def _load_seen(self, row: BatchRow) -> None:
-        ids = host_tensor((len(row.ids),), torch.int32, self._device)
-        ids.copy_(torch.from_numpy(np.frombuffer(row.ids[:], dtype=np.int32)))
-        self._sampler.load_seen(row.seat, ids[: row.prompt_len], ids[row.prompt_len :])
+    def _load_seen(self, seat: int, ids: Words, prompt_len: int) -> None:
+        """Count the ids of a prompt and of what was answered so far."""
+        self._histories.send(ids)
+        sent = self._histories.words[: len(ids)]
+        self._sampler.load_seen(seat, sent[:prompt_len], sent[prompt_len:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,19 +73,41 @@ def test_decode_rows_are_their_seats_alone(planner):
 
 def test_chunks_lie_behind_decode_rows(planner):
     """In batch order: a chunk that ends a prompt, two decode rows, a chunk that does not, a last id as a chunk."""
-    rows = [row(60, 80, 1), row(9, 10, 2), row(5, 6, 3), row(64, 67, 4, sample=False), row(6, 7, 5, sample=False)]
+    rows = [row(0, 580, 1), row(9, 10, 2), row(5, 6, 3), row(64, 67, 4, sample=False), row(6, 7, 5, sample=False)]
     plan = planner.plan(rows)
     inputs = inputs_of(plan)
     shape = plan.shape
-    assert (shape.num_decode, shape.num_tokens, shape.num_sampled) == (2, 26, 3)
-    assert inputs.seats.tolist() == [2, 3] + [1] * 20 + [4] * 3 + [5]
-    assert inputs.ids[2:].tolist() == [*range(1060, 1080), *range(4064, 4067), 5006]
-    assert inputs.positions[2:].tolist() == [*range(60, 80), *range(64, 67), 6]
-    assert inputs.sampled_rows.tolist() == [0, 1, 21]
+    assert (shape.num_decode, shape.num_tokens, shape.num_sampled) == (2, 586, 3)
+    assert inputs.seats.tolist() == [2, 3] + [1] * 580 + [4] * 3 + [5]
+    assert inputs.ids[2:].tolist() == [*range(1000, 1580), *range(4064, 4067), 5006]
+    assert inputs.positions[2:].tolist() == [*range(580), *range(64, 67), 6]
+    assert inputs.sampled_rows.tolist() == [0, 1, 581]
     assert inputs.sampled_seats.tolist() == [2, 3, 1]
-    assert inputs.ends[2] == 80
-    assert sorted(inputs.blocks.tolist()) == [[2, 16, 60, 1], [18, 4, 76, 1], [22, 3, 64, 4], [25, 1, 6, 5]]
+    assert inputs.ends[2] == 580
+    assert len(inputs.blocks) == 37 + 2
+    assert {(2, 16, 0, 1), (578, 4, 576, 1), (582, 3, 64, 4), (585, 1, 6, 5)} <= set(map(tuple, inputs.blocks.tolist()))
     assert plan.drawn == [(1, 0), (2, 1), (0, 2)]
+
+
+def test_small_chunks_beside_decode_rows_are_padded(planner):
+    plan = planner.plan([row(60, 80, 1), row(9, 10, 2), row(5, 6, 3), row(64, 67, 4, sample=False)])
+    inputs = inputs_of(plan)
+    shape = plan.shape
+    assert shape in planner.prefill_shapes
+    assert (shape.num_decode, shape.num_tokens) == (8, 8 + 64)
+    assert inputs.seats.tolist() == [2, 3, *[NOBODY] * 6, *[1] * 20, *[4] * 3, *[NOBODY] * 41]
+    assert inputs.positions[8:].tolist() == [*range(60, 80), *range(64, 67), *[-1] * 41]
+    assert inputs.sampled_rows.tolist() == [*range(8), 27, *[0] * 7]
+    assert inputs.sampled_seats.tolist() == [2, 3, *[NOBODY] * 6, 1, *[NOBODY] * 7]
+    assert inputs.ends.tolist() == [0] * 8 + [80] + [0] * 7
+    assert [block for block in inputs.blocks.tolist() if block[1]] == [[24, 4, 76, 1], [8, 16, 60, 1], [28, 3, 64, 4]]
+    assert plan.drawn == [(1, 0), (2, 1), (0, 8)]
+
+
+def test_more_chunks_than_shapes_have_room_for_are_not_padded(planner):
+    plan = planner.plan([row(9, 10, 0), *(row(0, 3, seat) for seat in range(1, 10))])
+    assert plan.shape not in planner.prefill_shapes
+    assert plan.shape.num_tokens == 1 + 27
 
 
 @pytest.mark.parametrize(("length", "padded"), [(2, 64), (64, 64), (65, 128), (512, 512), (513, 513)])

@@ -1,6 +1,7 @@
 """The runner on the device's own state against the torch runner: equal tokens, and nothing sent in a steady step."""
 
 from random import Random
+from threading import Thread
 
 import pytest
 import torch
@@ -193,7 +194,22 @@ def test_warm_up_leaves_pages_and_answers_alone(checkpoint):
     wanted = greedy_and_sampled([3, 66], max_tokens=3)
     driver = Driver(engine_of(checkpoint, lambda *_: runner, max_batch_tokens=64))
     driver.serve(*wanted)
+    assert runner.late_work == LateWork(0, 0, 0)
     assert_same_answers(checkpoint, driver, wanted)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="nothing is compiled or allocated on a CPU")
+def test_after_the_warm_up_steps_of_any_size_find_all_they_need(checkpoint):
+    """On a thread that computed nothing before: cuBLAS has its memory by thread."""
+    runner = triton(checkpoint, 400, 24, 900)
+    runner.warm_up()
+    driver = Driver(engine_of(checkpoint, lambda *_: runner, num_pages=400, max_running=24, max_batch_tokens=900))
+    plain = greedy_and_sampled(range(1, 900, 23), max_tokens=9)
+    penalised = [request(f"p{length}", prompt(length), greedy(9, presence_penalty=0.5)) for length in range(1, 900, 97)]
+    thread = Thread(target=lambda: driver.serve(*plain, *penalised))
+    thread.start()
+    thread.join()
+    driver.assert_all_free()
     assert runner.late_work == LateWork(0, 0, 0)
 
 

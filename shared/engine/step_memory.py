@@ -1,0 +1,55 @@
+"""Device memory of the steps that are launched kernel by kernel, taken from the driver once."""
+
+# pyright: reportUnknownMemberType=false
+# torch.cuda is typed in part.
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+SPARE = 1.4
+"""Room for gaps between tensors, over what the tensors of the largest step take together; 1.25 is enough for the
+decoder's order of allocations, whatever the number of rows."""
+
+SMALLEST_SEGMENT_BYTES = 20 * 2**20
+"""PyTorch's allocator takes as much for a tensor of more than SMALL_BYTES."""
+
+SMALL_BYTES = 2**20
+"""Tensors up to this size have segments of their own, of twice the size."""
+
+NUM_SMALL = 32
+"""More than a step has small tensors at a time, so that one segment is always free for the next."""
+
+
+class StepMemory:
+    """A pool of memory for steps of any size up to the largest, of which none asks the driver.
+
+    What PyTorch caches elsewhere goes back to the driver whenever a graph is captured, and what steps of one size leave
+    does not fit those of another. This pool keeps one segment, from which every step cuts its tensors anew.
+    On the CPU there is nothing to keep.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+
+    def reserve(self, run_largest: Callable[[], object]) -> None:
+        """Run the largest step outside of the pool, and take as much memory as it needed."""
+        if self._pool is None:
+            return
+        run_largest()  # what the first run loads or keeps does not count
+        torch.cuda.synchronize(self._device)
+        kept_bytes = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run_largest()
+        torch.cuda.synchronize(self._device)
+        step_bytes = torch.cuda.max_memory_allocated(self._device) - kept_bytes
+        torch.cuda.empty_cache()
+        with self.use():
+            sizes = [max(SMALLEST_SEGMENT_BYTES, int(SPARE * step_bytes)), *[SMALL_BYTES] * NUM_SMALL]
+            _ = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+
+    def use(self) -> AbstractContextManager[None]:
+        """Tensors that this thread makes in this context come from the pool."""
+        return nullcontext() if self._pool is None else torch.cuda.use_mem_pool(self._pool, self._device)
