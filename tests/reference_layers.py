@@ -15,7 +15,7 @@ from shared.engine.layers.rotary import rotate_and_store_reference
 
 def use_reference_layers(patch: pytest.MonkeyPatch) -> None:
     """The kernels' own tests hold them to these; the interpreter takes 20 ms over each token of a layer."""
-    patch.setattr(triton_runner, "TRITON_KERNELS", TORCH_KERNELS)
+    patch.setattr(triton_runner, "triton_kernels", lambda _num_processors, _device: TORCH_KERNELS)
     patch.setattr(paged, "rotate_and_store", rotate_and_store_reference)
     patch.setattr(paged, "decode_attention", _decode_attention)
     patch.setattr(paged, "prefill_attention", _prefill_attention)

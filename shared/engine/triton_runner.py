@@ -27,7 +27,8 @@ from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
 from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
 from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_event
-from shared.engine.layers.kernels import TRITON_KERNELS
+from shared.engine.layers.kernels import triton_kernels
+from shared.engine.layers.linear import PADDED_ROWS
 from shared.engine.models.rope import angle_table
 from shared.engine.sampling import triton_sampler
 from shared.engine.sampling.torch_sampler import NOT_FINITE, NOTHING_LEFT
@@ -87,6 +88,7 @@ class TritonRunner:
         self._sent: StepPlan | None = None
         self._histories = Uploads(max_context, device)
         self._memory = StepMemory(device)
+        self._kernels = triton_kernels(num_processors, device)
         self._scratch = DecodeScratch.allocate(
             max_running, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
@@ -143,12 +145,20 @@ class TritonRunner:
         with self._memory.use():
             for length in HISTORY_LENGTHS:
                 self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
-            for shape in (largest, *captured):
+            for shape in (largest, *captured, *self._smallest_shapes()):
                 self._run_padding(shape)
         if self._device.type == "cuda":
             for shape in captured:
                 self._graphs.capture(shape, self._forward, self._draw)
             torch.cuda.synchronize(self._device)
+
+    def _smallest_shapes(self) -> list[StepShape]:
+        """Shapes between which the linear layers choose other kernels."""
+        largest = self._planner.largest_shape
+        return [
+            StepShape(0, min(num_rows, largest.num_tokens), 0, min(num_rows, largest.num_sampled))
+            for num_rows in (1, *PADDED_ROWS)
+        ]
 
     def _run_padding(self, shape: StepShape) -> None:
         self._inputs.send(padding_words(shape, self._seats.nobody))
@@ -192,10 +202,10 @@ class TritonRunner:
             self._angles,
             self._scratch,
         )
-        hidden = self._decoder.forward(inputs.ids, attention, TRITON_KERNELS)
+        hidden = self._decoder.forward(inputs.ids, attention, self._kernels)
         if not shape.is_decode:
             hidden = hidden.index_select(0, inputs.sampled_rows)
-        return self._decoder.logits(hidden, TRITON_KERNELS)
+        return self._decoder.logits(hidden, self._kernels)
 
     def _draw(self, shape: StepShape, kind: Draw, logits: Tensor) -> None:
         """Draw the step's tokens into the results and the seats."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
 from torch import Tensor
 
-from shared.engine.layers.gated import silu_mul, silu_mul_reference
+from shared.engine.layers.gated import silu_mul_reference
+from shared.engine.layers.linear import LinearLayers
 from shared.engine.layers.norm import rms_norm, rms_norm_reference
 
 
@@ -33,16 +35,15 @@ def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
         residual.add_(bias)
 
 
-def _gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return silu_mul_reference(F.linear(x, weight, bias))
 
 
-def _gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return silu_mul(F.linear(x, weight, bias))
-
-
-TORCH_KERNELS = Kernels(rms_norm_reference, F.linear, _add_linear, _gated_linear_reference)
+TORCH_KERNELS = Kernels(rms_norm_reference, F.linear, _add_linear, _gated_linear)
 """The reference, on any device."""
 
-TRITON_KERNELS = Kernels(rms_norm, F.linear, _add_linear, _gated_linear)
-"""On CUDA, and anywhere under Triton's interpreter."""
+
+def triton_kernels(num_processors: int, device: torch.device) -> Kernels:
+    """On CUDA, and anywhere under Triton's interpreter. A set serves one stream: its kernels share memory of theirs."""
+    layers = LinearLayers.allocate(num_processors, device)
+    return Kernels(rms_norm, layers.linear, layers.add_linear, layers.gated_linear)

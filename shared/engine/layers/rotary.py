@@ -11,10 +11,14 @@ import torch.nn.functional as F  # noqa: N812  the name everybody knows it by
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shared.blocks import PAGE_TOKENS
+from shared.engine.layers.overlap import can_overlap, launch_options
 
-HEADS_PER_PROGRAM = 8
+HEADS_PER_PROGRAM = 16
+NUM_WARPS = 4
+"""On an H200 these two are within 4 percent of the best of six, from 64 to 8192 rows of heads of 64 and of 128."""
 
 
 def rotate_and_store(
@@ -43,6 +47,7 @@ def rotate_and_store(
         q_norm, k_norm: `[head_dim]`, weights of an RMSNorm with `eps` over each head before it is turned; or both None.
     """
     num_kv_heads, head_dim = layer_pages.shape[3:]
+    overlap = can_overlap(qkv.device)
     grid = (len(positions), triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
     _rotate_and_store_kernel[grid](
         qkv,
@@ -63,7 +68,9 @@ def rotate_and_store(
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         PAGE_TOKENS=PAGE_TOKENS,
         HEADS=HEADS_PER_PROGRAM,
-        num_warps=2,
+        OVERLAP=overlap,
+        num_warps=NUM_WARPS,
+        **launch_options(overlap),
     )
 
 
@@ -123,8 +130,12 @@ def _rotate_and_store_kernel(
     HALF_BLOCK: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program a row and `HEADS` heads, which may be of q, k and v; low and high are the halves of each head."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     position = tl.load(positions + row)
     if position < 0:

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.engine.attention.sdpa import PagedSdpa, Run
-from shared.engine.layers.kernels import TORCH_KERNELS, TRITON_KERNELS
+from shared.engine.layers.kernels import TORCH_KERNELS, triton_kernels
 from shared.engine.models.config import read_config
 from shared.engine.models.rope import rope_frequencies
 from shared.engine.weights import load_checkpoint
@@ -61,7 +61,7 @@ def test_triton_kernels_give_the_logits_of_torch(tiny_checkpoints):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(tiny_checkpoints.get(TinyCheckpoint("llama", biases=True)), "float32", device)
     ids = torch.randint(3, 300, (9,), generator=torch.Generator().manual_seed(5)).to(device)
-    torch.testing.assert_close(all_logits(checkpoint, ids, TRITON_KERNELS), all_logits(checkpoint, ids))
+    torch.testing.assert_close(all_logits(checkpoint, ids, triton_kernels(4, device)), all_logits(checkpoint, ids))
 
 
 @pytest.mark.parametrize("rope", ROPES)
