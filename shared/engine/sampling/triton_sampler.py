@@ -102,10 +102,10 @@ class Tuning:
         rounds: draws over the whole device before a row that top-p keeps rejecting goes on in a program of its own.
     """
 
-    chunk: int = 8192
+    chunk: int = 4096
     few_rows: int = 16
-    few_rows_chunk: int = 2048
-    block: int = 2048
+    few_rows_chunk: int = 1024
+    block: int = 1024
     warps: int = 4
     row_block: int = 8192
     row_warps: int = 16
