@@ -1,7 +1,7 @@
 """From a checkpoint's folder to an engine that is ready.
 
-open: config, headers, memory ─┬─> weights are read ──────────────────────────────┬─> pages ─> runner ─> warm up
-                               └─> on a GPU the largest step: compile and measure ─┘
+open: config, headers, memory ─┬─> weights are read ───────────────────────────────────┬─> pages ─> runner ─> warm up
+                               └─> on a GPU: compile all, measure the largest step ────┘
 """
 
 import gc
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from shared.blocks import pages_for, token_ids
-from shared.engine.batch import BatchRow, Runner
+from shared.engine.batch import BatchRow
 from shared.engine.engine import PagedEngine
 from shared.engine.memory import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
 from shared.engine.models.config import ModelConfig
@@ -74,7 +74,7 @@ class StartedEngine:
         weight_bytes, kv_bytes: of device memory.
         peak_bytes: of device memory, weights and largest step together; None on a CPU.
         load_s: from the beginning until the weights were there and the largest step had run.
-        warm_up_s: the rest: pages allocated, kernels compiled, graphs captured.
+        warm_up_s: the rest: pages allocated, every shape of a step run, graphs captured.
     """
 
     engine: PagedEngine
@@ -171,7 +171,7 @@ def _load(plan: EnginePlan, report: Report) -> tuple[OpenedCheckpoint, DeviceMem
     if plan.device.type == "cpu":
         opened.read(report)
         return opened, None
-    # The kernels of the largest step are compiled while the weights come: it computes on whatever is in memory.
+    # Kernels are compiled while the weights come; what runs meanwhile computes on whatever is in memory.
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         reading = pool.submit(opened.read, report)
         memory = measure_memory(lambda: _run_largest(plan, opened.checkpoint), plan.device)
@@ -180,7 +180,9 @@ def _load(plan: EnginePlan, report: Report) -> tuple[OpenedCheckpoint, DeviceMem
 
 
 def _run_largest(plan: EnginePlan, checkpoint: Checkpoint) -> None:
-    runner: Runner = _runner(plan, checkpoint, MIN_PAGES)
+    runner = _runner(plan, checkpoint, MIN_PAGES)
+    if not isinstance(runner, TorchRunner):
+        runner.compile()
     for batch in largest_batches(checkpoint.config, plan.max_running, plan.max_batch_tokens):
         runner.launch(batch).wait()
     del runner

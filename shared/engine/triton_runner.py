@@ -25,6 +25,7 @@ from shared.engine.attention.decode_plan import plan_decode
 from shared.engine.attention.paged import PagedAttention
 from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
+from shared.engine.compiling import compile_launches
 from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
 from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_event
 from shared.engine.layers.kernels import triton_kernels
@@ -125,8 +126,16 @@ class TritonRunner:
             return f"Triton paged attention on {self._device.type}, without graphs, up to {most} decode rows"
         return f"Triton paged attention, {len(self._graphs)} graphs of steps, up to {most} decode rows"
 
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile what `warm_up` launches, many kernels at once, and run none of it. The weights need not be there."""
+        compile_launches(self._run_all)
+
     def warm_up(self) -> None:
-        """Compile every kernel, capture every graph and take all memory. Nothing in the pages changes."""
+        """Run every kernel, capture every graph and take all memory. Nothing in the pages changes.
+
+        Kernels that no runner of the process has compiled before are compiled one after the other.
+        """
         # cuBLAS has a handle and a workspace for each thread; those of a thread that ends go to the next one that needs
         # some: the one that launches, which may not have begun.
         with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
@@ -135,22 +144,28 @@ class TritonRunner:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        self._sent = None
-        self._seats.warm_up()
-        largest = self._planner.largest_shape
-        self._memory.reserve(lambda: self._run_padding(largest))
-        captured = sorted(
-            (*self._planner.prefill_shapes, *self._planner.decode_shapes), key=lambda shape: -shape.num_tokens
-        )
+        self._memory.reserve(lambda: self._run_padding(self._planner.largest_shape))
         with self._memory.use():
-            for length in HISTORY_LENGTHS:
-                self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
-            for shape in (largest, *captured, *self._smallest_shapes()):
-                self._run_padding(shape)
+            self._run_all()
         if self._device.type == "cuda":
-            for shape in captured:
+            for shape in self._captured_shapes:
                 self._graphs.capture(shape, self._forward, self._draw)
             torch.cuda.synchronize(self._device)
+
+    @property
+    def _captured_shapes(self) -> list[StepShape]:
+        """The largest first: smaller ones make do with its memory."""
+        shapes = (*self._planner.prefill_shapes, *self._planner.decode_shapes)
+        return sorted(shapes, key=lambda shape: -shape.num_tokens)
+
+    def _run_all(self) -> None:
+        """Launch all kernels of all steps, for steps without a row."""
+        self._sent = None
+        self._seats.warm_up()
+        for length in HISTORY_LENGTHS:
+            self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
+        for shape in (self._planner.largest_shape, *self._captured_shapes, *self._smallest_shapes()):
+            self._run_padding(shape)
 
     def _smallest_shapes(self) -> list[StepShape]:
         """Shapes between which the linear layers choose other kernels."""
