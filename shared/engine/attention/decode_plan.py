@@ -109,12 +109,12 @@ def plan_decode(positions: Tensor, seats: Tensor, work: DecodeWork) -> None:
         work.items,
         batch,
         work.max_items(batch),
+        work.num_kv_heads,
+        work.num_processors,
+        work.cutting.min_pages,
+        work.cutting.whole_pages,
+        work.cutting.items_per_processor,
         padded_batch=max(triton.next_power_of_2(batch), ROWS_A_TURN.value),
-        num_kv_heads=work.num_kv_heads,
-        num_processors=work.num_processors,
-        min_pages=work.cutting.min_pages,
-        whole_pages=work.cutting.whole_pages,
-        items_per_processor=work.cutting.items_per_processor,
         page_tokens=PAGE_TOKENS,
     )
 
@@ -128,19 +128,30 @@ def _load_rows(positions, rows, batch, pages_an_item, page_tokens: tl.constexpr)
     return length, pages, tl.where(rows < batch, splits, 0), tl.cdiv(pages, splits)
 
 
-@triton.jit(do_not_specialize=["batch", "max_items"], do_not_specialize_on_alignment=["positions", "seats"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "max_items",
+        "num_kv_heads",
+        "num_processors",
+        "min_pages",
+        "whole_pages",
+        "items_per_processor",
+    ],
+    do_not_specialize_on_alignment=["positions", "seats"],
+)
 def _plan_kernel(
     positions,
     seats,
     items,
     batch,
     max_items,
+    num_kv_heads,
+    num_processors,
+    min_pages,
+    whole_pages,
+    items_per_processor,
     padded_batch: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    num_processors: tl.constexpr,
-    min_pages: tl.constexpr,
-    whole_pages: tl.constexpr,
-    items_per_processor: tl.constexpr,
     page_tokens: tl.constexpr,
 ):
     """One program for ROWS_A_PROGRAM rows; each looks at all rows to find the place of its own."""
