@@ -83,8 +83,7 @@ class LateWorkCounter:
         self._graphs = graphs
         self._compiled: list[str] = []
         hooks = cast("Any", knobs.runtime)
-        self._next_hook = hooks.jit_post_compile_hook
-        hooks.jit_post_compile_hook = self._on_compile
+        hooks.jit_post_compile_hook = _noting(self._compiled, hooks.jit_post_compile_hook)
         self.restart()
 
     def restart(self) -> None:
@@ -101,9 +100,15 @@ class LateWorkCounter:
             compiled=tuple(self._compiled),
         )
 
-    def _on_compile(self, *args: Any, **kwargs: Any) -> Any:
-        self._compiled.append(str(kwargs["repr"]))
-        return self._next_hook(*args, **kwargs) if self._next_hook is not None else None
+
+def _noting(compiled: list[str], next_hook: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A hook of Triton's that adds each kernel to `compiled`. It outlives its counter, and keeps nothing else."""
+
+    def note(*, repr: str, **kwargs: Any) -> Any:  # noqa: A002  Triton's name
+        compiled.append(repr)
+        return next_hook(repr=repr, **kwargs) if next_hook is not None else None
+
+    return note
 
 
 def _num_allocations(device: torch.device) -> int:

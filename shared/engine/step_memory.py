@@ -32,11 +32,11 @@ class StepMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+        self._pool: torch.cuda.MemPool | None = None
 
     def reserve(self, run_largest: Callable[[], object]) -> None:
         """Run the largest step outside of the pool, and take as much memory as it needed."""
-        if self._pool is None:
+        if self._device.type == "cpu":
             return
         run_largest()  # what the first run loads or keeps does not count
         torch.cuda.synchronize(self._device)
@@ -46,10 +46,11 @@ class StepMemory:
         torch.cuda.synchronize(self._device)
         step_bytes = torch.cuda.max_memory_allocated(self._device) - kept_bytes
         torch.cuda.empty_cache()
+        self._pool = torch.cuda.MemPool()
         with self.use():
             sizes = [max(SMALLEST_SEGMENT_BYTES, int(SPARE * step_bytes)), *[SMALL_BYTES] * NUM_SMALL]
             _ = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
 
     def use(self) -> AbstractContextManager[None]:
-        """Tensors that this thread makes in this context come from the pool."""
+        """Tensors that this thread makes in this context come from the pool, once there is one."""
         return nullcontext() if self._pool is None else torch.cuda.use_mem_pool(self._pool, self._device)
