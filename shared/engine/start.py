@@ -183,6 +183,7 @@ def _run_largest(plan: EnginePlan, checkpoint: Checkpoint) -> None:
     runner = _runner(plan, checkpoint, MIN_PAGES)
     if not isinstance(runner, TorchRunner):
         runner.compile()
+        runner.reserve()
     for batch in largest_batches(checkpoint.config, plan.max_running, plan.max_batch_tokens):
         runner.launch(batch).wait()
     del runner

@@ -131,6 +131,11 @@ class TritonRunner:
         """Compile what `warm_up` launches, many kernels at once, and run none of it. The weights need not be there."""
         compile_launches(self._run_all)
 
+    @torch.inference_mode()
+    def reserve(self) -> None:
+        """Take the memory for steps of any size; `warm_up` does too."""
+        self._memory.reserve(lambda: self._run_padding(self._planner.largest_shape))
+
     def warm_up(self) -> None:
         """Run every kernel, capture every graph and take all memory. Nothing in the pages changes.
 
@@ -144,7 +149,7 @@ class TritonRunner:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        self._memory.reserve(lambda: self._run_padding(self._planner.largest_shape))
+        self.reserve()
         with self._memory.use():
             self._run_all()
         if self._device.type == "cuda":
@@ -160,7 +165,6 @@ class TritonRunner:
 
     def _run_all(self) -> None:
         """Launch all kernels of all steps, for steps without a row."""
-        self._sent = None
         self._seats.warm_up()
         for length in HISTORY_LENGTHS:
             self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
@@ -176,6 +180,7 @@ class TritonRunner:
         ]
 
     def _run_padding(self, shape: StepShape) -> None:
+        self._sent = None
         self._inputs.send(padding_words(shape, self._seats.nobody))
         logits = self._forward(shape)
         for kind in Draw:
