@@ -183,6 +183,17 @@ def test_workers_on_gpus_can_share_memory_by_cuda_ipc(role: str):
     assert worker["environment"]["CUDA_VISIBLE_DEVICES"].startswith(f"${{{role.upper()}_GPU")
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_kernels_that_a_worker_compiles_outlive_its_container(role: str):
+    folder = GPU["services"][role]["environment"]["TRITON_CACHE_DIR"]
+    assert f"kernels:{folder}" in GPU["services"][role]["volumes"]
+    assert "kernels" in GPU["volumes"]
+    (worker,) = re.findall(r"^FROM \S+ AS worker$(.*?)^USER baton", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert re.search(r"apt-get install .* gcc libc6-dev", worker)  # Triton calls a C compiler
+    # A new volume takes the owner of the image's folder.
+    assert f"install --directory --owner baton --group baton {folder}" in worker
+
+
 def test_no_key_at_the_top_is_one_that_docker_compose_1_29_refuses():
     for file in (COMPOSE, GPU):
         assert {key for key in file if not key.startswith("x-")} <= {"services", "volumes"}
