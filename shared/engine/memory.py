@@ -22,7 +22,7 @@ class DeviceMemory:
 
     Attributes:
         total_bytes: of the device.
-        free_bytes: that nobody holds, other processes included.
+        free_bytes: that nobody holds, other processes included, beside the largest step.
         peak_bytes: held by this process's tensors (the weights) and by its largest step.
     """
 
@@ -32,12 +32,14 @@ class DeviceMemory:
 
 
 def measure_memory(run_largest_step: Callable[[], object], device: torch.device) -> DeviceMemory:
-    """Run the step and see what it took. PyTorch keeps the step's memory for the steps to come."""
+    """Run the step and see what it took."""
     torch.cuda.reset_peak_memory_stats(device)
     run_largest_step()
     torch.cuda.synchronize(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return DeviceMemory(total_bytes, free_bytes, torch.cuda.max_memory_reserved(device))
+    peak_bytes = torch.cuda.max_memory_reserved(device)
+    given_back_bytes = peak_bytes - torch.cuda.memory_reserved(device)
+    return DeviceMemory(total_bytes, free_bytes - given_back_bytes, peak_bytes)
 
 
 def pages_that_fit(memory: DeviceMemory, page_bytes: int, *, share: float, reserved_bytes: int) -> int:

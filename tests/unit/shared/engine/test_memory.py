@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from shared.engine.memory import CONTEXT_BYTES, DeviceMemory, pages_that_fit
+from shared.engine.memory import CONTEXT_BYTES, DeviceMemory, measure_memory, pages_that_fit
 from shared.errors import StartupError
 
 GIB = 2**30
@@ -32,3 +33,19 @@ def test_a_gpu_without_room_is_refused_with_the_numbers(free, share):
     memory = DeviceMemory(total_bytes=140 * GIB, free_bytes=free * GIB, peak_bytes=18 * GIB)
     with pytest.raises(StartupError, match=r"150\.3 GB.*19\.3 GB.*gpu_memory_share"):
         pages_that_fit(memory, PAGE_BYTES, share=share, reserved_bytes=4 * GIB)
+
+
+def test_memory_that_the_largest_step_gave_back_does_not_count_as_free(monkeypatch):
+    device = torch.device("cuda")
+    ran = []
+    answers = {
+        "reset_peak_memory_stats": None,
+        "synchronize": None,
+        "mem_get_info": (100 * GIB, 140 * GIB),
+        "max_memory_reserved": 20 * GIB,
+        "memory_reserved": 17 * GIB,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, answer=answer: answer)
+    assert measure_memory(lambda: ran.append(1), device) == DeviceMemory(140 * GIB, 97 * GIB, 20 * GIB)
+    assert ran == [1]
