@@ -59,6 +59,7 @@ class TinyCheckpoint:
         biases: attention and MLP biases, where the family knows the switch.
         sharded: several safetensors files with an index.
         seed: of the random weights.
+        linear_std: of the weights of linear layers; the default suits a hidden size of 64.
         overrides: further fields of the config.
     """
 
@@ -68,6 +69,7 @@ class TinyCheckpoint:
     biases: bool = False
     sharded: bool = False
     seed: int = 0
+    linear_std: float = 0.25
     overrides: tuple[tuple[str, Any], ...] = ()
 
 
@@ -95,7 +97,7 @@ def write_tiny_checkpoint(folder: Path, tiny: TinyCheckpoint) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(tiny.seed)
         model = model_class(config_class(**fields))
-        _spread(model)
+        _spread(model, tiny.linear_std)
     model.save_pretrained(folder, max_shard_size="60KB" if tiny.sharded else "1GB")
     return folder
 
@@ -125,7 +127,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(fields))
 
 
-def _spread(model: PreTrainedModel) -> None:
+def _spread(model: PreTrainedModel, linear_std: float) -> None:
     """Larger random weights than transformers': distinct logits, attention that looks around, non-trivial norms."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -133,4 +135,4 @@ def _spread(model: PreTrainedModel) -> None:
         elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
             torch.nn.init.normal_(parameter, std=0.5)
         else:
-            torch.nn.init.normal_(parameter, std=0.25)
+            torch.nn.init.normal_(parameter, std=linear_std)

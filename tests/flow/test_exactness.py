@@ -1,6 +1,7 @@
 """Tokens through the whole disaggregated path equal those of transformers' generate, in fp32.
 
-Ingest, prefill and decode are the real services, KV goes through real UCX; log and store are the twins.
+Ingest, prefill and decode are the real services, KV goes through real UCX; log and store are the twins. Where there is
+a GPU the engines run on it, once with each kind of kernels.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from services.ingest.admission import ModelFacts
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
 from shared.engine.runner import TorchRunner
+from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from shared.state.port import Role
 from shared.transfer.staging import Staging
@@ -26,6 +28,16 @@ from tests.tiny_checkpoints import FAMILIES, VOCAB_SIZE, TinyCheckpoint, write_t
 CHUNK = 128
 BORDER_LENGTHS = (1, 2, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1)
 NUM_NEW = 12
+MAX_RUNNING = 16
+HEAD_DIM_64 = (("head_dim", 64),)  # the smallest that the Triton kernels take
+
+BACKENDS = [("cuda", "torch"), ("cuda", "triton")] if torch.cuda.is_available() else [("cpu", "torch")]
+"""(device, kernels)"""
+
+
+@pytest.fixture(params=BACKENDS, ids="-".join)
+def backend(request):
+    return request.param
 
 
 def a_prompt(length, seed=0):
@@ -33,14 +45,24 @@ def a_prompt(length, seed=0):
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-@contextlib.asynccontextmanager
-async def a_system(folder, *, num_pages=64, num_decode=2):
-    def engine():
-        checkpoint = load_checkpoint(folder, "float32", torch.device("cpu"))
-        config = checkpoint.config
-        model = EngineModel(MODEL, checkpoint.fingerprint, config.vocab_size, config.eos_token_ids, checkpoint.layout)
-        limits = EngineLimits(config.max_context, num_pages, max_running=16, max_batch_tokens=CHUNK)
+def an_engine(folder, backend, num_pages):
+    device, kernels = backend
+    checkpoint = load_checkpoint(folder, "float32", torch.device(device))
+    config = checkpoint.config
+    model = EngineModel(MODEL, checkpoint.fingerprint, config.vocab_size, config.eos_token_ids, checkpoint.layout)
+    limits = EngineLimits(config.max_context, num_pages, MAX_RUNNING, max_batch_tokens=CHUNK)
+    if kernels == "torch":
         return PagedEngine(TorchRunner(checkpoint, num_pages), model, limits)
+    runner = TritonRunner(
+        checkpoint, num_pages, max_running=MAX_RUNNING, max_batch_tokens=CHUNK, max_context=config.max_context
+    )
+    runner.warm_up()
+    return PagedEngine(runner, model, limits)
+
+
+@contextlib.asynccontextmanager
+async def a_system(folder, backend, *, num_pages=64, num_decode=2):
+    engines = [an_engine(folder, backend, num_pages) for _ in range(1 + num_decode)]  # before any lease begins
 
     async with UcxContext() as context:
 
@@ -48,7 +70,7 @@ async def a_system(folder, *, num_pages=64, num_decode=2):
             staging = Staging(engine.cache, os.environ, message_bytes=4 * engine.model.layout.page_bytes)
             return UcxTransfer(context, staging, incarnation=incarnation, clock=asyncio.get_running_loop().time)
 
-        system = System(make_engine=engine, make_transfer=transfer, facts=ModelFacts(MODEL, 1024, VOCAB_SIZE))
+        system = System(make_engine=engines.pop, make_transfer=transfer, facts=ModelFacts(MODEL, 1024, VOCAB_SIZE))
         try:
             await system.start_ingest()
             await system.start_worker(Role.PREFILL)
@@ -70,12 +92,13 @@ async def answers(system, prompts, num_new):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_every_family_alone_mixed_and_with_a_cached_prefix(family, tmp_path):
-    folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint(family=family, tied=family == "qwen3"))
+async def test_every_family_alone_mixed_and_with_a_cached_prefix(family, backend, tmp_path):
+    tiny = TinyCheckpoint(family=family, tied=family == "qwen3", overrides=HEAD_DIM_64)
+    folder = write_tiny_checkpoint(tmp_path, tiny)
     oracle = Oracle(folder)
     prompts = [a_prompt(length) for length in BORDER_LENGTHS]
     expected = [oracle.answer(ids, NUM_NEW) for ids in prompts]
-    async with a_system(folder) as system:
+    async with a_system(folder, backend) as system:
         for ids, answer in list(zip(prompts, expected, strict=True))[4:7]:
             assert (await answers(system, [ids], NUM_NEW))[1] == [answer]
         fresh, together = await answers(system, prompts, NUM_NEW)
@@ -88,11 +111,11 @@ async def test_every_family_alone_mixed_and_with_a_cached_prefix(family, tmp_pat
         await system.quiet()
 
 
-async def test_tokens_survive_preemption_on_the_decode_worker(tmp_path):
-    folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint())
+async def test_tokens_survive_preemption_on_the_decode_worker(backend, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint(overrides=HEAD_DIM_64))
     oracle = Oracle(folder)
     prompts = [a_prompt(65, seed) for seed in range(2)]
-    async with a_system(folder, num_pages=12, num_decode=1) as system:
+    async with a_system(folder, backend, num_pages=12, num_decode=1) as system:
         _, found = await answers(system, prompts, 400)
         decode = system.workers[-1].engine
         assert decode.stats().num_preemptions > 0
