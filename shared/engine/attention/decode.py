@@ -145,13 +145,8 @@ def tiling_for(dtype: torch.dtype, head_dim: int, programs_per_processor: float)
         return Tiling(block_pages=1, num_warps=8, num_stages=1)
     if head_dim > 128:
         return Tiling(block_pages=1, num_warps=4, num_stages=3)
-    if head_dim <= 64:
-        return Tiling(block_pages=1, num_warps=2, num_stages=5)
-    if programs_per_processor <= 3:
-        return Tiling(block_pages=1, num_warps=4, num_stages=5)
-    if programs_per_processor <= 4:
-        return Tiling(block_pages=1, num_warps=2, num_stages=3)
-    return Tiling(block_pages=1, num_warps=2, num_stages=5)
+    num_stages = 3 if 3 < programs_per_processor <= 4 else 5
+    return Tiling(block_pages=1, num_warps=2, num_stages=num_stages)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ class Cutting:
     items_per_processor: int
 
 
-CUTTING = Cutting(min_pages=2, whole_pages=16, items_per_processor=4)
+CUTTING = Cutting(min_pages=2, whole_pages=24, items_per_processor=4)
 
 
 @dataclass(frozen=True, slots=True)
