@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shared.blocks import PAGE_TOKENS
 from shared.engine.attention.decode_plan import (
@@ -34,6 +35,7 @@ from shared.engine.attention.decode_plan import (
     SPLIT,
     DecodeWork,
 )
+from shared.engine.layers.overlap import launch_options, overlaps
 
 MIN_DOT_ROWS = tl.constexpr(16)
 """Rows that a matrix multiplication takes at least; the query heads of a KV head are padded to it."""
@@ -112,6 +114,7 @@ def decode_attention(
         return
     work = scratch.work
     tiling = tiling_for(q.dtype, head_dim, batch * num_kv_heads / work.num_processors)
+    overlap = overlaps(batch, q.device)
     decode_kernel[num_kv_heads, work.max_items(batch)](
         q,
         layer_pages,
@@ -130,8 +133,10 @@ def decode_attention(
         head_dim=head_dim,
         page_tokens=PAGE_TOKENS,
         block_pages=tiling.block_pages,
+        overlap=overlap,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **launch_options(overlap),
     )
 
 
@@ -273,8 +278,12 @@ def decode_kernel(
     head_dim: tl.constexpr,
     page_tokens: tl.constexpr,
     block_pages: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     """One program a KV head (axis 0) and item of work (axis 1); see `decode_attention`."""
+    if overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     group: tl.constexpr = num_heads // num_kv_heads
     padded_rows: tl.constexpr = max(MIN_DOT_ROWS, triton.next_power_of_2(group))
     padded_dim: tl.constexpr = triton.next_power_of_2(head_dim)

@@ -22,15 +22,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shared.engine.layers.gated import silu_mul, silu_times
-from shared.engine.layers.overlap import can_overlap, launch_options
+from shared.engine.layers.overlap import launch_options, overlaps
 
 PADDED_ROWS = (16, 32, 64)
 """What rows are padded to for tensor cores. Above, cuBLAS is as fast."""
 
 MAX_ROWS = PADDED_ROWS[-1]
-
-MAX_GATED_CHUNK = 2048
-"""Rows of gate_up there at once. For an 8B model's cuBLAS is at 784 TFLOP/s with 2048, and at 698 with 8192."""
 
 
 class Form(Enum):
@@ -75,14 +72,17 @@ MOST_ROWS = {Form.PLAIN: MAX_ROWS, Form.ADD: 32, Form.GATED: MAX_ROWS}
 def choose_tiling(form: Form, num_rows: int, num_outputs: int, depth: int, num_processors: int) -> Tiling | None:
     """The fastest way for a bfloat16 layer of `num_outputs` times `depth` weights; None for cuBLAS's.
 
-    `num_outputs` counts gate and up once. Measured on an H200, for Llama's 8B and 1B, microseconds of cuBLAS (and
-    silu_mul) | ours:
+    `num_outputs` counts gate and up once. Milliseconds of a whole decode step without attention on an H200, of Llama's
+    8B and 1B, whose weights take 3.49 and 0.58 at 4.3 TB/s:
 
-        rows   qkv 8B     o 8B       gate_up 8B  down 8B    head 8B      o 1B      gate_up 1B  down 1B    head 1B
-        1      16.6|14.8  13.4|11.1  62.1|54.8   32.2|30.5  246|242      6.1|3.7   20.1|18.4   13.5|9.9   125|119
-        8      15.7|16.3  13.3|12.4  59.7|57.3   33.2|33.1  249|240      6.1|7.0   20.1|18.1   13.8|13.1  128|123
-        32     16.4|16.5  13.9|12.2  65.2|58.5   34.4|33.3  265|248      6.2|6.6   20.9|18.8   14.4|12.8  135|129
-        64     16.3|17.2  11.9|13.3  65.5|62.0   36.5|35.1               6.4|7.5   21.9|19.8   14.8|14.0
+        rows              1      8      16     32     64
+        8B    cuBLAS      4.181  4.400  4.451  4.571  4.658
+              ours        4.082  4.160  4.195  4.284  4.599
+        1B    cuBLAS      0.983  1.001  1.029  1.043  1.083
+              ours        0.801  0.932  0.936  0.973  1.064
+
+    One run each, in which the kernels of one row overlap (`overlap`). Two runs of the same kernels were up to 5 percent
+    apart, so that less is no difference.
     """
     if num_rows == 1:
         widest = VECTOR_TILE // (2 if form is Form.GATED else 4)
@@ -160,22 +160,19 @@ class LinearLayers:
 
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """silu(gate) * up, `[T, width]`, of `weight` `[2 * width, in]`."""
-        num_rows, width = len(x), len(weight) // 2
-        out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
         tiling = self._tiling(Form.GATED, x, weight, bias)
-        if tiling is not None:
-            self.launch(tiling, Form.GATED, x, weight, out)
-            return out
-        for rows, out_rows in zip(*(part.split(gated_chunk(num_rows)) for part in (x, out)), strict=True):
-            silu_mul(F.linear(rows, weight, bias), out_rows)
+        if tiling is None:
+            return silu_mul(F.linear(x, weight, bias))
+        out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
+        self.launch(tiling, Form.GATED, x, weight, out)
         return out
 
     def launch(self, tiling: Tiling, form: Form, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Run the kernel of `tiling`; `out` `[T, out]` is written, or added to if the form says so."""
         num_rows, depth = x.shape
         num_outputs = out.shape[1]
-        overlap = can_overlap(x.device)
         if tiling.num_x_rows == 1:
+            overlap = overlaps(num_rows, x.device)
             _vector_kernel[(num_outputs // tiling.num_outputs,)](
                 x,
                 weight,
@@ -205,13 +202,10 @@ class LinearLayers:
             TILE=tiling.num_outputs,
             TILE_DEPTH=tiling.depth,
             SPLITS=tiling.num_splits,
-            FETCHED=tiling.num_stages * tiling.depth,
             ADD=form is Form.ADD,
             GATED=form is Form.GATED,
-            OVERLAP=overlap,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
-            **launch_options(overlap),
         )
 
     def _tiling(self, form: Form, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tiling | None:
@@ -220,12 +214,6 @@ class LinearLayers:
             return None
         num_outputs = len(weight) // 2 if form is Form.GATED else len(weight)
         return choose_tiling(form, num_rows, num_outputs, weight.shape[1], self.num_processors)
-
-
-def gated_chunk(num_rows: int) -> int:
-    """Rows of gate_up to compute at once: about equal parts, so that no small one is left."""
-    num_chunks = max(1, -(-num_rows // MAX_GATED_CHUNK))
-    return max(1, -(-num_rows // (num_chunks * 128)) * 128)
 
 
 @triton.jit
@@ -285,17 +273,13 @@ def _matrix_kernel(
     TILE: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    FETCHED: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program `TILE` outputs (axis 0) and a part of the depth (axis 1) of up to `ROWS` rows of x.
 
     The weights are the left operand, as tensor cores want at least 64 rows there. A split GATED is not supported.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     num_parts = depth // TILE_DEPTH
@@ -306,12 +290,6 @@ def _matrix_kernel(
     place = tl.arange(0, TILE_DEPTH)
     weight_rows = weight + output.to(tl.int64) * depth
     up_shift = num_outputs.to(tl.int64) * depth
-    if OVERLAP:
-        # Weights may be read before the kernel in front has ended.
-        _fetch_into_l2(weight_rows + first * TILE_DEPTH, FETCHED)
-        if GATED:
-            _fetch_into_l2(weight_rows + up_shift + first * TILE_DEPTH, FETCHED)
-        gdc_wait()
     gate_tile = weight_rows[:, None] + place[None, :]
     x_tile = x + row[None, :] * depth + place[:, None]
     is_row = row[None, :] < num_rows
@@ -360,17 +338,3 @@ def _sum_of_parts(parts, SIZE: tl.constexpr, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         sums += tl.load(parts + split * SIZE, cache_modifier=".cg")
     return sums
-
-
-@triton.jit
-def _fetch_into_l2(rows, ELEMENTS: tl.constexpr):
-    """Ask for `ELEMENTS` elements from each of the addresses `rows` on, and do not wait."""
-    size = tl.full(rows.shape, ELEMENTS * (rows.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [rows, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shared.engine.layers.overlap import can_overlap, launch_options
+from shared.engine.layers.overlap import launch_options, overlaps
 
 ELEMENTS_PER_WARP = 512
 """On an H200 8 warps are best for 4096 columns from 1 to 8192 rows, and 4 for 2048."""
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     num_warps = min(max(block // ELEMENTS_PER_WARP, 1), 16)
-    overlap = can_overlap(x.device)
+    overlap = overlaps(num_rows, x.device)
     _rms_norm_kernel[(num_rows,)](
         x,
         weight,

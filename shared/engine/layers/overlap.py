@@ -6,6 +6,10 @@ A kernel that takes part is launched with `**launch_options(overlap)`, and is to
   that a kernel of the same step may have written; weights it may read before. A program that ends without the wait
   would let the kernel end before the one that it follows, and the next kernel would see neither's results.
 Kernels that do not take part, such as cuBLAS's, may stand anywhere between.
+
+All who take part do so for one row only. In one run each on an H200, steps of one row (without attention) took 2
+percent less by it with an 8B model, which is within the noise, and 7 percent less with a 1B model; with 8 to 64 rows,
+where the kernels for them took part as well, 1 to 13 percent more.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -19,10 +23,14 @@ HOPPER = 9
 """Major number of the first compute capability with such launches."""
 
 
+def overlaps(num_rows: int, device: torch.device) -> bool:
+    """Whether a kernel for `num_rows` rows on `device` takes part; never in Triton's interpreter."""
+    return num_rows == 1 and device.type == "cuda" and _major_capability(device) >= HOPPER
+
+
 @cache  # of what a device is: it never changes, and asking takes as long as a launch
-def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on `device` may overlap; never in Triton's interpreter."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def launch_options(overlap: bool) -> dict[str, bool]:

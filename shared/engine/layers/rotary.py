@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shared.blocks import PAGE_TOKENS
-from shared.engine.layers.overlap import can_overlap, launch_options
+from shared.engine.layers.overlap import launch_options, overlaps
 
 HEADS_PER_PROGRAM = 16
 NUM_WARPS = 4
@@ -47,7 +47,7 @@ def rotate_and_store(
         q_norm, k_norm: `[head_dim]`, weights of an RMSNorm with `eps` over each head before it is turned; or both None.
     """
     num_kv_heads, head_dim = layer_pages.shape[3:]
-    overlap = can_overlap(qkv.device)
+    overlap = overlaps(len(positions), qkv.device)
     grid = (len(positions), triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
     _rotate_and_store_kernel[grid](
         qkv,

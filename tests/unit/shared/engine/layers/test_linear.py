@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shared.engine.layers.kernels import TORCH_KERNELS
-from shared.engine.layers.linear import Form, LinearLayers, Tiling, choose_tiling, gated_chunk
+from shared.engine.layers.linear import Form, LinearLayers, Tiling, choose_tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
@@ -79,7 +79,7 @@ def test_a_tiling_covers_its_layer(form, num_rows, depth, num_outputs):
     assert depth % tiling.depth == 0
     if num_rows == 1:
         return
-    assert depth // tiling.num_splits >= tiling.num_stages * tiling.depth  # what is fetched ahead is the program's own
+    assert depth // tiling.num_splits >= tiling.num_stages * tiling.depth  # the pipeline fills
     if tiling.num_splits > 1:
         assert form is not Form.GATED
         programs = num_outputs // tiling.num_outputs * tiling.num_splits
@@ -130,21 +130,3 @@ def test_layers_of_a_large_model(form, num_rows):
         case Form.GATED:
             got = layers.gated_linear(x, weight, None)
     torch.testing.assert_close(got, want, **TOLERANCE[torch.bfloat16])
-
-
-@pytest.mark.parametrize("num_rows", [1, 100, 2048, 2049, 3000, 5000, 8192, 8200, 16384])
-def test_gate_and_up_are_computed_in_about_equal_chunks(num_rows):
-    chunk = gated_chunk(num_rows)
-    assert chunk <= 2048
-    num_chunks = -(-num_rows // chunk)
-    last = num_rows - (num_chunks - 1) * chunk
-    assert num_chunks == 1 or last >= 512
-
-
-def test_chunks_of_gate_and_up_make_the_whole(monkeypatch):
-    monkeypatch.setattr("shared.engine.layers.linear.MAX_GATED_CHUNK", 128)
-    layers = LinearLayers.allocate(4, DEVICE)
-    x, weight, _ = case(300, 64, 32)
-    torch.testing.assert_close(
-        layers.gated_linear(x, weight, None), TORCH_KERNELS.gated_linear(x, weight, None), rtol=1e-4, atol=1e-4
-    )
