@@ -4,7 +4,8 @@
                      (nothing if nothing changed)                       └──── a graph, if there is one ────┘
 
 A batch may be launched while the one before it runs: what they share lies on the device, and one stream keeps their
-order. In Triton's interpreter the same code runs on the CPU, without graphs.
+order; what a step does on a second one ends within the step. In Triton's interpreter the same code runs on the CPU,
+without graphs.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -22,7 +23,7 @@ from torch import Tensor
 from shared.blocks import pages_for
 from shared.engine.attention.decode import DecodeScratch
 from shared.engine.attention.decode_plan import plan_decode
-from shared.engine.attention.paged import PagedAttention
+from shared.engine.attention.paged import PagedAttention, SideStream
 from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
 from shared.engine.compiling import compile_launches
@@ -93,6 +94,7 @@ class TritonRunner:
         self._scratch = DecodeScratch.allocate(
             max_running, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
+        self._side = SideStream.of(device)
         self._sampler = TritonSampler(config.vocab_size, max_running, largest.num_sampled, device)
         self._results = DrawResults.allocate(largest.num_sampled, device)
         self._copies = deque(ResultCopy.allocate(largest.num_sampled, device) for _ in range(NUM_AHEAD + 1))
@@ -221,6 +223,7 @@ class TritonRunner:
             self._tilings.of(shape.num_tokens),
             self._angles,
             self._scratch,
+            self._side,
         )
         hidden = self._decoder.forward(inputs.ids, attention, self._kernels)
         if not shape.is_decode:

@@ -1,9 +1,18 @@
-"""Attention of one step by the Triton kernels: decode rows first, then the chunks in blocks."""
+"""Attention of one step by the Triton kernels: of its decode rows, and beside them of its chunks in blocks.
+
+The former is bound by memory and the latter by arithmetic, so on CUDA they run at the same time:
+
+    current stream:  rotate and store ─┬─> decode attention ─┬─>
+    side stream:                       └─> prefill attention ┘
+"""
 
 # pyright: reportUnknownMemberType=false
-# torch types unflatten in part.
+# torch types unflatten and torch.cuda in part.
 
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,6 +22,48 @@ from shared.engine.attention.prefill import Tiling, prefill_attention
 from shared.engine.layers.rotary import rotate_and_store
 from shared.engine.models.config import ModelConfig
 from shared.engine.models.decoder import LayerWeights
+
+URGENT = -1
+"""Priority of the side stream. Programs of prefill attention are few and leave room beside them; those of decode
+attention fill every processor, and the others would wait for their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideStream:
+    """A stream that takes work over from the current one and gives it back; the same in a capture of a graph.
+
+    What is used there needs no `record_stream`: whoever takes its memory next is behind the join.
+
+    Attributes:
+        begun, ended: recorded anew by each fork.
+    """
+
+    stream: torch.cuda.Stream
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    @classmethod
+    def of(cls, device: torch.device) -> Self | None:
+        """One for `device`; the CPU has none."""
+        if device.type == "cpu":
+            return None
+        return cls(torch.cuda.Stream(device, priority=URGENT), torch.cuda.Event(), torch.cuda.Event())
+
+    @contextmanager
+    def fork(self) -> Generator[None, None, None]:
+        """What is launched in this context runs behind all that was launched before it, and beside what comes after.
+
+        It may allocate nothing.
+        """
+        self.begun.record()
+        self.stream.wait_event(self.begun)
+        with torch.cuda.stream(self.stream):
+            yield
+            self.ended.record()
+
+    def join(self) -> None:
+        """Let the current stream wait for what was forked."""
+        self.ended.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +78,7 @@ class PagedAttention:
         blocks: int32 `[num_blocks, 4]` over the other rows, as `prefill_attention` needs them for `tiling`.
         angles: float32 `[max_position, head_dim]`, cosines then sines.
         scratch: of `decode_attention`; holds the plan of these rows.
+        side: where prefill attention runs if there are decode rows too; None where there is but one stream.
     """
 
     config: ModelConfig
@@ -39,6 +91,7 @@ class PagedAttention:
     tiling: Tiling
     angles: Tensor
     scratch: DecodeScratch
+    side: SideStream | None
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
         """Turn q and k of `qkv` `[T, q_size + 2 * kv_size]` in place, store k and v of `layer`, then attend.
@@ -62,15 +115,10 @@ class PagedAttention:
         q = qkv[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
         mixed = torch.empty((len(qkv), config.q_size), dtype=qkv.dtype, device=qkv.device)
         scale = config.head_dim**-0.5
-        if num_decode:
-            decode_attention(
-                q[:num_decode],
-                layer_pages,
-                self.page_table,
-                mixed[:num_decode],
-                self.scratch,
-                scale=scale,
-            )
-        if len(self.blocks):
+        side = self.side if num_decode and len(self.blocks) else None
+        with side.fork() if side else nullcontext():
             prefill_attention(q, layer_pages, self.page_table, self.blocks, mixed, scale=scale, tiling=self.tiling)
+        decode_attention(q[:num_decode], layer_pages, self.page_table, mixed[:num_decode], self.scratch, scale=scale)
+        if side:
+            side.join()
         return mixed

@@ -104,6 +104,20 @@ def test_small_chunks_beside_decode_rows_are_padded(planner):
     assert plan.drawn == [(1, 0), (2, 1), (0, 8)]
 
 
+def test_a_small_step_of_64_rows_beyond_a_multiple_of_128_gets_more_padding():
+    planner = StepPlanner(64, 600, NOBODY, lambda _: TOKENS_PER_BLOCK)
+    for num_decode, num_tokens in [(33, 576 + 8), (32, 544), (0, 512)]:
+        plan = planner.plan([*(row(9, 10, seat) for seat in range(num_decode)), row(0, 500, 64)])
+        assert plan.shape.num_tokens == num_tokens
+        assert plan.shape in planner.prefill_shapes
+        inputs = inputs_of(plan)
+        first = plan.shape.num_decode
+        assert inputs.positions[first:].tolist() == [*range(500)] + [-1] * (num_tokens - first - 500)
+        assert inputs.seats[first + 500 :].tolist() == [NOBODY] * (num_tokens - first - 500)
+        assert inputs.blocks[:, 1].sum() == 500
+        assert num_tokens <= planner.largest_shape.num_tokens
+
+
 def test_more_chunks_than_shapes_have_room_for_are_not_padded(planner):
     plan = planner.plan([row(9, 10, 0), *(row(0, 3, seat) for seat in range(1, 10))])
     assert plan.shape not in planner.prefill_shapes
