@@ -62,6 +62,9 @@ FIRST_PAGE = FIRST_END + MAX_ENDS
 
 CHANGES_A_PROGRAM = 1024
 
+SMALLEST_TOP_P = float(np.finfo(np.float32).tiny)
+"""Of a top-p that float32 takes for 0 no token would be kept, not even the likeliest."""
+
 
 @dataclass(slots=True)
 class _Occupant:
@@ -158,7 +161,7 @@ class Seats:
         words[Word.MIN_TOKENS] = sampling.min_tokens
         words[Word.TEMPERATURE] = _float_bits(sampling.temperature)
         words[Word.TOP_K] = sampling.top_k
-        words[Word.TOP_P] = _float_bits(sampling.top_p)
+        words[Word.TOP_P] = _float_bits(max(sampling.top_p, SMALLEST_TOP_P))
         words[Word.MIN_P] = _float_bits(sampling.min_p)
         words[Word.REPETITION_PENALTY] = _float_bits(sampling.repetition_penalty)
         words[Word.PRESENCE_PENALTY] = _float_bits(sampling.presence_penalty)

@@ -72,6 +72,13 @@ def test_a_record_holds_all_that_the_device_needs(seats):
     assert (seats.words[[0, 1, 3, 4], Word.POSITION] == -1).all()
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-40])
+def test_a_top_p_too_small_for_float32_still_keeps_a_token(seats, top_p):
+    """With 0 the draw would never end."""
+    seats.prepare([row(6, 7, sampling=SamplingParams(max_tokens=9, top_p=top_p))])
+    assert seats.words[0].numpy().view(np.float32)[Word.TOP_P] == np.finfo(np.float32).tiny
+
+
 def test_a_steady_decode_sends_nothing(seats):
     first = row(0, 20)
     seats.prepare([first])

@@ -11,7 +11,7 @@ from shared.blocks import token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.sampling.torch_sampler import NOT_FINITE, NOTHING_LEFT, Sampler, choice_key
 from shared.engine.sampling.triton_sampler import MAX_LOGPROBS, DrawResults, TritonSampler, Tuning
-from shared.engine.seats import FIRST_END, FIRST_PAGE, Word
+from shared.engine.seats import FIRST_END, FIRST_PAGE, SMALLEST_TOP_P, Word
 from shared.request import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,6 +33,7 @@ FILTERS = {
     "top-k of all": {"temperature": 1.0, "top_k": 5000},
     "top-p": {"temperature": 1.0, "top_p": 0.9},
     "small top-p": {"temperature": 3.0, "top_p": 0.01},
+    "smallest top-p": {"temperature": 3.0, "top_p": SMALLEST_TOP_P},
     "min-p": {"temperature": 1.5, "min_p": 0.3},
     "all filters": {"temperature": 2.5, "top_k": 90, "top_p": 0.7, "min_p": 0.02},
 }
