@@ -4,12 +4,16 @@ open: config, headers, memory ─┬─> weights are read ───────�
                                └─> on a GPU: compile all, measure the largest step ────┘
 """
 
+# pyright: reportUnknownMemberType=false
+# torch types its devices' properties in part.
+
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
 KernelKind = Literal["triton", "torch"]
 
 PLAIN = "PyTorch alone"
+
+KERNEL_SHARED_BYTES = 227 * 2**10
+"""Of a multiprocessor's memory, what the largest tiles of the Triton kernels may take: what Hopper has."""
 
 COSTLIEST_SAMPLING = SamplingParams(
     max_tokens=2, min_tokens=2, top_k=50, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logprobs=20
@@ -96,13 +103,17 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
     Raises UnsupportedCheckpoint, or StartupError for missing files and for what does not fit the device.
     """
     began_s = clock_s()
+    if plan.kernels == "triton" and plan.device.type == "cuda":
+        properties = cast("Any", torch.cuda.get_device_properties(plan.device))
+        refuse_small_processors(properties.name, properties.shared_memory_per_block_optin)
     opened, memory = _load(plan, report)
     loaded_s = clock_s()
     checkpoint = opened.checkpoint
     num_pages = _num_pages(plan, checkpoint, memory)
     runner = _runner(plan, checkpoint, num_pages)
     if not isinstance(runner, TorchRunner):
-        runner.warm_up()
+        with _steps_that_fit(plan):
+            runner.warm_up()
     engine = PagedEngine(
         runner,
         EngineModel(
@@ -129,6 +140,15 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
         load_s=loaded_s - began_s,
         warm_up_s=clock_s() - loaded_s,
     )
+
+
+def refuse_small_processors(gpu: str, shared_bytes: int) -> None:
+    """Raise StartupError for a GPU whose blocks may have `shared_bytes` of shared memory, if the kernels need more."""
+    if shared_bytes < KERNEL_SHARED_BYTES:
+        raise StartupError(
+            f"the Triton kernels take up to {KERNEL_SHARED_BYTES // 2**10} KB of shared memory, as of Hopper's, and "
+            f"{gpu} has {shared_bytes // 2**10} KB: set kernels to torch (BATON_KERNELS)"
+        )
 
 
 def largest_batches(config: ModelConfig, max_running: int, max_batch_tokens: int) -> list[tuple[BatchRow, ...]]:
@@ -174,9 +194,22 @@ def _load(plan: EnginePlan, report: Report) -> tuple[OpenedCheckpoint, DeviceMem
     # Kernels are compiled while the weights come; what runs meanwhile computes on whatever is in memory.
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         reading = pool.submit(opened.read, report)
-        memory = measure_memory(lambda: _run_largest(plan, opened.checkpoint), plan.device)
+        with _steps_that_fit(plan):
+            memory = measure_memory(lambda: _run_largest(plan, opened.checkpoint), plan.device)
         reading.result()
     return opened, memory
+
+
+@contextmanager
+def _steps_that_fit(plan: EnginePlan) -> Generator[None, None, None]:
+    """Raises StartupError where the GPU has no memory for the steps that run in this context."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the largest steps do not fit the GPU: set less than {plan.max_batch_tokens} max_batch_tokens, "
+            f"{plan.max_running} max_running or, where they are set, fewer num_pages: {error}"
+        ) from error
 
 
 def _run_largest(plan: EnginePlan, checkpoint: Checkpoint) -> None:

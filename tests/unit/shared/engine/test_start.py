@@ -7,7 +7,7 @@ from shared.blocks import token_ids
 from shared.engine.models.config import read_config
 from shared.engine.port import EngineRequest
 from shared.engine.runner import TorchRunner
-from shared.engine.start import EnginePlan, largest_batches, start_engine
+from shared.engine.start import EnginePlan, largest_batches, refuse_small_processors, start_engine
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from shared.errors import StartupError
@@ -83,3 +83,19 @@ def test_the_largest_batches_run_before_the_warm_up(tiny_checkpoints):
     runner = TritonRunner(checkpoint, 2, max_running=2, max_batch_tokens=16, max_context=config.max_context)
     for batch in largest_batches(config, 2, 16):
         assert [sampled.error for sampled in runner.launch(batch).wait()] == [None] * len(batch)
+
+
+def test_a_gpu_with_less_shared_memory_than_the_kernels_take_is_refused():
+    refuse_small_processors("H200", 232448)
+    with pytest.raises(StartupError, match=r"227 KB.*RTX 4090 has 99 KB.*BATON_KERNELS"):
+        refuse_small_processors("RTX 4090", 101376)
+
+
+def test_steps_that_do_not_fit_are_told_with_the_settings_that_matter(tiny_checkpoints, monkeypatch):
+    def run_out(_runner):
+        raise torch.OutOfMemoryError("tried to allocate 9 GB")
+
+    monkeypatch.setattr(TritonRunner, "warm_up", run_out)
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    with pytest.raises(StartupError, match=r"64 max_batch_tokens, 4 max_running.*num_pages.*9 GB"):
+        start_engine(plan(folder, kernels="triton"), lambda _read, _all: None, lambda: 0.0)
