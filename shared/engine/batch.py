@@ -7,6 +7,12 @@ from shared.blocks import TokenIds
 from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
 
+MAX_ENDS = 80
+"""EOS and stop ids that may be forbidden to a row, at most."""
+
+MAX_LOGPROBS = 20
+"""Rivals whose log probabilities a row may want, at most."""
+
 
 @dataclass(slots=True)
 class BatchRow:

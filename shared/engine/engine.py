@@ -16,7 +16,7 @@ from collections import deque
 import numpy as np
 
 from shared.blocks import PAGE_TOKENS, pages_for
-from shared.engine.batch import BatchRow, Launched, Runner, Sampled
+from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS, BatchRow, Launched, Runner, Sampled
 from shared.engine.port import (
     BlockChanges,
     EngineLimits,
@@ -137,6 +137,16 @@ class PagedEngine:
         ids = np.frombuffer(request.ids, dtype=np.int32)
         if ids.min() < 0 or ids.max() >= self._model.vocab_size:
             raise ValueError(f"ids must be between 0 and vocab_size - 1 ({self._model.vocab_size - 1})")
+        self._refuse_sampling(request.sampling)
+
+    def _refuse_sampling(self, sampling: SamplingParams) -> None:
+        """Raise ValueError for what no row may ask of a runner."""
+        if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs is {sampling.logprobs}, it must be between 0 and {MAX_LOGPROBS}")
+        eos = frozenset[int]() if sampling.ignore_eos else self._eos_token_ids
+        num_ends = len(eos.union(sampling.stop_token_ids))
+        if sampling.min_tokens and num_ends > MAX_ENDS:
+            raise ValueError(f"min_tokens beside {num_ends} EOS and stop ids, of which {MAX_ENDS} can be forbidden")
 
     def _collect(self, batch: Batch, results: list[Sampled | None], started: tuple[str, ...]) -> StepOutput:
         """Move the sequences of a batch that is done on by what their rows gave."""

@@ -168,7 +168,8 @@ class Engine(Protocol):
         """Queue a request for prefill.
 
         Raises ValueError, naming the limit, if the key is in use, the ids are none of the vocabulary or the request
-        can never fit: prompt and max_tokens together must fit max_context and, except with hold_kv, num_pages.
+        can never fit: prompt and max_tokens together must fit max_context and, except with hold_kv, num_pages; and
+        for more log probabilities, or with min_tokens more ids that end the answer, than a runner takes.
         """
         ...
 

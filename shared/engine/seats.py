@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.engine.batch import BatchRow
+from shared.engine.batch import MAX_ENDS, BatchRow
 from shared.engine.host_copies import Uploads
 from shared.engine.sampling.torch_sampler import choice_key
 
@@ -57,7 +57,6 @@ class Word(IntEnum):
 
 
 FIRST_END = 16
-MAX_ENDS = 80
 FIRST_PAGE = FIRST_END + MAX_ENDS
 
 CHANGES_A_PROGRAM = 1024

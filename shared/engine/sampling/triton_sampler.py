@@ -26,16 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS
 from shared.engine.sampling import torch_sampler
-from shared.engine.seats import FIRST_END, MAX_ENDS, Word
+from shared.engine.seats import FIRST_END, Word
 
 NOT_FINITE = -1
 """In place of a token: the logits hold NaN or infinity."""
 
 NOTHING_LEFT = -2
 """In place of a token: no token is left to pick from."""
-
-MAX_LOGPROBS = 20
 
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _NOTHING_LEFT = tl.constexpr(NOTHING_LEFT)

@@ -1,6 +1,7 @@
 import pytest
 
 from shared.blocks import token_ids
+from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_engine, fake_model
 from shared.engine.port import EngineLimits
@@ -26,6 +27,8 @@ def prompt(length, first=100):
         ({"sampling": greedy(300)}, "num_pages is 4"),
         ({"ids": token_ids([1, 1000, 3])}, "vocab_size"),
         ({"ids": token_ids([1, -1, 3])}, "vocab_size"),
+        ({"sampling": greedy(9, logprobs=MAX_LOGPROBS + 1)}, "logprobs is 21"),
+        ({"sampling": greedy(9, min_tokens=1, stop_token_ids=tuple(range(10, 10 + MAX_ENDS)))}, "81 EOS and stop ids"),
     ],
 )
 def test_what_can_never_run_is_refused_by_add_and_reserve(changes, message):
@@ -36,6 +39,13 @@ def test_what_can_never_run_is_refused_by_add_and_reserve(changes, message):
     with pytest.raises(ValueError, match=message):
         engine.reserve(bad)
     Driver(engine).assert_all_free()
+
+
+@pytest.mark.parametrize("changes", [{"min_tokens": 0}, {"ignore_eos": True}])
+def test_as_many_ends_as_can_be_forbidden_are_taken(changes):
+    stops = tuple(range(900, 900 + MAX_ENDS))
+    sampling = greedy(2, **{"min_tokens": 1, "logprobs": MAX_LOGPROBS, "stop_token_ids": stops, **changes})
+    assert len(Driver(fake_engine()).serve(request("a", token_ids([10, 20, 30]), sampling))[0]) == 2
 
 
 def test_what_just_fits_is_served_alone():

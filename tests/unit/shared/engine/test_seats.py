@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from shared.blocks import token_ids
-from shared.engine.batch import BatchRow
+from shared.engine.batch import MAX_ENDS, BatchRow
 from shared.engine.sampling.torch_sampler import choice_key
-from shared.engine.seats import FIRST_END, FIRST_PAGE, MAX_ENDS, Seats, Word
+from shared.engine.seats import FIRST_END, FIRST_PAGE, Seats, Word
 from shared.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shared.blocks import token_ids
-from shared.engine.batch import BatchRow
+from shared.engine.batch import MAX_LOGPROBS, BatchRow
 from shared.engine.sampling.torch_sampler import NOT_FINITE, NOTHING_LEFT, Sampler, choice_key
-from shared.engine.sampling.triton_sampler import MAX_LOGPROBS, DrawResults, TritonSampler, Tuning
+from shared.engine.sampling.triton_sampler import DrawResults, TritonSampler, Tuning
 from shared.engine.seats import FIRST_END, FIRST_PAGE, SMALLEST_TOP_P, Word
 from shared.request import SamplingParams
 
