@@ -22,7 +22,8 @@ class BatchRow:
 
     Attributes:
         key: of the request, for error messages.
-        sequence: number of the sequence, never used again; a preempted sequence keeps its own.
+        sequence: number of the sequence, never used again; a preempted one gets another with its next seat, so that a
+            runner takes it for new there.
         seat: where a runner may keep what it knows of the sequence, 0 to max_running - 1. The sequence has it from its
             first row until it ends, is held or is preempted; nobody else gets it while a batch in flight has its rows.
         ids: the token ids that the host knows of the sequence (prompt and answer). The array is the sequence's own and

@@ -77,6 +77,7 @@ class Scheduler:
         self._free_seats = list(range(limits.max_running - 1, -1, -1))
         self._num_in_flight = 0
         self._next_arrival = 0
+        self._next_number = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -139,7 +140,7 @@ class Scheduler:
             return None
         self._sequences[request.key] = sequence
         sequence.pages = self._pool.acquire(found, num_new)
-        sequence.seat = self._free_seats.pop()
+        self._take_seat(sequence)
         self._count_found(sequence, len(found))
         self._importing[request.key] = sequence
         return Reservation(pages=sequence.pages, num_cached_pages=len(found))
@@ -347,7 +348,7 @@ class Scheduler:
         sequence.move(SequenceState.PREFILLING)
         sequence.is_preempted = False
         sequence.pages = self._pool.acquire(found, pages_for(len(sequence.ids)) - len(found))
-        sequence.seat = self._free_seats.pop()
+        self._take_seat(sequence)
         sequence.num_launched = len(found) * PAGE_TOKENS
         sequence.is_prefilled = True
         self._count_found(sequence, len(found))
@@ -403,6 +404,11 @@ class Scheduler:
         sequence.pages = ()
         self._leave_seat(sequence)
 
+    def _take_seat(self, sequence: Sequence) -> None:
+        sequence.seat = self._free_seats.pop()
+        self._next_number += 1
+        sequence.number = self._next_number
+
     def _leave_seat(self, sequence: Sequence) -> None:
         if sequence.seat != NO_SEAT:
             self._free_seats.append(sequence.seat)
@@ -419,7 +425,7 @@ def _decode_row(sequence: Sequence) -> BatchRow:
     prompt_len, sampling = request.prompt_len, request.sampling
     return BatchRow(
         request.key,
-        sequence.arrival,
+        sequence.number,
         sequence.seat,
         sequence.ids,
         start,
@@ -445,7 +451,7 @@ def _chunk(sequence: Sequence, max_tokens: int) -> BatchRow:
         sequence.move(SequenceState.RUNNING)
     return BatchRow(
         key=request.key,
-        sequence=sequence.arrival,
+        sequence=sequence.number,
         seat=sequence.seat,
         ids=sequence.ids,
         start=start,

@@ -45,6 +45,7 @@ class Sequence:
         hashes: of the full blocks of `ids`, first block first.
         state: changed by `move` alone.
         seat: its seat's number; NO_SEAT while it has none.
+        number: what runners know it by; another one with each seat.
         pages: in order of position.
         num_launched: tokens whose KV is in the pages or will be when all in flight is done; never beyond `last_end`.
             With a token in flight it is `len(ids)`, at most; the next row then begins with that token.
@@ -72,6 +73,7 @@ class Sequence:
         "num_in_flight",
         "num_launched",
         "num_published",
+        "number",
         "pages",
         "request",
         "seat",
@@ -86,6 +88,7 @@ class Sequence:
         self.hashes = hash_chain(root, self.ids)
         self.state = state
         self.seat = NO_SEAT
+        self.number = 0
         self.pages: tuple[int, ...] = ()
         self.num_launched = 0
         self.num_in_flight = 0

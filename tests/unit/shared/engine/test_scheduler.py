@@ -184,6 +184,23 @@ def test_the_youngest_is_preempted_and_served_first_afterwards():
     assert run(engine) == [("young", 64, 103), ("new", 0, 3)]
 
 
+def test_a_preempted_sequence_is_a_new_one_to_the_runner_even_in_the_same_seat():
+    """What a runner keeps of a seat may be old: the sequence may have gone on in another seat meanwhile."""
+    engine = scheduler(num_pages=3)
+    engine.add(request("held", prompt(100), greedy(9), hold_kv=True))
+    run(engine)
+    engine.add(request("a", prompt(64, 200), greedy(9)))
+    batch = engine.schedule()
+    (before,) = batch.rows
+    take(engine, batch)
+    assert run(engine) == []
+    engine.abort("held")
+    (after,) = engine.schedule().rows
+    assert engine.num_preemptions == 1
+    assert after.seat == before.seat
+    assert after.sequence != before.sequence
+
+
 def test_a_preempted_import_goes_before_an_older_request_that_is_new():
     engine = scheduler(num_pages=4, max_running=3)
     engine.add(request("old", prompt(62), greedy(70)))

@@ -105,10 +105,8 @@ def test_new_pages_are_written_behind_those_that_stay(seats, old, new):
     assert seats.num_uploads == 2
 
 
-def test_a_sequence_that_goes_on_elsewhere_brings_position_and_token(seats):
-    """After a preemption the same sequence may come back to its seat, with another position."""
-    seats.prepare([row(0, 20)])
-    drawn(seats, row(0, 20), 50)
+def test_a_last_chunk_of_one_token_brings_position_and_token(seats):
+    seats.prepare([row(0, 30, sample=False)])
     seats.prepare([row(30, 31)])
     assert seats.words[0, [Word.POSITION, Word.TOKEN]].tolist() == [30, 130]
 
