@@ -71,19 +71,23 @@ class Tilings:
         return self.large if num_tokens >= self.large_from else self.small
 
 
+BULK_ALIGNMENT_BYTES = 16
+"""What the copy engine brings begins at a multiple: heads of other sizes are brought by threads."""
+
 PROGRAMS_A_PROCESSOR = 3
 """Programs of large blocks that each processor should have for them to pay: two run at a time."""
 
 
 def tilings_for(head_dim: int, num_heads: int, dtype: torch.dtype, num_processors: int) -> Tilings:
     """Those measured fastest on an H200; `num_processors` are the device's."""
+    aligned = head_dim * dtype.itemsize % BULK_ALIGNMENT_BYTES == 0
     if dtype == torch.float32:
         only = Tiling(block_rows=16, tile_pages=1, num_warps=8, num_stages=1, bulk_copy=False)
         return Tilings(only, only, 0)
     if head_dim > 128:
-        only = Tiling(block_rows=128, tile_pages=1, num_warps=8, num_stages=2, bulk_copy=True)
+        only = Tiling(block_rows=128, tile_pages=1, num_warps=8, num_stages=2, bulk_copy=aligned)
         return Tilings(only, only, 0)
-    small = Tiling(block_rows=64, tile_pages=1, num_warps=4, num_stages=3, bulk_copy=True)
+    small = Tiling(block_rows=64, tile_pages=1, num_warps=4, num_stages=3, bulk_copy=aligned)
     large = replace(small, block_rows=128, num_stages=2 if head_dim > 64 else 3)
     return Tilings(small, large, -(-PROGRAMS_A_PROCESSOR * num_processors * large.block_rows // num_heads))
 

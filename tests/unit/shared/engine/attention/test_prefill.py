@@ -17,6 +17,7 @@ from shared.engine.attention.prefill import (
     plan_blocks,
     prefill_attention,
     prefill_attention_reference,
+    tilings_for,
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,6 +99,13 @@ def test_head_dims(head_dim, tiling):
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_bfloat16(tiling):
     Case([Chunk(0, 20), Chunk(100, 40)], head_dim=96, dtype=torch.bfloat16).check(tiling)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 100, 136, 140])
+def test_heads_that_begin_where_the_copy_engine_cannot_are_read_by_threads(head_dim):
+    tiling = tilings_for(head_dim, 2, torch.bfloat16, 1).of(30)
+    assert tiling.bulk_copy == (head_dim % 8 == 0)
+    Case([Chunk(50, 30)], num_kv_heads=2, group=1, head_dim=head_dim, dtype=torch.bfloat16).check(tiling)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
