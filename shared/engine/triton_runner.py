@@ -169,7 +169,8 @@ class TritonRunner:
         """Launch all kernels of all steps, for steps without a row."""
         self._seats.warm_up()
         for length in HISTORY_LENGTHS:
-            self._load_seen(self._seats.nobody, np.zeros(length, dtype=np.int32), length // 2)
+            ids = np.zeros(min(length, len(self._histories.words)), dtype=np.int32)
+            self._load_seen(self._seats.nobody, ids, len(ids) // 2)
         for shape in (self._planner.largest_shape, *self._captured_shapes, *self._smallest_shapes()):
             self._run_padding(shape)
 

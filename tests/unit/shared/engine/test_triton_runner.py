@@ -198,6 +198,13 @@ def test_warm_up_leaves_pages_and_answers_alone(checkpoint):
     assert_same_answers(checkpoint, driver, wanted)
 
 
+@pytest.mark.usefixtures("fast_layers")
+def test_a_short_context_warms_up(checkpoint):
+    runner = TritonRunner(checkpoint, 2, max_running=1, max_batch_tokens=4, max_context=64)
+    runner.warm_up()
+    assert runner.late_work == LateWork(0, 0, 0)
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="nothing is compiled or allocated on a CPU")
 def test_after_the_warm_up_steps_of_any_size_find_all_they_need(checkpoint):
     """On a thread that computed nothing before: cuBLAS has its memory by thread."""
