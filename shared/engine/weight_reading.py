@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
+from operator import index
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,7 +133,7 @@ def read_header(path: Path) -> WeightFile:
             for name, entry in entries.items()
             if name != "__metadata__"
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StartupError(f"{path} is no safetensors file: {error!r}") from error
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=LENGTH_BYTES + length)
     if end != num_bytes:
@@ -142,8 +143,8 @@ def read_header(path: Path) -> WeightFile:
 
 def _stored_tensor(path: Path, name: str, entry: dict[str, Any], data_offset: int) -> StoredTensor:
     """Raises ValueError, TypeError or KeyError for an entry that makes no sense."""
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    begin, end = (index(offset) for offset in entry["data_offsets"])
+    shape = tuple(index(size) for size in entry["shape"])
     dtype = STORED_DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")

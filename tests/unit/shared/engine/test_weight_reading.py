@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 
 import pytest
@@ -74,9 +75,12 @@ def test_a_sample_is_the_middle_of_a_tensor_and_all_of_a_small_one(path):
     "entries",
     [
         b"{",
+        b"[" * 100_000,
         [],
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}},
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}},
+        {"a": {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "data_offsets": [0, 8]}},
         {"a": 3},
