@@ -37,8 +37,8 @@ KernelKind = Literal["triton", "torch"]
 
 PLAIN = "PyTorch alone"
 
-KERNEL_SHARED_BYTES = 227 * 2**10
-"""Of a multiprocessor's memory, what the largest tiles of the Triton kernels may take: what Hopper has."""
+KERNEL_SHARED_BYTES = 163 * 2**10
+"""What an A100 lets a block have. The largest tiles of the Triton kernels, compiled for one, take up to 144 KB."""
 
 COSTLIEST_SAMPLING = SamplingParams(
     max_tokens=2, min_tokens=2, top_k=50, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logprobs=20
@@ -146,7 +146,7 @@ def refuse_small_processors(gpu: str, shared_bytes: int) -> None:
     """Raise StartupError for a GPU whose blocks may have `shared_bytes` of shared memory, if the kernels need more."""
     if shared_bytes < KERNEL_SHARED_BYTES:
         raise StartupError(
-            f"the Triton kernels take up to {KERNEL_SHARED_BYTES // 2**10} KB of shared memory, as of Hopper's, and "
+            f"the Triton kernels need {KERNEL_SHARED_BYTES // 2**10} KB of shared memory a block, and "
             f"{gpu} has {shared_bytes // 2**10} KB: set kernels to torch (BATON_KERNELS)"
         )
 

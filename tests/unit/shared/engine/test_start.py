@@ -86,8 +86,9 @@ def test_the_largest_batches_run_before_the_warm_up(tiny_checkpoints):
 
 
 def test_a_gpu_with_less_shared_memory_than_the_kernels_take_is_refused():
-    refuse_small_processors("H200", 232448)
-    with pytest.raises(StartupError, match=r"227 KB.*RTX 4090 has 99 KB.*BATON_KERNELS"):
+    for gpu, shared_bytes in (("A100", 166912), ("H200", 232448)):
+        refuse_small_processors(gpu, shared_bytes)
+    with pytest.raises(StartupError, match=r"163 KB.*RTX 4090 has 99 KB.*BATON_KERNELS"):
         refuse_small_processors("RTX 4090", 101376)
 
 
