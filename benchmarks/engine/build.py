@@ -147,6 +147,8 @@ def engine_over(checkpoint: Checkpoint, plan: BenchPlan) -> BuiltEngine:
         max_batch_tokens=plan.max_batch_tokens,
         max_context=checkpoint.config.max_context,
     )
+    if plan.device == "cuda":
+        runner.compile()  # many kernels at once, as workers do while they read the weights
     runner.warm_up()
     return BuiltEngine(PagedEngine(runner, model, limits), runner.description, lambda: asdict(runner.late_work))
 

@@ -25,10 +25,11 @@ def compile_launches(work: Callable[[], object]) -> int:
     What `work` does besides is done, with whatever is in the memory that its kernels would have written. No other
     thread may launch a kernel meanwhile.
 
-    Returns how many kernels there were.
+    Returns how many kernels there were. Raises what `work` raises, or else the error of a kernel that does not compile.
     """
     with ThreadPoolExecutor(thread_name_prefix="compile") as threads:
-        with triton.AsyncCompileMode(threads) as compiling, _no_launches():
+        # An error raised at the mode's end would leave the mode on for good: errors are raised by result() after it.
+        with triton.AsyncCompileMode(threads, ignore_errors=True) as compiling, _no_launches():
             work()
         kernels = [future.result() for future in compiling.future_kernels.values()]
         list(threads.map(_load, kernels))

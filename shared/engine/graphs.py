@@ -62,7 +62,7 @@ class StepGraphs:
 
 @contextmanager
 def nothing_collected() -> Generator[None]:
-    """No garbage is collected inside: the graphs and memory of an old runner, given back in mid-capture, end the process."""
+    """No garbage is collected inside: graphs and memory of an old runner, given back in mid-capture, end the process."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

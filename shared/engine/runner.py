@@ -56,13 +56,13 @@ class TorchRunner:
         order = sorted(range(len(rows)), key=lambda index: _attention_order(rows[index]))
         ordered = [rows[index] for index in order]
         self._clear_entered_pages(ordered)
-        hidden = self._forward(ordered)
         ends = np.cumsum([row.end - row.start for row in ordered]) - 1
         sampling = [(index, end) for index, end in zip(order, ends, strict=True) if rows[index].sample]
+        last_rows = torch.tensor([end for _, end in sampling], dtype=torch.int64, device=self._decoder.device)
+        hidden = self._forward(ordered, last_rows)
         results: list[Sampled | None] = [None] * len(rows)
         if sampling:
-            last_rows = torch.tensor([end for _, end in sampling], device=hidden.device)
-            logits = self._decoder.logits(hidden.index_select(0, last_rows), TORCH_KERNELS)
+            logits = self._decoder.logits(hidden, TORCH_KERNELS)
             sampled = self._sampler.sample(logits, [rows[index] for index, _ in sampling])
             for (index, _), token in zip(sampling, sampled, strict=True):
                 results[index] = token
@@ -70,13 +70,13 @@ class TorchRunner:
             torch.cuda.current_stream(hidden.device).synchronize()  # reading sampled tokens does the same
         return results
 
-    def _forward(self, rows: Sequence[BatchRow]) -> Tensor:
-        """Hidden states `[T, hidden]` of the rows' tokens, one row's behind the other."""
+    def _forward(self, rows: Sequence[BatchRow], wanted: Tensor) -> Tensor:
+        """Hidden states `[N, hidden]` of the `wanted` ones of the rows' tokens, one row's behind the other."""
         runs = [Run(row.start, row.end, row.pages[: pages_for(row.end)]) for row in rows]
         attention = PagedSdpa(self._cache, runs, self._decoder.config, self._rotary)
         ids = np.concatenate([np.frombuffer(row.ids[row.start : row.end], dtype=np.int32) for row in rows])
         device_ids = torch.tensor(ids, dtype=torch.int64, device=self._decoder.device)
-        return self._decoder.forward(device_ids, attention, TORCH_KERNELS)
+        return self._decoder.forward(device_ids, attention, TORCH_KERNELS, wanted)
 
     def _clear_entered_pages(self, rows: Sequence[BatchRow]) -> None:
         last_pages = [(row, (row.end - 1) // PAGE_TOKENS) for row in rows]

@@ -92,7 +92,7 @@ class TritonRunner:
         self._memory = StepMemory(device)
         self._kernels = triton_kernels(num_processors, device)
         self._scratch = DecodeScratch.allocate(
-            max_running, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
+            largest.num_sampled, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
         self._side = SideStream.of(device)
         self._sampler = TritonSampler(config.vocab_size, max_running, largest.num_sampled, device)
@@ -226,9 +226,8 @@ class TritonRunner:
             self._scratch,
             self._side,
         )
-        hidden = self._decoder.forward(inputs.ids, attention, self._kernels)
-        if not shape.is_decode:
-            hidden = hidden.index_select(0, inputs.sampled_rows)
+        wanted = None if shape.is_decode else inputs.sampled_rows
+        hidden = self._decoder.forward(inputs.ids, attention, self._kernels, wanted)
         return self._decoder.logits(hidden, self._kernels)
 
     def _draw(self, shape: StepShape, kind: Draw, logits: Tensor) -> None:

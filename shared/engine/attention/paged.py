@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shared.engine.attention.decode import DecodeScratch, decode_attention
+from shared.engine.attention.decode_plan import plan_decode
 from shared.engine.attention.prefill import Tiling, prefill_attention
 from shared.engine.layers.rotary import rotate_and_store
 from shared.engine.models.config import ModelConfig
@@ -77,7 +78,7 @@ class PagedAttention:
         num_decode: how many of the rows, the first ones, are the only one of their sequence.
         blocks: int32 `[num_blocks, 4]` over the other rows, as `prefill_attention` needs them for `tiling`.
         angles: float32 `[max_position, head_dim]`, cosines then sines.
-        scratch: of `decode_attention`; holds the plan of these rows.
+        scratch: of `decode_attention`; holds the plan of these rows, until only those wanted attend.
         side: where prefill attention runs if there are decode rows too; None where there is but one stream.
     """
 
@@ -93,12 +94,9 @@ class PagedAttention:
     scratch: DecodeScratch
     side: SideStream | None
 
-    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        """Turn q and k of `qkv` `[T, q_size + 2 * kv_size]` in place, store k and v of `layer`, then attend.
-
-        Returns `[T, q_size]`.
-        """
-        config, num_decode = self.config, self.num_decode
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, wanted: Tensor | None) -> Tensor:
+        """See `shared.engine.models.decoder.Attention`. Behind a layer with rows `wanted` no other may follow."""
+        config = self.config
         layer_pages = self.pages[:, layer]
         rotate_and_store(
             qkv,
@@ -113,8 +111,11 @@ class PagedAttention:
             num_heads=config.num_heads,
         )
         q = qkv[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
-        mixed = torch.empty((len(qkv), config.q_size), dtype=qkv.dtype, device=qkv.device)
-        scale = config.head_dim**-0.5
+        return self._attend_all(layer_pages, q) if wanted is None else self._attend_wanted(layer_pages, q, wanted)
+
+    def _attend_all(self, layer_pages: Tensor, q: Tensor) -> Tensor:
+        num_decode, scale = self.num_decode, self._scale
+        mixed = self._room_for(q)
         side = self.side if num_decode and len(self.blocks) else None
         with side.fork() if side else nullcontext():
             prefill_attention(q, layer_pages, self.page_table, self.blocks, mixed, scale=scale, tiling=self.tiling)
@@ -122,3 +123,18 @@ class PagedAttention:
         if side:
             side.join()
         return mixed
+
+    def _attend_wanted(self, layer_pages: Tensor, q: Tensor, wanted: Tensor) -> Tensor:
+        """Each wanted row attends by itself, as a decode row does, whatever it is."""
+        plan_decode(self.positions.index_select(0, wanted), self.seats.index_select(0, wanted), self.scratch.work)
+        wanted_q = q.index_select(0, wanted)
+        mixed = self._room_for(wanted_q)
+        decode_attention(wanted_q, layer_pages, self.page_table, mixed, self.scratch, scale=self._scale)
+        return mixed
+
+    def _room_for(self, q: Tensor) -> Tensor:
+        return torch.empty((len(q), self.config.q_size), dtype=q.dtype, device=q.device)
+
+    @property
+    def _scale(self) -> float:
+        return self.config.head_dim**-0.5

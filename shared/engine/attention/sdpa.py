@@ -94,11 +94,8 @@ class PagedSdpa:
         self._row_slot = row_positions % PAGE_TOKENS
         self._parts = [self._plan(first, group) for first, group in _grouped(runs)]
 
-    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        """Normalise and rotate q and k of `qkv` `[T, q_size + 2 * kv_size]`, store k and v of `layer`, then attend.
-
-        Returns `[T, q_size]`.
-        """
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, wanted: Tensor | None) -> Tensor:
+        """See `shared.engine.models.decoder.Attention`; all rows attend, and those wanted are picked."""
         num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
         heads = qkv.unflatten(1, (-1, self._config.head_dim))
         qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
@@ -121,7 +118,8 @@ class PagedSdpa:
                 keys = _gather(key_pages, part.table).flatten(0, 1)[: part.length]
                 values = _gather(value_pages, part.table).flatten(0, 1)[: part.length]
                 mixed.append(_prefill(part, q[rows], keys, values))
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        together = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return together if wanted is None else together.index_select(0, wanted)
 
     def _plan(self, first: int, runs: Sequence[Run]) -> _Decode | _Prefill:
         if runs[0].num_rows > 1:

@@ -65,13 +65,14 @@ class Attention(Protocol):
     Only it knows which sequence and position a row has; the decoder sees rows.
     """
 
-    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
+    def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, wanted: Tensor | None) -> Tensor:
         """Normalise (where `weights` say so) and rotate q and k, store k and v in the pages of `layer`, then attend.
 
         Args:
             qkv: `[T, q_size + 2 * kv_size]`, output of the projection; may be overwritten.
+            wanted: the rows that attend, `[N]`; None: all do.
 
-        Returns `[T, q_size]`.
+        Returns `[N, q_size]`.
         """
         ...
 
@@ -95,14 +96,24 @@ class Decoder:
         """What turns q and k of this model."""
         return RotaryEmbedding(self.config.rope, self.config.head_dim, self.dtype, self.device)
 
-    def forward(self, ids: Tensor, attention: Attention, kernels: Kernels) -> Tensor:
-        """Hidden states `[T, hidden]` of int32 or int64 `ids` `[T]`, before the last norm."""
+    def forward(self, ids: Tensor, attention: Attention, kernels: Kernels, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states `[N, hidden]` of rows `wanted` `[N]` (None: of all `[T]`) before the last norm.
+
+        Behind the last layer's keys and values nobody needs the other rows any more, so it is computed for these alone.
+
+        Args:
+            ids: int32 or int64 `[T]`.
+            wanted: int32 or int64 `[N]`; may repeat.
+        """
         eps = self.config.rms_norm_eps
         hidden = F.embedding(ids, self.weights.embed)
+        last = len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             normed = kernels.rms_norm(hidden, layer.input_norm, eps)
             qkv = kernels.linear(normed, layer.qkv, layer.qkv_bias)
-            mixed = attention.attend(index, layer, qkv)
+            mixed = attention.attend(index, layer, qkv, wanted if index == last else None)
+            if wanted is not None and index == last:
+                hidden = hidden.index_select(0, wanted)
             kernels.add_linear(hidden, mixed, layer.o, layer.o_bias)
             normed = kernels.rms_norm(hidden, layer.post_norm, eps)
             gated = kernels.gated_linear(normed, layer.gate_up, layer.gate_up_bias)

@@ -72,3 +72,20 @@ def test_rope_variants_have_frequencies_of_their_own(tiny_checkpoints, rope):
     }
     others = [values for name, values in frequencies.items() if name != rope]
     assert not any(torch.allclose(frequencies[rope], values) for values in others)
+
+
+def test_the_last_layer_for_wanted_rows_alone_is_that_of_all(tiny_checkpoints):
+    checkpoint = load_checkpoint(tiny_checkpoints.get(TinyCheckpoint("qwen3")), "float32", CPU)
+    decoder, ids = checkpoint.decoder, torch.randint(3, 300, (70,), generator=torch.Generator().manual_seed(5))
+
+    @torch.inference_mode()
+    def hidden(wanted):
+        cache = PagedCache(checkpoint.layout, 8, decoder.device)
+        attention = PagedSdpa(cache, [Run(0, len(ids), (6, 2))], decoder.config, decoder.rotary_embedding())
+        return decoder.forward(ids, attention, TORCH_KERNELS, wanted), cache.pages
+
+    wanted = torch.tensor([69, 3, 3])
+    (some, stored), (every, expected) = hidden(wanted), hidden(None)
+    torch.testing.assert_close(some, every[wanted])
+    assert torch.equal(stored, expected)
+    assert hidden(wanted[:0])[0].shape == (0, decoder.config.hidden_size)

@@ -1,6 +1,7 @@
 """Both kinds of rows of one step: what is launched where, and that neither kind changes the other."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ def qkv_of(rows):
 
 
 def attend(rows, num_decode, side=None):
-    return attention_of(rows, num_decode, side).attend(0, LAYER, qkv_of(rows))
+    return attention_of(rows, num_decode, side).attend(0, LAYER, qkv_of(rows), None)
 
 
 ALL, DECODE, CHUNK = slice(0, 9), slice(0, 2), slice(2, 9)
@@ -93,11 +94,19 @@ def test_rows_of_one_kind_stay_on_their_stream(monkeypatch, rows, num_decode):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the CPU has neither streams nor graphs")
 def test_a_graph_holds_both_streams():
     attention, qkv = attention_of(ALL, 2, SideStream.of(DEVICE)), qkv_of(ALL)
-    expected = attention.attend(0, LAYER, qkv.clone())
+    expected = attention.attend(0, LAYER, qkv.clone(), None)
     attention.pages.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mixed = attention.attend(0, LAYER, qkv)
+        mixed = attention.attend(0, LAYER, qkv, None)
     attention.pages.copy_(attention_of(ALL, 2).pages)
     graph.replay()
     assert torch.equal(mixed, expected)
+
+
+def test_rows_wanted_alone_attend_as_among_all():
+    attention, qkv = attention_of(ALL, 2), qkv_of(ALL)
+    wanted = int32([0, 1, 8, 3, 8])
+    expected = attention.attend(0, LAYER, qkv.clone(), None)[wanted]
+    roomy = replace(attention, scratch=DecodeScratch.allocate(len(wanted), HEADS, KV_HEADS, DIM, 4, DEVICE))
+    torch.testing.assert_close(roomy.attend(0, LAYER, qkv, wanted), expected)
