@@ -1,3 +1,8 @@
+"""Real compilation, in a process where no kernel was ever interpreted: that leaves triton.language changed."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -47,15 +52,24 @@ class Hopper:
         return lambda *_args: self.launched.append(source.name)
 
 
-@pytest.fixture
-def hopper(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def start_hopper(cache_folder):
+    os.environ["TRITON_CACHE_DIR"] = str(cache_folder)
     gpu = Hopper()
-    monkeypatch.setattr(driver, "_active", gpu)
+    driver._active = gpu
     return gpu
 
 
-def test_launched_kernels_are_compiled_and_loaded_once_each_and_do_not_run(hopper):
+@pytest.fixture(scope="module")
+def compiling_process():
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            process.submit(os.getpid).result()  # has started with this environment
+        yield process
+
+
+def compile_twice_and_launch(cache_folder):
+    gpu = start_hopper(cache_folder)
     kernels = [JITFunction(fill), JITFunction(add)]
     places = torch.zeros(64)
 
@@ -64,24 +78,59 @@ def test_launched_kernels_are_compiled_and_loaded_once_each_and_do_not_run(hoppe
             for kernel in kernels:
                 kernel[(1,)](places, 1.0, block=block)
 
-    assert compile_launches(work) == 4
-    assert sorted(hopper.loaded) == ["add", "add", "fill", "fill"]
-    assert hopper.launched == []
-    assert compile_launches(work) == 0
+    first = compile_launches(work), sorted(gpu.loaded), list(gpu.launched)
+    second = compile_launches(work), list(gpu.launched)
     work()
-    assert hopper.launched == ["fill", "add"] * 3
-    assert len(hopper.loaded) == 4
+    return first, second, gpu.launched, len(gpu.loaded)
 
 
-def test_launches_run_again_after_a_failure(hopper):
+def test_launched_kernels_are_compiled_and_loaded_once_each_and_do_not_run(compiling_process, tmp_path):
+    first, second, launched, num_loaded = compiling_process.submit(compile_twice_and_launch, tmp_path).result()
+    assert first == (4, ["add", "add", "fill", "fill"], [])
+    assert second == (0, [])
+    assert launched == ["fill", "add"] * 3
+    assert num_loaded == 4
+
+
+def fail_and_launch(cache_folder, *blocks, error=None):
+    """What was raised by work that launches with these block sizes and then raises `error`, and what ran after it."""
+    gpu = start_hopper(cache_folder)
     kernel = JITFunction(fill)
-    with pytest.raises(ZeroDivisionError):
-        compile_launches(lambda: 1 / 0)
-    kernel[(1,)](torch.zeros(64), 1.0, block=32)
-    assert hopper.launched == ["fill"]
+    places = torch.zeros(64)
+
+    def work():
+        for block in blocks:
+            kernel[(1,)](places, 1.0, block=block)
+        if error is not None:
+            raise error
+
+    with pytest.raises(Exception) as raised:
+        compile_launches(work)
+    kernel[(1,)](places, 1.0, block=32)
+    num_compiled = compile_launches(lambda: kernel[(1,)](places, 1.0, block=64))
+    return repr(raised.value), gpu.launched, num_compiled
 
 
-def test_a_kernel_that_does_not_compile_is_reported(hopper):
-    kernel = JITFunction(fill)
-    with pytest.raises(Exception, match="power of 2"):
-        compile_launches(lambda: kernel[(1,)](torch.zeros(64), 1.0, block=48))
+def test_launches_run_again_after_a_failure(compiling_process, tmp_path):
+    raised, launched, num_compiled = compiling_process.submit(
+        fail_and_launch, tmp_path, error=ZeroDivisionError()
+    ).result()
+    assert raised == "ZeroDivisionError()"
+    assert launched == ["fill"]
+    assert num_compiled == 1
+
+
+def test_a_kernel_that_does_not_compile_is_reported_and_others_compile_after_it(compiling_process, tmp_path):
+    raised, launched, num_compiled = compiling_process.submit(fail_and_launch, tmp_path, 48).result()
+    assert "power of 2" in raised
+    assert launched == ["fill"]
+    assert num_compiled == 1
+
+
+def test_a_failure_of_the_work_is_not_hidden_by_a_kernel_that_does_not_compile(compiling_process, tmp_path):
+    raised, launched, num_compiled = compiling_process.submit(
+        fail_and_launch, tmp_path, 48, error=ZeroDivisionError()
+    ).result()
+    assert raised == "ZeroDivisionError()"
+    assert launched == ["fill"]
+    assert num_compiled == 1
