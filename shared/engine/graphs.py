@@ -4,9 +4,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # triton and torch.cuda are typed in part.
 
-import gc
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from shared.engine.step_memory import nothing_collected
 from shared.engine.step_plan import Draw, StepShape
 
 
@@ -58,18 +57,6 @@ class StepGraphs:
         with nothing_collected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = function()
         return graph, result
-
-
-@contextmanager
-def nothing_collected() -> Generator[None]:
-    """No garbage is collected inside: graphs and memory of an old runner, given back in mid-capture, end the process."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

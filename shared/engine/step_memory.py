@@ -3,8 +3,9 @@
 # pyright: reportUnknownMemberType=false
 # torch.cuda is typed in part.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import torch
 
@@ -51,6 +52,27 @@ class StepMemory:
             sizes = [max(SMALLEST_SEGMENT_BYTES, int(SPARE * step_bytes)), *[SMALL_BYTES] * NUM_SMALL]
             _ = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
 
-    def use(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def use(self) -> Generator[None]:
         """Tensors that this thread makes in this context come from the pool, once there is one."""
-        return nullcontext() if self._pool is None else torch.cuda.use_mem_pool(self._pool, self._device)
+        if self._pool is None:
+            yield
+            return
+        with nothing_collected(), torch.cuda.use_mem_pool(self._pool, self._device):
+            yield
+
+
+@contextmanager
+def nothing_collected() -> Generator[None]:
+    """No garbage is collected inside.
+
+    If it held the graphs or the pool of an old runner, PyTorch's allocator would end the process: it gives no memory
+    back while a graph is captured or a pool is in use.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

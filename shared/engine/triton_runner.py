@@ -77,13 +77,14 @@ class TritonRunner:
         self._angles = angle_table(config.rope, config.head_dim, max_context, device)
         self._seats = Seats(max_running, pages_for(max_context), config.eos_token_ids, config.vocab_size, device)
         num_processors = _num_processors(device)
-        self._tilings = tilings_for(config.head_dim, config.num_heads, checkpoint.decoder.dtype, num_processors)
+        tilings = tilings_for(config.head_dim, config.num_heads, checkpoint.decoder.dtype, num_processors)
+        self._tilings = tilings
         group = config.num_heads // config.num_kv_heads
         self._planner = StepPlanner(
             max_running,
             max_batch_tokens,
             self._seats.nobody,
-            lambda num_tokens: self._tilings.of(num_tokens).tokens_per_block(group),
+            lambda num_tokens: tilings.of(num_tokens).tokens_per_block(group),
         )
         largest = self._planner.largest_shape
         self._inputs = Uploads(num_words(largest), device)

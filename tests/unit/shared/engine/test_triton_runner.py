@@ -1,5 +1,7 @@
 """The runner on the device's own state against the torch runner: equal tokens, and nothing sent in a steady step."""
 
+import gc
+import weakref
 from random import Random
 from threading import Thread
 
@@ -222,3 +224,17 @@ def test_after_the_warm_up_steps_of_any_size_find_all_they_need(checkpoint):
 
 def test_an_empty_batch_is_no_work(checkpoint):
     assert triton(checkpoint, 4, 4, 64).launch(()).wait() == []
+
+
+@pytest.mark.usefixtures("fast_layers")
+def test_a_runner_goes_with_its_last_user(checkpoint):
+    """Not with the next collection of garbage: on a GPU its graphs and memory may go only between steps of others."""
+    engine = engine_of(checkpoint, triton)
+    Driver(engine).serve(request("a", token_ids(range(3, 70)), greedy(3)))
+    runner = weakref.ref(engine._runner)
+    gc.disable()
+    try:
+        del engine
+        assert runner() is None
+    finally:
+        gc.enable()
