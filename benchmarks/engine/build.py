@@ -18,7 +18,7 @@ from shared.engine.engine import PagedEngine
 from shared.engine.models.config import ModelConfig, read_config
 from shared.engine.models.decoder import Decoder
 from shared.engine.port import EngineLimits, EngineModel
-from shared.engine.runner import TorchRunner
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.weights import Checkpoint, allocate_weights, tensor_places
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import TORCH_DTYPES

@@ -20,17 +20,17 @@ import torch
 from shared.blocks import pages_for, token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.engine import PagedEngine
-from shared.engine.memory import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
 from shared.engine.models.config import ModelConfig
+from shared.engine.page_budget import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
 from shared.engine.port import EngineLimits, EngineModel
-from shared.engine.runner import TorchRunner
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.weight_reading import Report
 from shared.engine.weights import Checkpoint, OpenedCheckpoint, open_checkpoint
 from shared.errors import StartupError
 from shared.request import SamplingParams
 
 if TYPE_CHECKING:
-    from shared.engine.graphs import LateWork
+    from shared.engine.late_work import LateWork
     from shared.engine.triton_runner import TritonRunner
 
 KernelKind = Literal["triton", "torch"]

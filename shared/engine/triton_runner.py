@@ -27,8 +27,9 @@ from shared.engine.attention.paged import PagedAttention, SideStream
 from shared.engine.attention.prefill import tilings_for
 from shared.engine.batch import BatchRow, Done, Launched, Sampled
 from shared.engine.compiling import compile_launches
-from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
+from shared.engine.graphs import StepGraphs
 from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_event
+from shared.engine.late_work import LateWork, LateWorkCounter
 from shared.engine.layers.kernels import triton_kernels
 from shared.engine.layers.linear import PADDED_ROWS
 from shared.engine.models.rope import angle_table

@@ -31,7 +31,7 @@ from shared.worker.role import Role, WorkerContext
 from shared.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from shared.engine.graphs import LateWork
+    from shared.engine.late_work import LateWork
 
 SWITCH_INTERVAL_S = 1e-4
 """How long the event loop's thread may keep the engine's waiting: by default 5 ms, more than a whole step."""

@@ -14,7 +14,7 @@ from shared.engine.batch import Runner
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import fake_answer, fake_engine
 from shared.engine.port import EngineLimits, EngineModel, EngineRequest
-from shared.engine.runner import TorchRunner
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import Checkpoint, load_checkpoint
 from shared.request import FinishReason, SamplingParams

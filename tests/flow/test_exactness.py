@@ -15,7 +15,7 @@ import torch
 from services.ingest.admission import ModelFacts
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineLimits, EngineModel
-from shared.engine.runner import TorchRunner
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from shared.state.port import Role

@@ -14,7 +14,7 @@ import torch
 from shared.blocks import PAGE_TOKENS, pages_for, token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.engine import PagedEngine
-from shared.engine.graphs import LateWork
+from shared.engine.late_work import LateWork
 from shared.engine.port import EngineLimits, EngineModel
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint

@@ -6,8 +6,8 @@ import torch
 from shared.blocks import token_ids
 from shared.engine.models.config import read_config
 from shared.engine.port import EngineRequest
-from shared.engine.runner import TorchRunner
 from shared.engine.start import EnginePlan, largest_batches, refuse_small_processors, start_engine
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from shared.errors import StartupError

@@ -10,10 +10,10 @@ import torch
 
 from shared.blocks import token_ids
 from shared.engine.engine import PagedEngine
-from shared.engine.graphs import LateWork
+from shared.engine.late_work import LateWork
 from shared.engine.port import EngineLimits, EngineModel
-from shared.engine.runner import TorchRunner
 from shared.engine.sampling.torch_sampler import NOT_FINITE
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from shared.request import FinishReason, SamplingParams

@@ -5,7 +5,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from shared.engine.graphs import LateWork
+from shared.engine.late_work import LateWork
 from shared.errors import StartupError
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache

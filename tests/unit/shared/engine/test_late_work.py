@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton import knobs
 
-from shared.engine.graphs import LateWork, LateWorkCounter, StepGraphs
+from shared.engine.graphs import StepGraphs
+from shared.engine.late_work import LateWork, LateWorkCounter
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The runner against transformers' generate: greedy tokens must be equal, however the work is cut and mixed."""
+"""The torch runner against transformers' generate: greedy tokens must be equal, however the work is cut and mixed."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from shared.blocks import PAGE_TOKENS, token_ids
 from shared.engine.batch import BatchRow
-from shared.engine.runner import TorchRunner
 from shared.engine.sampling.torch_sampler import NOT_FINITE
+from shared.engine.torch_runner import TorchRunner
 from shared.engine.weights import load_checkpoint
 from shared.request import SamplingParams
 from tests.oracle import Oracle

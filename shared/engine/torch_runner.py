@@ -1,4 +1,4 @@
-"""The model over paged KV: computes one batch of prefill chunks and decode rows."""
+"""The model over paged KV in plain PyTorch: on CPUs, and the reference for `triton_runner` on GPUs."""
 
 # pyright: reportUnknownMemberType=false
 # torch types tolist, split and unflatten only in part.

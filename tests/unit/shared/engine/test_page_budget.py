@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shared.engine.memory import CONTEXT_BYTES, DeviceMemory, measure_memory, pages_that_fit
+from shared.engine.page_budget import CONTEXT_BYTES, DeviceMemory, measure_memory, pages_that_fit
 from shared.errors import StartupError
 
 GIB = 2**30
