@@ -102,6 +102,16 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether what was seen before changes a token's logit."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """The ids that end the choice, with the EOS ids of its model."""
+        eos = frozenset[int]() if self.ignore_eos else eos_token_ids
+        return eos.union(self.stop_token_ids) if self.stop_token_ids else eos
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

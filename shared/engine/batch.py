@@ -8,7 +8,7 @@ from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
 
 MAX_ENDS = 80
-"""EOS and stop ids that may be forbidden to a row, at most."""
+"""EOS and stop ids that may be forbidden to a row, at most; the engine refuses requests with more."""
 
 MAX_LOGPROBS = 20
 """Rivals whose log probabilities a row may want, at most."""
@@ -51,6 +51,11 @@ class BatchRow:
     sampling: SamplingParams
     choice: int
     forbid_end: bool
+
+
+def forbidden_ends(sampling: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> list[int]:
+    """The ids of the vocabulary that a row may not draw where `forbid_end` holds, ascending."""
+    return sorted(token for token in sampling.ends(eos_token_ids) if 0 <= token < vocab_size)
 
 
 @dataclass(slots=True)

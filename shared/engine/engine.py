@@ -143,8 +143,7 @@ class PagedEngine:
         """Raise ValueError for what no row may ask of a runner."""
         if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
             raise ValueError(f"logprobs is {sampling.logprobs}, it must be between 0 and {MAX_LOGPROBS}")
-        eos = frozenset[int]() if sampling.ignore_eos else self._eos_token_ids
-        num_ends = len(eos.union(sampling.stop_token_ids))
+        num_ends = len(sampling.ends(self._eos_token_ids))
         if sampling.min_tokens and num_ends > MAX_ENDS:
             raise ValueError(f"min_tokens beside {num_ends} EOS and stop ids, of which {MAX_ENDS} can be forbidden")
 
@@ -202,9 +201,7 @@ class PagedEngine:
 
     def _finish(self, sampling: SamplingParams, index: int, token_id: int) -> FinishReason | None:
         """Whether the token ends the choice."""
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if token_id in sampling.stop_token_ids:
+        if token_id in sampling.ends(self._eos_token_ids):
             return FinishReason.STOP
         if index + 1 >= sampling.max_tokens:
             return FinishReason.LENGTH

@@ -38,7 +38,10 @@ class Past:
 
 
 def new_event(device: torch.device) -> Event:
-    """An event on the current stream of `device`; waiting for it lets other threads of the process run."""
+    """An event to record on the current stream; `device`, if a GPU, must be the current one.
+
+    Waiting for it lets other threads of the process run.
+    """
     return cast("Event", torch.cuda.Event(blocking=False)) if device.type == "cuda" else Past()
 
 

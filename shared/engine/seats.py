@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.engine.batch import MAX_ENDS, BatchRow
+from shared.engine.batch import MAX_ENDS, BatchRow, forbidden_ends
 from shared.engine.host_copies import Uploads
 from shared.engine.sampling.torch_sampler import choice_key
 
@@ -93,7 +93,7 @@ class Seats:
         self.words = torch.zeros((num_seats + 1, FIRST_PAGE + max_pages), dtype=torch.int32, device=device)
         self.words[:, Word.POSITION] = -1
         self.nobody = num_seats
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
         self._occupants = [_Occupant() for _ in range(num_seats)]
         self._uploads = Uploads(2 * num_seats * self.words.shape[1], device)
@@ -113,10 +113,7 @@ class Seats:
         self._write([self.nobody * self.words.shape[1] + Word.POSITION], [-1])
 
     def prepare(self, rows: Sequence[BatchRow]) -> list[BatchRow]:
-        """Tell the device what it lacks for `rows`, which are launched next; returns the rows of those who sat down.
-
-        Raises ValueError for a row that may end at more ids than a record holds.
-        """
+        """Tell the device what it lacks for `rows`, which are launched next; returns the rows of those who sat down."""
         places: list[int] = []
         words: list[int] = []
         entered: list[BatchRow] = []
@@ -152,7 +149,7 @@ class Seats:
         """The words of a record before its pages, as many as are used."""
         sampling = row.sampling
         key = choice_key(sampling.seed, row.choice)
-        ends = self._ends_of(row)
+        ends = forbidden_ends(sampling, self._eos_token_ids, self._vocab_size) if sampling.min_tokens else []
         words = [0] * FIRST_END
         words[Word.POSITION] = row.start
         words[Word.TOKEN] = row.ids[row.start]
@@ -170,17 +167,6 @@ class Seats:
         words[Word.NUM_LOGPROBS] = -1 if sampling.logprobs is None else sampling.logprobs
         words[Word.NUM_ENDS] = len(ends)
         return words + ends
-
-    def _ends_of(self, row: BatchRow) -> list[int]:
-        """The ids that may not be drawn before min_tokens are."""
-        sampling = row.sampling
-        if not sampling.min_tokens:
-            return []
-        eos = () if sampling.ignore_eos else self._eos_token_ids
-        ends = {token for token in (*eos, *sampling.stop_token_ids) if 0 <= token < self._vocab_size}
-        if len(ends) > MAX_ENDS:
-            raise ValueError(f"{row.key}: min_tokens beside {len(ends)} ids that end the answer, {MAX_ENDS} at most")
-        return sorted(ends)
 
     def _write(self, places: list[int], words: list[int]) -> None:
         """Put each of `words`, cut to 32 bits, at its place in the flat records; no place is named twice."""

@@ -188,6 +188,10 @@ def _load(plan: EnginePlan, report: Report) -> tuple[OpenedCheckpoint, DeviceMem
         opened = open_checkpoint(plan.folder, plan.dtype, plan.device)
     except torch.OutOfMemoryError as error:
         raise StartupError(f"the weights of {plan.folder} do not fit the GPU: {error}") from error
+    if plan.kernels == "triton":
+        from shared.engine.triton_runner import refuse_large_groups  # noqa: PLC0415 - needed, and there, on GPUs alone
+
+        refuse_large_groups(opened.checkpoint.config, opened.checkpoint.decoder.dtype)
     if plan.device.type == "cpu":
         opened.read(report)
         return opened, None

@@ -51,7 +51,7 @@ its products and adds up the parts. Measured on an H200, all products of Llama's
               9.43|1.64    11.63|2.02    11.41|1.88    12.03|1.94    13.99|2.39    14.17|2.27
 """
 
-ROWS_A_PROGRAM = 256
+SEATS_A_PROGRAM = 256
 
 Array = TypeVar("Array", Words, Tensor)
 
@@ -60,9 +60,13 @@ class Draw(Enum):
     """How the tokens of a step are drawn: as simply as its rows allow."""
 
     GREEDY = auto()
+    """The likeliest token of every row."""
+
     SAMPLED = auto()
+    """By temperature, top-k, top-p and min-p."""
+
     EXTRAS = auto()
-    """With penalties, forbidden ends or log probabilities."""
+    """The same with penalties, forbidden ends or log probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,17 +294,13 @@ def draw_of(rows: Sequence[BatchRow]) -> Draw:
 
 
 def wants_extras(sampling: SamplingParams) -> bool:
-    return sampling.logprobs is not None or has_penalty(sampling)
-
-
-def has_penalty(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    return sampling.logprobs is not None or sampling.has_penalty
 
 
 def begin_step(seat_words: Tensor, inputs: StepInputs[Tensor], num_decode: int) -> None:
     """Fill in what decode rows take from their seats: ids, positions and ends."""
     if num_decode:
-        _begin_kernel[(triton.cdiv(num_decode, ROWS_A_PROGRAM),)](
+        _begin_kernel[(triton.cdiv(num_decode, SEATS_A_PROGRAM),)](
             seat_words,
             inputs.seats,
             inputs.ids,
@@ -308,7 +308,7 @@ def begin_step(seat_words: Tensor, inputs: StepInputs[Tensor], num_decode: int) 
             inputs.ends,
             num_decode,
             record_words=seat_words.stride(0),
-            block=ROWS_A_PROGRAM,
+            block=SEATS_A_PROGRAM,
         )
 
 

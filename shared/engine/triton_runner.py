@@ -32,10 +32,10 @@ from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_ev
 from shared.engine.late_work import LateWork, LateWorkCounter
 from shared.engine.layers.kernels import triton_kernels
 from shared.engine.layers.linear import PADDED_ROWS
+from shared.engine.models.config import ModelConfig
 from shared.engine.models.rope import angle_table
-from shared.engine.sampling import triton_sampler
 from shared.engine.sampling.torch_sampler import NOT_FINITE, NOTHING_LEFT
-from shared.engine.sampling.triton_sampler import DrawResults, TritonSampler
+from shared.engine.sampling.triton_sampler import NOT_FINITE_TOKEN, NOTHING_LEFT_TOKEN, DrawResults, TritonSampler
 from shared.engine.seats import Seats
 from shared.engine.step_memory import StepMemory
 from shared.engine.step_plan import (
@@ -45,11 +45,11 @@ from shared.engine.step_plan import (
     StepPlanner,
     StepShape,
     begin_step,
-    has_penalty,
     num_words,
     padding_words,
 )
 from shared.engine.weights import Checkpoint
+from shared.errors import UnsupportedCheckpoint
 from shared.kv.paged_cache import PagedCache
 from shared.request import TokenLogprob
 
@@ -58,7 +58,19 @@ NUM_AHEAD = 1
 HISTORY_LENGTHS = (2, 1024)
 """PyTorch has kernels of their own for few ids."""
 
-FAILURES = {triton_sampler.NOT_FINITE: NOT_FINITE, triton_sampler.NOTHING_LEFT: NOTHING_LEFT}
+FAILURES = {NOT_FINITE_TOKEN: NOT_FINITE, NOTHING_LEFT_TOKEN: NOTHING_LEFT}
+
+
+def refuse_large_groups(config: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise UnsupportedCheckpoint if more query heads share a KV head than the attention over prompts computes."""
+    group = config.num_heads // config.num_kv_heads
+    most = tilings_for(config.head_dim, config.num_heads, dtype, num_processors=1).max_group
+    if group > most:
+        raise UnsupportedCheckpoint(
+            "num_attention_heads / num_key_value_heads",
+            f"{group} query heads share a KV head, the Triton kernels take {most} at most in {dtype}: "
+            "set kernels to torch (BATON_KERNELS)",
+        )
 
 
 class TritonRunner:
@@ -198,7 +210,7 @@ class TritonRunner:
             return Done([])
         plan = self._planner.plan(rows)
         for row in self._seats.prepare(rows):
-            if has_penalty(row.sampling):
+            if row.sampling.has_penalty:
                 with self._memory.use():
                     self._load_seen(row.seat, np.frombuffer(row.ids[:], dtype=np.int32), row.prompt_len)
         self._send(plan)

@@ -26,13 +26,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from shared.blocks import PAGE_TOKENS
 from shared.engine.attention.decode_plan import (
     END_PAGE,
-    FIRST_PAGE,
     ITEM_WORDS,
     LENGTH,
     NUM_SPLITS,
     ROW,
     SEAT,
     SPLIT,
+    START_PAGE,
     DecodeWork,
 )
 from shared.engine.layers.overlap import launch_options, overlaps
@@ -291,7 +291,7 @@ def decode_kernel(
     row = tl.load(item + ROW).to(tl.int64)
     seat = tl.load(item + SEAT).to(tl.int64)
     length = tl.load(item + LENGTH)
-    first_page = tl.load(item + FIRST_PAGE)
+    first_page = tl.load(item + START_PAGE)
     end_page = tl.load(item + END_PAGE)
     split = tl.load(item + SPLIT)
     num_splits = tl.load(item + NUM_SPLITS)

@@ -24,7 +24,7 @@ ITEM_WORDS = tl.constexpr(8)
 ROW = tl.constexpr(0)
 SEAT = tl.constexpr(1)
 LENGTH = tl.constexpr(2)
-FIRST_PAGE = tl.constexpr(3)
+START_PAGE = tl.constexpr(3)
 END_PAGE = tl.constexpr(4)
 SPLIT = tl.constexpr(5)
 NUM_SPLITS = tl.constexpr(6)
@@ -62,7 +62,7 @@ class DecodeWork:
     """Items of work, for `num_kv_heads` programs each on `num_processors` multiprocessors.
 
     Attributes:
-        items: int32 `[max_items, ITEM_WORDS]`: ROW of the batch, its SEAT and LENGTH in keys, pages FIRST_PAGE to
+        items: int32 `[max_items, ITEM_WORDS]`: ROW of the batch, its SEAT and LENGTH in keys, pages START_PAGE to
             END_PAGE of the row, which are SPLIT of NUM_SPLITS of it. Largest items first; the splits of a row follow
             one another. Row at position -1: one item of length 0. Unused: NUM_SPLITS is 0, the rest undefined.
     """
@@ -182,7 +182,7 @@ def _plan_kernel(
         tl.store(item + ROW, rows[:, None] + 0 * split, mask=mask)
         tl.store(item + SEAT, seat[:, None] + 0 * split, mask=mask)
         tl.store(item + LENGTH, length[:, None] + 0 * split, mask=mask)
-        tl.store(item + FIRST_PAGE, pages[:, None] * split // share, mask=mask)
+        tl.store(item + START_PAGE, pages[:, None] * split // share, mask=mask)
         tl.store(item + END_PAGE, pages[:, None] * (split + 1) // share, mask=mask)
         tl.store(item + SPLIT, split + 0 * rows[:, None], mask=mask)
         tl.store(item + NUM_SPLITS, splits[:, None] + 0 * split, mask=mask)

@@ -66,6 +66,11 @@ class Tilings:
     large: Tiling
     large_from: int
 
+    @property
+    def max_group(self) -> int:
+        """Query heads that may share a KV head: a block holds a token's all."""
+        return min(self.small.block_rows, self.large.block_rows)
+
     def of(self, num_tokens: int) -> Tiling:
         """For a step of `num_tokens` token rows."""
         return self.large if num_tokens >= self.large_from else self.small

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.engine.batch import BatchRow, Sampled
+from shared.engine.batch import BatchRow, Sampled, forbidden_ends
 from shared.request import TokenLogprob
 
 NOT_FINITE = "the logits hold NaN or infinity"
@@ -38,7 +38,7 @@ class Sampler:
     """Sampling for one vocabulary; keeps no state between calls."""
 
     def __init__(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
 
     def sample(self, logits: Tensor, rows: Sequence[BatchRow]) -> list[Sampled]:
@@ -68,15 +68,16 @@ class Sampler:
 
     def _without_ends(self, scores: Tensor, rows: Sequence[BatchRow]) -> Tensor:
         """`scores` with -inf at the tokens that would end a row too early."""
-        places = [(i, token) for i, row in enumerate(rows) if row.forbid_end for token in self._ends(row)]
+        places = [
+            (index, token)
+            for index, row in enumerate(rows)
+            if row.forbid_end
+            for token in forbidden_ends(row.sampling, self._eos_token_ids, self._vocab_size)
+        ]
         if not places:
             return scores
         index = torch.tensor(places, device=scores.device)
         return scores.index_put((index[:, 0], index[:, 1]), scores.new_tensor(-math.inf))
-
-    def _ends(self, row: BatchRow) -> set[int]:
-        eos = () if row.sampling.ignore_eos else self._eos_token_ids
-        return {token for token in (*eos, *row.sampling.stop_token_ids) if 0 <= token < self._vocab_size}
 
 
 def splitmix64(state: int) -> int:
@@ -127,17 +128,12 @@ def _largest(logits: Tensor) -> list[Sampled]:
 def _is_plain_greedy(row: BatchRow) -> bool:
     """Whether the row's token is just the largest of its logits."""
     sampling = row.sampling
-    return sampling.temperature == 0 and sampling.logprobs is None and not row.forbid_end and not _has_penalty(row)
-
-
-def _has_penalty(row: BatchRow) -> bool:
-    sampling = row.sampling
-    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+    return sampling.temperature == 0 and sampling.logprobs is None and not row.forbid_end and not sampling.has_penalty
 
 
 def _penalised(scores: Tensor, rows: Sequence[BatchRow]) -> Tensor:
     """Repetition penalty for tokens of prompt and answer; then presence and frequency penalties for the answer's."""
-    penalised = [index for index, row in enumerate(rows) if _has_penalty(row)]
+    penalised = [index for index, row in enumerate(rows) if row.sampling.has_penalty]
     if not penalised:
         return scores
     scores = scores.clone()

@@ -30,14 +30,14 @@ from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS
 from shared.engine.sampling import torch_sampler
 from shared.engine.seats import FIRST_END, Word
 
-NOT_FINITE = -1
+NOT_FINITE_TOKEN = -1
 """In place of a token: the logits hold NaN or infinity."""
 
-NOTHING_LEFT = -2
+NOTHING_LEFT_TOKEN = -2
 """In place of a token: no token is left to pick from."""
 
-_NOT_FINITE = tl.constexpr(NOT_FINITE)
-_NOTHING_LEFT = tl.constexpr(NOTHING_LEFT)
+_NOT_FINITE_TOKEN = tl.constexpr(NOT_FINITE_TOKEN)
+_NOTHING_LEFT_TOKEN = tl.constexpr(NOTHING_LEFT_TOKEN)
 _GOLDEN_GAMMA = tl.constexpr(torch_sampler.GOLDEN_GAMMA)
 _MIX_1 = tl.constexpr(torch_sampler.MIX_1)
 _MIX_2 = tl.constexpr(torch_sampler.MIX_2)
@@ -69,7 +69,7 @@ class DrawResults:
     """Where draws leave their results, one row of each for a row of logits; rows of nobody are not written.
 
     Attributes:
-        tokens: int32 `[max_rows]`; NOT_FINITE or NOTHING_LEFT where a row failed.
+        tokens: int32 `[max_rows]`; NOT_FINITE_TOKEN or NOTHING_LEFT_TOKEN where a row failed.
         logprobs: float32 `[max_rows]`, of the drawn token; written where the seat asks for log probabilities.
         top_ids, top_logprobs: int32 and float32 `[max_rows, MAX_LOGPROBS]`, the likeliest first; as many are written
             as the seat asks for.
@@ -501,8 +501,8 @@ def _merged_peak(peaks, num_splits, SPLITS: tl.constexpr):
 def _checked(peak, raw_peak):
     """The peak's token, or why there is none; `raw_peak` is from before ends were forbidden."""
     raw = _packed_score(raw_peak)
-    token = tl.where(_packed_score(peak) == float("-inf"), _NOTHING_LEFT, _packed_id(peak))
-    return tl.where(tl.abs(raw) == float("inf"), _NOT_FINITE, token)
+    token = tl.where(_packed_score(peak) == float("-inf"), _NOTHING_LEFT_TOKEN, _packed_id(peak))
+    return tl.where(tl.abs(raw) == float("inf"), _NOT_FINITE_TOKEN, token)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.blocks import token_ids
-from shared.engine.batch import MAX_ENDS, BatchRow
+from shared.engine.batch import BatchRow
 from shared.engine.sampling.torch_sampler import choice_key
 from shared.engine.seats import FIRST_END, FIRST_PAGE, Seats, Word
 from shared.request import SamplingParams
@@ -136,9 +136,3 @@ def test_many_seats_at_once(seats):
     assert seats.num_uploads == 1
     assert seats.page_table[:4, :3].tolist() == [[seat, seat + 1, seat + 2] for seat in range(4)]
     assert seats.words[seats.nobody, Word.POSITION] == -1
-
-
-def test_more_ends_than_a_record_holds_are_refused(seats):
-    stops = tuple(range(10, 10 + MAX_ENDS))
-    with pytest.raises(ValueError, match="min_tokens"):
-        seats.prepare([row(0, 4, sampling=SamplingParams(max_tokens=9, min_tokens=1, stop_token_ids=stops))])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -8,9 +9,9 @@ from shared.engine.models.config import read_config
 from shared.engine.port import EngineRequest
 from shared.engine.start import EnginePlan, largest_batches, refuse_small_processors, start_engine
 from shared.engine.torch_runner import TorchRunner
-from shared.engine.triton_runner import TritonRunner
+from shared.engine.triton_runner import TritonRunner, refuse_large_groups
 from shared.engine.weights import load_checkpoint
-from shared.errors import StartupError
+from shared.errors import StartupError, UnsupportedCheckpoint
 from shared.request import SamplingParams
 from tests.tiny_checkpoints import TinyCheckpoint
 
@@ -90,6 +91,25 @@ def test_a_gpu_with_less_shared_memory_than_the_kernels_take_is_refused():
         refuse_small_processors(gpu, shared_bytes)
     with pytest.raises(StartupError, match=r"163 KB.*RTX 4090 has 99 KB.*BATON_KERNELS"):
         refuse_small_processors("RTX 4090", 101376)
+
+
+def test_more_heads_that_share_keys_than_the_kernels_take_are_refused_before_weights_are_read(tiny_checkpoints):
+    heads = (("num_attention_heads", 32), ("num_key_value_heads", 1), ("head_dim", 64))
+    folder = tiny_checkpoints.get(TinyCheckpoint(overrides=heads))
+    told = []
+    with pytest.raises(UnsupportedCheckpoint, match=r"num_attention_heads / num_key_value_heads: 32 .* 16 .*float32"):
+        start_engine(plan(folder, kernels="triton"), lambda *progress: told.append(progress), lambda: 0.0)
+    assert not told
+    start_engine(plan(folder, kernels="torch"), lambda *progress: told.append(progress), lambda: 0.0)
+    assert told
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_a_block_holds_at_least_one_token(tiny_checkpoints, dtype, most):
+    config = replace(read_config(tiny_checkpoints.get(TinyCheckpoint())), num_kv_heads=1)
+    refuse_large_groups(replace(config, num_heads=most), dtype)
+    with pytest.raises(UnsupportedCheckpoint, match=f"{most} at most"):
+        refuse_large_groups(replace(config, num_heads=most + 1), dtype)
 
 
 def test_steps_that_do_not_fit_are_told_with_the_settings_that_matter(tiny_checkpoints, monkeypatch):
