@@ -16,8 +16,7 @@ from infra.local.random_model import LLAMA
 from infra.local.random_model import SHAPES as REAL_SHAPES
 from shared.engine.engine import PagedEngine
 from shared.engine.models.config import ModelConfig, read_config
-from shared.engine.models.decoder import Decoder
-from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.port import EngineLimits
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.weights import Checkpoint, allocate_weights, tensor_places
 from shared.kv.layout import KvLayout
@@ -90,14 +89,7 @@ def random_checkpoint(shape: Mapping[str, Any], dtype: str, device: torch.device
         else:
             place.uniform_(-weights.bound, weights.bound, generator=generator)
     fingerprint = f"random-{weights.bound}-{dtype}"
-    layout = KvLayout(
-        model_fingerprint=fingerprint,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-    )
-    return Checkpoint(config, Decoder(config, allocated), fingerprint, layout)
+    return Checkpoint.of(config, allocated, fingerprint, dtype)
 
 
 def config_of(shape: Mapping[str, Any]) -> ModelConfig:
@@ -124,13 +116,7 @@ class BuiltEngine:
 def engine_over(checkpoint: Checkpoint, plan: BenchPlan) -> BuiltEngine:
     """An engine that runs the checkpoint."""
     num_pages = _affordable_pages(checkpoint.layout, plan)
-    model = EngineModel(
-        name="random",
-        fingerprint=checkpoint.fingerprint,
-        vocab_size=checkpoint.config.vocab_size,
-        eos_token_ids=checkpoint.config.eos_token_ids,
-        layout=checkpoint.layout,
-    )
+    model = checkpoint.model("random")
     limits = EngineLimits(
         max_context=checkpoint.config.max_context,
         num_pages=num_pages,

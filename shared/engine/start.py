@@ -22,7 +22,7 @@ from shared.engine.batch import BatchRow
 from shared.engine.engine import PagedEngine
 from shared.engine.models.config import ModelConfig
 from shared.engine.page_budget import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
-from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.port import EngineLimits
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.weight_reading import Report
 from shared.engine.weights import Checkpoint, OpenedCheckpoint, open_checkpoint
@@ -116,13 +116,7 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
             runner.warm_up()
     engine = PagedEngine(
         runner,
-        EngineModel(
-            name=plan.name,
-            fingerprint=checkpoint.fingerprint,
-            vocab_size=checkpoint.config.vocab_size,
-            eos_token_ids=checkpoint.config.eos_token_ids,
-            layout=checkpoint.layout,
-        ),
+        checkpoint.model(plan.name),
         EngineLimits(
             max_context=checkpoint.config.max_context,
             num_pages=num_pages,

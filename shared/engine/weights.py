@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from shared.engine.models.config import DTYPES, ModelConfig, read_config, read_json
 from shared.engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from shared.engine.port import EngineModel
 from shared.engine.weight_reading import READING, Report, TensorCopy, WeightFile, read_header, read_tensors, samples
 from shared.errors import StartupError, UnsupportedCheckpoint
 from shared.kv.layout import KvLayout
@@ -42,6 +43,28 @@ class Checkpoint:
     decoder: Decoder
     fingerprint: str
     layout: KvLayout
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: DecoderWeights, fingerprint: str, dtype: str) -> Self:
+        """The model of `config` with `weights`, which are of `dtype` ("float32" or "bfloat16"), as its KV will be."""
+        layout = KvLayout(
+            model_fingerprint=fingerprint,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
+        return cls(config, Decoder(config, weights), fingerprint, layout)
+
+    def model(self, name: str) -> EngineModel:
+        """What others must know of it, under the name that clients call it by."""
+        return EngineModel(
+            name=name,
+            fingerprint=self.fingerprint,
+            vocab_size=self.config.vocab_size,
+            eos_token_ids=self.config.eos_token_ids,
+            layout=self.layout,
+        )
 
 
 def load_checkpoint(
@@ -98,14 +121,7 @@ def open_checkpoint(folder: Path, dtype: str | None, device: torch.device) -> Op
     fingerprint = checkpoint_fingerprint(folder, files)
     weights = allocate_weights(config, TORCH_DTYPES[dtype], device)
     copies = plan_copies(config, weights, files)
-    layout = KvLayout(
-        model_fingerprint=fingerprint,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-    )
-    return OpenedCheckpoint(Checkpoint(config, Decoder(config, weights), fingerprint, layout), copies)
+    return OpenedCheckpoint(Checkpoint.of(config, weights, fingerprint, dtype), copies)
 
 
 def weight_files(folder: Path) -> list[WeightFile]:

@@ -13,7 +13,7 @@ from shared.blocks import PAGE_TOKENS, TokenIds, pages_for, token_ids
 from shared.engine.batch import Runner
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import fake_answer, fake_engine
-from shared.engine.port import EngineLimits, EngineModel, EngineRequest
+from shared.engine.port import EngineLimits, EngineRequest
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import Checkpoint, load_checkpoint
@@ -108,15 +108,7 @@ class TorchKind:
         return TorchRunner(self.checkpoint, limits.num_pages)
 
     def _engine(self, runner: Runner, limits: EngineLimits) -> PagedEngine:
-        checkpoint = self.checkpoint
-        model = EngineModel(
-            name="tiny",
-            fingerprint=checkpoint.fingerprint,
-            vocab_size=checkpoint.config.vocab_size,
-            eos_token_ids=checkpoint.config.eos_token_ids,
-            layout=checkpoint.layout,
-        )
-        return PagedEngine(runner, model, limits)
+        return PagedEngine(runner, self.checkpoint.model("tiny"), limits)
 
 
 class TritonKind(TorchKind):

@@ -14,7 +14,7 @@ import torch
 
 from services.ingest.admission import ModelFacts
 from shared.engine.engine import PagedEngine
-from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.port import EngineLimits
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
@@ -49,7 +49,7 @@ def an_engine(folder, backend, num_pages):
     device, kernels = backend
     checkpoint = load_checkpoint(folder, "float32", torch.device(device))
     config = checkpoint.config
-    model = EngineModel(MODEL, checkpoint.fingerprint, config.vocab_size, config.eos_token_ids, checkpoint.layout)
+    model = checkpoint.model(MODEL)
     limits = EngineLimits(config.max_context, num_pages, MAX_RUNNING, max_batch_tokens=CHUNK)
     if kernels == "torch":
         return PagedEngine(TorchRunner(checkpoint, num_pages), model, limits)

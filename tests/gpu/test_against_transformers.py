@@ -15,7 +15,7 @@ from shared.blocks import PAGE_TOKENS, pages_for, token_ids
 from shared.engine.batch import BatchRow
 from shared.engine.engine import PagedEngine
 from shared.engine.late_work import LateWork
-from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.port import EngineLimits
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
 from tests.engine_driver import Driver, greedy, request
@@ -94,13 +94,12 @@ def a_text(length):
 
 def runner_and_engine(folder, dtype, max_running):
     checkpoint = load_checkpoint(folder, dtype, torch.device(DEVICE))
-    config = checkpoint.config
     limits = EngineLimits(MAX_CONTEXT, 80, max_running, CHUNK)
     runner = TritonRunner(
         checkpoint, limits.num_pages, max_running=max_running, max_batch_tokens=CHUNK, max_context=MAX_CONTEXT
     )
     runner.warm_up()
-    model = EngineModel("m", checkpoint.fingerprint, config.vocab_size, config.eos_token_ids, checkpoint.layout)
+    model = checkpoint.model("m")
     return runner, PagedEngine(runner, model, limits)
 
 

@@ -11,7 +11,7 @@ import torch
 from shared.blocks import token_ids
 from shared.engine.engine import PagedEngine
 from shared.engine.late_work import LateWork
-from shared.engine.port import EngineLimits, EngineModel
+from shared.engine.port import EngineLimits
 from shared.engine.sampling.torch_sampler import NOT_FINITE
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
@@ -40,13 +40,7 @@ def fast_layers(monkeypatch):
 
 def engine_of(checkpoint, make_runner, *, num_pages=40, max_running=4, max_batch_tokens=256):
     config = checkpoint.config
-    model = EngineModel(
-        name="tiny",
-        fingerprint=checkpoint.fingerprint,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        layout=checkpoint.layout,
-    )
+    model = checkpoint.model("tiny")
     limits = EngineLimits(config.max_context, num_pages, max_running, max_batch_tokens)
     return PagedEngine(make_runner(checkpoint, num_pages, max_running, max_batch_tokens), model, limits)
 
