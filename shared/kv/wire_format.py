@@ -1,16 +1,3 @@
 """In what form KV pages travel."""
 
-from enum import StrEnum
-
-
-class WireFormat(StrEnum):
-    """From exact to most lossy."""
-
-    NATIVE = "native"
-    INT8 = "int8"
-    INT4 = "int4"
-
-    @property
-    def loss(self) -> int:
-        """Rank by loss; 0 is exact."""
-        return tuple(WireFormat).index(self)
+from shared.wire.wire_format import WireFormat as WireFormat

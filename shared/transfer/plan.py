@@ -5,6 +5,18 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """What a link does, as measured.
+
+    Attributes:
+        latency_s: of one message of few bytes.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """Pages that travel together: the wanted pages [start, end), counted in the order in which they were asked for."""
 

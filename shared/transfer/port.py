@@ -4,18 +4,26 @@ A pull moves pages from the cache of one worker, the source, into the cache of a
 
     source                                    puller
     offer ──> ticket ─── (decode topic) ───>  pull(ticket, pages it lacks)
-      │                                         │  pages arrive in its cache
+      │  tells its progress: chunks, layers     │  pages arrive in its cache as they are computed
       │  <──────────── confirmed ───────────────┤
     on_end(PULLED): free the pages            returns: the pages hold the peer's KV
+
+The offer may be made before its KV is computed. What is not there yet is sent when it is; in what form, and in how many
+parts, follows from the speed of the link between the two, which `connect` measures.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
+from shared.kv.progress import KvProgress
 from shared.request import Incarnation
+from shared.transfer.plan import LinkSpeed
 from shared.wire.to_worker import KvTicket
+from shared.wire.wire_format import WireFormat
 
 
 class Outcome(StrEnum):
@@ -32,7 +40,7 @@ class Outcome(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a source sends nothing to a puller that asked."""
+    """Why a source sends nothing, or nothing more, to a puller that asked."""
 
     UNKNOWN_KEY = "no such offer here"
     WRONG_SECRET = "the secret is not that of the offer"
@@ -42,6 +50,41 @@ class Refusal(StrEnum):
     EXPIRED = "the offer has expired"
     WITHDRAWN = "the offer was withdrawn"
     FAILED = "the pull broke off"
+    WRONG_LAYOUT = "the puller's pages are laid out otherwise"
+    OVERSIZED = "a control message over the limit"
+    PROTOCOL = "a message that has no place here"
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull that succeeded took.
+
+    Attributes:
+        format: the most lossy form in which any of its pages came; NATIVE means that the pages are exact.
+        wire_bytes: of pages, as they travelled.
+    """
+
+    format: WireFormat
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """A connection to a source, as its self-test found it.
+
+    Attributes:
+        address: of the source.
+        incarnation: of the source.
+        transport: what the bytes travel by, as proven: "cuda_ipc", "rdma", "tcp"; "unknown" if nothing proved it.
+        speed: as measured; None before the self-test.
+        warning: what is wrong with the link and how to mend it; None if it is as good as it should be.
+    """
+
+    address: str
+    incarnation: Incarnation
+    transport: str
+    speed: LinkSpeed | None
+    warning: str | None = None
 
 
 OnEnd = Callable[[Outcome], None]
@@ -82,16 +125,22 @@ class Transfer(Protocol):
         puller: Incarnation,
         hold_s: float,
         on_end: OnEnd,
+        progress: KvProgress | None = None,
+        max_loss: WireFormat = WireFormat.NATIVE,
     ) -> KvTicket:
         """Hold `pages` ready for one pull.
 
         Args:
             key: names the offer; unique among those that have not ended.
-            pages: page numbers of positions [0, num_tokens), in order; not written or freed until `on_end`.
+            pages: page numbers of positions [0, num_tokens), in order; not freed until `on_end`, and written only by
+                what `progress` tells of.
             secret: what the puller must show; random, 16 bytes or more.
             puller: the only worker that may pull.
-            hold_s: seconds after which the offer expires.
+            hold_s: seconds after which the offer expires, counted from when all its KV is computed.
             on_end: learns how it ended.
+            progress: what of the KV is computed; None: all. Positions that it gives up (the prefill failed) are for
+                `withdraw`.
+            max_loss: the most lossy form in which the pages may travel.
 
         Raises:
             ValueError: the key is in use, a page is outside the cache, pages and tokens do not match, short secret.
@@ -102,12 +151,13 @@ class Transfer(Protocol):
         """Take an offer back: nothing more is sent, and it ends when nothing is in flight. Unknown keys do nothing."""
         ...
 
-    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         """Fetch page `want[i]` of the offer into page `into[i]` of our cache, for each i.
 
         After a normal return the pages hold the peer's KV and the source has been told; `want` may be empty, which
         only tells the source. However the call ends, cancellation included, nothing writes to `into` afterwards;
-        for this an ending call may wait for what is in flight, though not beyond `timeout_s`.
+        for this an ending call may wait for what is in flight, though no longer than the time in which a peer has to
+        answer: then the connection is cut.
 
         Args:
             want: indexes of pages in the offer.
@@ -118,4 +168,24 @@ class Transfer(Protocol):
             KvTransferFailed: refused (the message says why), broken off, or not done within `timeout_s`.
             ValueError: `want` and `into` do not match, or name pages that do not exist.
         """
+        ...
+
+    async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
+        """Connect to a source and measure the link, so that no pull pays for what happens once.
+
+        A pull connects by itself where this was not done; its link then has no speed.
+
+        Raises:
+            LayoutMismatch: the peer's pages do not fit ours.
+            KvTransferFailed: nobody answers, somebody else does, or the link broke.
+        """
+        ...
+
+    def links(self) -> tuple[LinkReport, ...]:
+        """The sources that we are connected to."""
+        ...
+
+    @property
+    def refusals(self) -> Counter[Refusal]:
+        """What this source did not serve, by reason, since its start."""
         ...

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from shared.request import Incarnation, PlacementId, RequestId, SamplingParams, WorkerRef
 from shared.wire.codec import Decoder, WireBytes, WireIds
+from shared.wire.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class KvTicket:
         secret: proves that the puller was given this ticket; never logged.
         num_tokens: KV of positions [0, num_tokens) is on offer.
         layout_fingerprint: of the pages on offer.
+        max_loss: the most lossy form in which the pages may travel.
     """
 
     key: str
@@ -63,6 +65,7 @@ class KvTicket:
     secret: WireBytes = field(repr=False)
     num_tokens: int
     layout_fingerprint: str
+    max_loss: WireFormat = WireFormat.NATIVE
 
 
 @dataclass(frozen=True, slots=True)
