@@ -1,58 +1,105 @@
-"""Copies between the pages of a cache and one contiguous run of bytes."""
+"""Copies between pages of a cache and contiguous runs of bytes, in every form that pages travel in."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from shared.blocks import PAGE_TOKENS
+from shared.kv.copy_reference import TorchCopies
 from shared.kv.paged_cache import PagedCache
+from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
+
+
+class Copies(Protocol):
+    """What copies; its arguments have been checked. See `PageCopier`."""
+
+    def warm_up(self) -> None: ...
+
+    def pack(self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int) -> None: ...
+
+    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None: ...
+
+
+class PageCopier:
+    """Copies of one cache: by torch on the CPU, by Triton's kernels on CUDA."""
+
+    def __init__(self, cache: PagedCache, max_pages: int) -> None:
+        """At most `max_pages` pages are copied at once."""
+        self._cache = cache
+        self._max_pages = max_pages
+        self._copies: Copies = TorchCopies(cache)
+
+    def warm_up(self) -> None:
+        """Compile every kernel; no page changes. Afterwards nothing is compiled or allocated."""
+        self._copies.warm_up()
+
+    def pack(
+        self,
+        pages: Sequence[int],
+        layers: LayerSpan,
+        fmt: WireFormat,
+        out: Tensor,
+        *,
+        last_tokens: int = PAGE_TOKENS,
+    ) -> None:
+        """Write `layers` of `pages`, in the order given, to `out` in the form `fmt`.
+
+        Where a lossy format meets NaN or infinity, what is coded together with it comes out as NaN.
+
+        Args:
+            pages: page numbers; may repeat.
+            out: uint8 `[packed_bytes]`, contiguous, on the cache's device.
+            last_tokens: how many tokens of the last page are valid. The others leave no trace in a lossy format: they
+                come out as copies of the last valid one.
+
+        Raises:
+            ValueError: a page or layer outside the cache, too many pages, `last_tokens` outside 1 to PAGE_TOKENS, or
+                `out` of the wrong size.
+        """
+        self._check(pages, layers, fmt, out)
+        if not 1 <= last_tokens <= PAGE_TOKENS:
+            raise ValueError(f"a last page of {last_tokens} tokens is none")
+        self._copies.pack(pages, layers, fmt, out, last_tokens)
+
+    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None:
+        """Write what `pack` has made to `layers` of `pages`; other layers and pages are left alone.
+
+        Args:
+            source: uint8 `[packed_bytes]`, contiguous, on the cache's device.
+            pages: page numbers, each at most once.
+
+        Raises:
+            ValueError: a page or layer outside the cache, a page named twice, too many pages, or `source` of the wrong
+                size.
+        """
+        if len(set(pages)) != len(pages):
+            raise ValueError("a page is named twice as the destination of a copy")
+        self._check(pages, layers, fmt, source)
+        self._copies.unpack(source, pages, layers, fmt)
+
+    def _check(self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, run: Tensor) -> None:
+        layout, num_pages = self._cache.layout, len(pages)
+        if num_pages > self._max_pages:
+            raise ValueError(f"{num_pages} pages are more than {self._max_pages}")
+        # Checked here because an index out of range on CUDA does not raise: it ends the device's context.
+        for page in (min(pages), max(pages)) if pages else ():
+            if not 0 <= page < self._cache.num_pages:
+                raise ValueError(f"page {page} is outside the cache of {self._cache.num_pages} pages")
+        if not 0 <= layers.first < layers.end <= layout.num_layers:
+            raise ValueError(f"layers {layers.first} to {layers.end} are outside the cache of {layout.num_layers}")
+        if run.numel() != packed_bytes(layout, fmt, num_pages, layers.num_layers):
+            raise ValueError(
+                f"{layers.num_layers} layers of {num_pages} pages in {fmt} do not fill a run of {run.numel()} bytes"
+            )
 
 
 def gather_pages(cache: PagedCache, pages: Sequence[int], out: torch.Tensor) -> None:
-    """Copy `pages`, in the order given, to `out`.
-
-    On CUDA the copy is queued on the current stream of the calling thread.
-
-    Args:
-        pages: page numbers; may repeat.
-        out: uint8 `[len(pages) * page_bytes]`, contiguous, on the cache's device.
-
-    Raises:
-        ValueError: a page outside the cache, or `out` of the wrong size.
-    """
-    index = _page_index(cache, pages, out)
-    torch.index_select(_words(cache, cache.pages), 0, index, out=_words(cache, out))
+    """`PageCopier.pack` of whole native pages."""
+    PageCopier(cache, len(pages)).pack(pages, LayerSpan(0, cache.layout.num_layers), WireFormat.NATIVE, out)
 
 
 def scatter_pages(cache: PagedCache, source: torch.Tensor, pages: Sequence[int]) -> None:
-    """Copy `source` to `pages`: the inverse of `gather_pages`.
-
-    Args:
-        source: uint8 `[len(pages) * page_bytes]`, contiguous, on the cache's device.
-        pages: page numbers, each at most once.
-
-    Raises:
-        ValueError: a page outside the cache or named twice, or `source` of the wrong size.
-    """
-    if len(set(pages)) != len(pages):
-        raise ValueError("a page is named twice as the destination of a copy")
-    index = _page_index(cache, pages, source)
-    _words(cache, cache.pages).index_copy_(0, index, _words(cache, source))
-
-
-def _words(cache: PagedCache, run: torch.Tensor) -> torch.Tensor:
-    """A run of pages as int64 `[num_pages, words]`: a copy needs no dtype, and wide words make it fast."""
-    return run.view(-1).view(torch.int64).view(-1, cache.layout.page_bytes // 8)
-
-
-def _page_index(cache: PagedCache, pages: Sequence[int], run: torch.Tensor) -> torch.Tensor:
-    # Checked here because an index out of range on CUDA does not raise: it ends the device's context.
-    outside = [page for page in pages if not 0 <= page < cache.num_pages]
-    if outside:
-        raise ValueError(f"page {outside[0]} is outside the cache of {cache.num_pages} pages")
-    if run.numel() != len(pages) * cache.layout.page_bytes:
-        raise ValueError(
-            f"{len(pages)} pages of {cache.layout.page_bytes} bytes do not fill a run of {run.numel()} bytes"
-        )
-    index = torch.tensor(pages, dtype=torch.int64)
-    # From pinned memory the copy is queued; from ordinary memory it waits for all that the stream has to do before it.
-    return index.pin_memory().to(cache.device, non_blocking=True) if cache.device.type == "cuda" else index
+    """`PageCopier.unpack` of whole native pages."""
+    PageCopier(cache, len(pages)).unpack(source, pages, LayerSpan(0, cache.layout.num_layers), WireFormat.NATIVE)

@@ -31,7 +31,12 @@ class KvLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.num_layers * 2 * PAGE_TOKENS * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of one page, keys and values."""
+        return 2 * PAGE_TOKENS * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def fingerprint(self) -> str:
