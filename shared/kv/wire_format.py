@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from shared.blocks import PAGE_TOKENS
 from shared.kv.layout import KvLayout
-from shared.wire.wire_format import WireFormat as WireFormat
+from shared.wire.wire_format import WireFormat
 
 HALF_BYTES = 2
 """Of a scale or zero."""
