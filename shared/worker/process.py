@@ -113,14 +113,6 @@ def _gb(num_bytes: float) -> float:
     return round(num_bytes / 1e9, 2)
 
 
-async def copy_once(staging: Staging) -> None:
-    """Bring page 0 to itself by way of a buffer: the first copy of a process loads kernels and allocates memory."""
-    async with staging.outgoing.lease() as buffer:
-        page = buffer[: staging.cache.layout.page_bytes]
-        await staging.gather((0,), page)
-        await staging.scatter(page, (0,))
-
-
 def export_late_work(metrics: WorkerMetrics, late_work: "Callable[[], LateWork]") -> None:
     """From now on show what is compiled, captured and allocated; what was done so far belongs to the start."""
     at_start = late_work()
@@ -152,7 +144,7 @@ async def serve_worker(
     else:
         engine = build(settings)
     staging = Staging(engine.cache, os.environ)
-    await copy_once(staging)
+    await staging.warm_up()
     if late_work is not None:
         export_late_work(metrics, late_work)
     async with (

@@ -2,17 +2,13 @@ import asyncio
 import sys
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
 
 from shared.engine.late_work import LateWork
 from shared.errors import StartupError
-from shared.kv.layout import KvLayout
-from shared.kv.paged_cache import PagedCache
 from shared.observe.metrics import WorkerMetrics
 from shared.state.port import Role
-from shared.transfer.staging import Staging
-from shared.worker.process import ReadingLog, copy_once, export_late_work, serve_worker, start
+from shared.worker.process import ReadingLog, export_late_work, serve_worker, start
 from shared.worker.settings import WorkerSettings
 from tests.tiny_checkpoints import TinyCheckpoint, TinyCheckpoints
 
@@ -84,14 +80,3 @@ def test_late_work_is_what_came_after_the_start():
     assert shown() == [0, 0, 0]
     done.append(LateWork(6, 6, 9))
     assert shown() == [1, 0, 2]
-
-
-async def test_the_first_copy_of_pages_changes_none():
-    layout = KvLayout(model_fingerprint="m", num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
-    cache = PagedCache(layout, 3, torch.device("cpu"))
-    cache.pages.copy_(torch.arange(cache.pages.numel()).view_as(cache.pages))
-    before = cache.pages.clone()
-    staging = Staging(cache, {}, message_bytes=layout.page_bytes)
-    await copy_once(staging)
-    assert torch.equal(cache.pages, before)
-    assert staging.outgoing.num_free == 2
