@@ -33,9 +33,10 @@ from benchmarks.engine.build import (
 )
 from benchmarks.engine.drive import DecodeRows, Work, greedy, run_all
 from benchmarks.engine.machine import commit, machine
-from shared.blocks import PAGE_TOKENS, TokenIds, token_ids
+from shared.blocks import PAGE_TOKENS, TokenIds
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineRequest, TokenOutput
+from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams
 
 MAX_TIE_GAP = 1e-3
@@ -76,13 +77,15 @@ class Tracked:
 
     Attributes:
         home: index of the engine that has it.
-        held_pages: of a request that waits to be moved.
+        held_pages: of a request that is to be moved.
+        is_held: it waits for that: its first token has come and did not end it.
     """
 
     request: EngineRequest
     home: int
     tokens: list[int]
     held_pages: tuple[int, ...] = ()
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ class RandomLoad:
         if self._open and self._rng.random() < 0.02:
             self._cancel(self._rng.choice(list(self._open)))
         for key, tracked in list(self._open.items()):
-            if tracked.held_pages and self._rng.random() < 0.2:
+            if tracked.is_held and self._rng.random() < 0.2:
                 self._move(key, tracked)
         if self._rng.random() < 0.02:
             for engine in self.engines:
@@ -171,8 +174,12 @@ class RandomLoad:
         while len(self._open) < limit and self._rng.random() < 0.5:
             request = self._request()
             home = self._rng.randrange(len(self.engines))
-            self.engines[home].add(request)
-            self._open[request.key] = Tracked(request, home, [])
+            tracked = self._open[request.key] = Tracked(request, home, [])
+            if self._rng.random() < 0.3:
+                tracked.request = replace(
+                    request, hold_kv=True, on_chunk=lambda *chunk, to=tracked: self._told(to, *chunk)
+                )
+            self.engines[home].add(tracked.request)
             self.counts["requests"] += 1
 
     def _request(self) -> EngineRequest:
@@ -187,7 +194,6 @@ class RandomLoad:
             sampling=random_sampling(rng, round(plan.max_answer ** rng.random()), self.engines[0].model.vocab_size),
             choice=rng.randrange(3),
             cache_salt=rng.choice(("", "", "other")),
-            hold_kv=rng.random() < 0.3,
         )
 
     def _step(self, index: int, engine: PagedEngine) -> None:
@@ -221,11 +227,20 @@ class RandomLoad:
             self.violations.append(f"{token.key}: {token.finish} at token {token.index} of {sampling.max_tokens}")
         if token.finish is not None:
             self._finish(tracked)
-        elif token.held_pages:
-            tracked.held_pages = token.held_pages
+        elif tracked.request.hold_kv:
+            tracked.is_held = True
+
+    def _told(self, tracked: Tracked, chunk: Chunk, pages: tuple[int, ...]) -> None:
+        """A chunk of a request that is to be moved is launched."""
+        if tracked.held_pages not in ((), pages):
+            self.violations.append(
+                f"{tracked.request.key}: pages were {tracked.held_pages}, and are {pages} from {chunk}"
+            )
+        tracked.held_pages = pages
 
     def _finish(self, tracked: Tracked) -> None:
         del self._open[tracked.request.key]
+        self.engines[tracked.home].abort(tracked.request.key)  # one that was to be moved keeps its pages until then
         self.counts["finished"] += 1
         if tracked.request.sampling.temperature == 0:
             # A reservoir: every greedy answer has the same chance to be computed again.
@@ -246,21 +261,21 @@ class RandomLoad:
         """Hand a held request to the other engine; it stays held if there is no room."""
         source, target_index = self.engines[tracked.home], 1 - tracked.home
         target = self.engines[target_index]
-        request = replace(tracked.request, ids=tracked.request.ids + token_ids(tracked.tokens), hold_kv=False)
+        request = replace(tracked.request, hold_kv=False, on_chunk=None)
         reservation = target.reserve(request)
         if reservation is None:
             self.counts["reservations refused"] += 1
             return
         first = reservation.num_cached_pages
-        pairs = list(zip(tracked.held_pages[first:], reservation.pages[first:], strict=False))
+        pairs = list(zip(tracked.held_pages[first:], reservation.pages[first:], strict=True))
         if self._rng.random() < 0.1:  # the transfer fails
             target.abort(key)
             self.counts["imports given up"] += 1
             return
         self._copy(source, target, pairs)
-        target.imported(key)
+        target.imported(key, tracked.tokens[-1], exact=self._rng.random() < 0.5)
         source.abort(key)
-        tracked.request, tracked.home, tracked.held_pages = request, target_index, ()
+        tracked.request, tracked.home, tracked.held_pages, tracked.is_held = request, target_index, (), False
         self.counts["imported"] += 1
 
     def _copy(self, source: PagedEngine, target: PagedEngine, pairs: Sequence[tuple[int, int]]) -> None:

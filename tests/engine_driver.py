@@ -1,10 +1,15 @@
 """Runs an engine step by step, checks what must hold after each, and keeps what came out."""
 
 from collections import defaultdict
+from dataclasses import replace
 
-from shared.blocks import BlockHash, TokenIds
+import torch
+from torch import Tensor
+
+from shared.blocks import PAGE_TOKENS, BlockHash, TokenIds, pages_for
 from shared.engine.engine import PagedEngine
 from shared.engine.port import EngineRequest, StepOutput, TokenOutput
+from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams
 
 
@@ -18,7 +23,12 @@ def request(key: str, ids: TokenIds, sampling: SamplingParams, **changes) -> Eng
 
 
 class Driver:
-    """An engine and the history of its outputs."""
+    """An engine and the history of its outputs.
+
+    Attributes:
+        chunks: those that on_chunk told of, by key.
+        held_pages: what on_chunk said, of those that were added with hold_kv and are not aborted.
+    """
 
     def __init__(self, engine: PagedEngine) -> None:
         self.engine = engine
@@ -26,6 +36,31 @@ class Driver:
         self.started: list[str] = []
         self.batch_sizes: list[int] = []
         self.blocks: set[BlockHash] = set()
+        self.chunks: dict[str, list[Chunk]] = {}
+        self.held_pages: dict[str, tuple[int, ...]] = {}
+        self._held: dict[str, Tensor] = {}
+
+    def add(self, wanted: EngineRequest) -> None:
+        """Add a request; with hold_kv, watch what becomes of its pages until `abort`."""
+        if not wanted.hold_kv:
+            self.engine.add(wanted)
+            return
+
+        def on_chunk(chunk: Chunk, pages: tuple[int, ...]) -> None:
+            chunks = self.chunks.setdefault(wanted.key, [])
+            assert len(pages) == pages_for(len(wanted.ids))
+            assert self.held_pages.setdefault(wanted.key, pages) == pages, "the pages are others now"
+            assert chunk.start == chunks[-1].end if chunks else chunk.start % PAGE_TOKENS == 0
+            assert chunk.start < chunk.end <= len(wanted.ids)
+            assert chunk.layers.num_done() == 0, "told of a chunk that is computed already"
+            chunks.append(chunk)
+
+        self.engine.add(replace(wanted, on_chunk=on_chunk))
+
+    def abort(self, key: str) -> None:
+        self.engine.abort(key)
+        self.held_pages.pop(key, None)
+        self._held.pop(key, None)
 
     def step(self) -> StepOutput:
         output = self.engine.step()
@@ -38,6 +73,10 @@ class Driver:
             assert not before or (before[-1].finish is None and token.index == before[-1].index + 1)
             assert (token.num_cached_tokens is None) == bool(before), "cached tokens belong to the first output"
             before.append(token)
+            if token.key in self.held_pages:
+                self._check_complete(token)
+        for key, kv in self._held.items():
+            assert self._kv(key).equal(kv), f"the KV that {key} holds is another now"
         self.started += output.started
         self.batch_sizes.append(output.num_batch_tokens)
         changes = self.engine.take_block_changes()
@@ -57,7 +96,7 @@ class Driver:
     def serve(self, *requests: EngineRequest) -> list[list[int]]:
         """The answers of requests that are added at once."""
         for each in requests:
-            self.engine.add(each)
+            self.add(each)
         self.run()
         return [self.tokens(each.key) for each in requests]
 
@@ -69,6 +108,19 @@ class Driver:
 
     def num_cached_tokens(self, key: str) -> int | None:
         return self.outputs[key][0].num_cached_tokens
+
+    def _check_complete(self, token: TokenOutput) -> None:
+        """All chunks are done; what the pages hold now stays until `abort`."""
+        chunks = self.chunks[token.key]
+        num_layers = self.engine.model.layout.num_layers
+        assert [chunk.layers.num_done() for chunk in chunks] == [num_layers] * len(chunks)
+        if token.num_cached_tokens is not None:
+            assert chunks[0].start == token.num_cached_tokens
+        self._held[token.key] = self._kv(token.key)
+
+    def _kv(self, key: str) -> Tensor:
+        """What the pages hold, bit by bit."""
+        return self.engine.cache.pages[list(self.held_pages[key])].view(torch.uint8)
 
     def assert_all_free(self) -> None:
         self.engine.check()

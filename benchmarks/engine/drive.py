@@ -71,10 +71,10 @@ class DecodeRows:
         self._engine = engine
         self.keys: list[str] = []
         for _ in range(batch):
-            request = EngineRequest(key=work.key(), ids=work.prompt(context + 1), prompt_len=context, sampling=sampling)
+            request = EngineRequest(key=work.key(), ids=work.prompt(context), prompt_len=context, sampling=sampling)
             if engine.reserve(request) is None:
                 raise RuntimeError(f"{batch} rows of {context} tokens do not fit: {engine.stats()}")
-            engine.imported(request.key)
+            engine.imported(request.key, work.prompt(1)[0])
             self.keys.append(request.key)
 
     def steps(self, number: int) -> float:

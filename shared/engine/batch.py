@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.blocks import TokenIds
+from shared.engine.layer_marks import LayerMarks
 from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
 
@@ -94,8 +95,12 @@ class Runner(Protocol):
         """How many batches may be launched before the tokens of the one before them are known: 0 or 1."""
         ...
 
-    def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
-        """Begin to compute the rows, write their KV, and sample where wanted, behind all that was launched before."""
+    def launch(self, rows: tuple[BatchRow, ...], layers: LayerMarks | None = None) -> Launched:
+        """Begin to compute the rows, write their KV, and sample where wanted, behind all that was launched before.
+
+        Args:
+            layers: where to record how far the batch is, by a runner that can; None: nobody asks.
+        """
         ...
 
 

@@ -12,11 +12,13 @@ With a runner that is not ahead (`num_ahead` 0) each step launches one batch and
 """
 
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
 from shared.blocks import PAGE_TOKENS, pages_for
 from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS, BatchRow, Launched, Runner, Sampled
+from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import (
     BlockChanges,
     EngineLimits,
@@ -27,10 +29,24 @@ from shared.engine.port import (
     StepOutput,
     TokenOutput,
 )
-from shared.engine.scheduler import Batch, Scheduler
+from shared.engine.scheduler import NOTHING, Batch, Scheduler
 from shared.engine.sequence import Sequence, SequenceState
 from shared.kv.paged_cache import PagedCache
+from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A batch that has been launched.
+
+    Attributes:
+        layers: told when the batch is done; None if nobody asks how far it is.
+    """
+
+    batch: Batch
+    launched: Launched
+    layers: LayerMarks | None
 
 
 class PagedEngine:
@@ -46,7 +62,8 @@ class PagedEngine:
         self._limits = limits
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._scheduler = Scheduler(limits, model.fingerprint)
-        self._in_flight: deque[tuple[Batch, Launched]] = deque()  # oldest first
+        self._scheduled = NOTHING  # not launched yet
+        self._in_flight: deque[InFlight] = deque()  # oldest first
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
@@ -64,17 +81,21 @@ class PagedEngine:
         return self._runner.cache
 
     def add(self, request: EngineRequest) -> None:
-        self._refuse(request)
+        if request.on_chunk is not None and not request.hold_kv:
+            raise ValueError("on_chunk tells of pages that stay, which takes hold_kv")
+        self._refuse(request, num_coming=0)
         self._scheduler.add(request)
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
         if request.hold_kv:
             raise ValueError("hold_kv is for prefill: an imported request decodes")
-        self._refuse(request)
+        self._refuse(request, num_coming=1)
         return self._scheduler.reserve(request)
 
-    def imported(self, key: str) -> None:
-        self._scheduler.imported(key)
+    def imported(self, key: str, token_id: int, *, exact: bool = True) -> None:
+        if not 0 <= token_id < self._model.vocab_size:
+            raise ValueError(f"token_id is {token_id}, it must be between 0 and {self._model.vocab_size - 1}")
+        self._scheduler.imported(key, token_id, exact=exact)
 
     def abort(self, key: str) -> None:
         self._scheduler.abort(key)
@@ -82,15 +103,22 @@ class PagedEngine:
     def step(self) -> StepOutput:
         started: tuple[str, ...] = ()
         while len(self._in_flight) <= self._runner.num_ahead:
-            batch = self._scheduler.schedule()
+            # Kept until it is launched: an on_chunk may raise.
+            self._scheduled = self._scheduled if self._scheduled.rows else self._scheduler.schedule()
+            batch = self._scheduled
             if not batch.rows:
                 break
-            self._in_flight.append((batch, self._runner.launch(batch.rows)))
+            layers = self._announce(batch)
+            self._in_flight.append(InFlight(batch, self._runner.launch(batch.rows, layers), layers))
+            self._scheduled = NOTHING
             started += batch.started
         if not self._in_flight:
             return StepOutput()
-        batch, launched = self._in_flight.popleft()
-        return self._collect(batch, launched.wait(), started)
+        oldest = self._in_flight.popleft()
+        results = oldest.launched.wait()
+        if oldest.layers is not None:
+            oldest.layers.done()
+        return self._collect(oldest.batch, results, started)
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()
@@ -118,15 +146,29 @@ class PagedEngine:
     def check(self) -> None:
         self._scheduler.check()
 
-    def _refuse(self, request: EngineRequest) -> None:
-        """Raise ValueError, naming the limit, for a request that can never run here."""
+    def _announce(self, batch: Batch) -> LayerMarks | None:
+        """Tell whoever wants to know of the chunks to be computed; None if nobody does."""
+        layers: LayerMarks | None = None
+        for row, sequence in zip(batch.rows[batch.num_decode :], batch.sequences[batch.num_decode :], strict=True):
+            on_chunk = sequence.request.on_chunk
+            if on_chunk is not None and sequence.state is not SequenceState.ENDED:
+                layers = layers or LayerMarks(self._model.layout.num_layers)
+                on_chunk(Chunk(row.start, row.end, layers), row.pages)
+        return layers
+
+    def _refuse(self, request: EngineRequest, *, num_coming: int) -> None:
+        """Raise ValueError, naming the limit, for a request that can never run here.
+
+        `num_coming` tokens, made elsewhere, follow the ids before one is made here.
+        """
         if request.key in self._scheduler:
             raise ValueError(f"key {request.key!r} is in use")
         num_ids, prompt_len, max_tokens = len(request.ids), request.prompt_len, request.sampling.max_tokens
         if not 1 <= prompt_len <= num_ids:
             raise ValueError(f"prompt_len is {prompt_len}, it must be between 1 and the number of ids ({num_ids})")
-        if num_ids - prompt_len >= max_tokens:
-            raise ValueError(f"max_tokens is {max_tokens} and {num_ids - prompt_len} tokens are there already")
+        num_made = num_ids - prompt_len + num_coming
+        if num_made >= max_tokens:
+            raise ValueError(f"max_tokens is {max_tokens} and {num_made} tokens are made already")
         if prompt_len + max_tokens > self._limits.max_context:
             raise ValueError(
                 f"prompt ({prompt_len}) and max_tokens ({max_tokens}) exceed max_context ({self._limits.max_context})"
@@ -177,15 +219,13 @@ class PagedEngine:
                 self._num_prompt_tokens += row.prompt_len
         self._num_generated_tokens += 1
         finish = self._finish(row.sampling, index, token_id)
-        held_pages: tuple[int, ...] = ()
-        if finish is not None:
-            self._scheduler.end(sequence)
-        elif sequence.request.hold_kv:
+        if sequence.request.hold_kv:
             self._scheduler.hold(sequence)
-            held_pages = sequence.pages
+        elif finish is not None:
+            self._scheduler.end(sequence)
         else:
             sequence.ids.append(token_id)
-        return TokenOutput(row.key, index, token_id, finish, sampled.logprob, num_cached_tokens, None, held_pages)
+        return TokenOutput(row.key, index, token_id, finish, sampled.logprob, num_cached_tokens)
 
     def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
         num_cached_tokens = None if sequence.has_output else sequence.num_cached_tokens

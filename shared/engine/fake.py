@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from shared.blocks import PAGE_TOKENS, TokenIds, pages_for
 from shared.engine.batch import BatchRow, Launched, Sampled
 from shared.engine.engine import PagedEngine
+from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import EngineLimits, EngineModel
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
@@ -126,7 +127,11 @@ class FakeRunner:
     def num_ahead(self) -> int:
         return self._num_ahead
 
-    def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
+    def launch(
+        self,
+        rows: tuple[BatchRow, ...],
+        layers: LayerMarks | None = None,  # noqa: ARG002 - all its layers are done at one moment, as in a graph
+    ) -> Launched:
         if len(self._in_flight) > self._num_ahead:
             raise AssertionError(f"{len(self._in_flight)} batches are in flight already")
         _refuse_shared_writes(rows)

@@ -26,6 +26,8 @@ class Event(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool: ...
+
 
 class Past:
     """The event of a device that has done everything as soon as it is asked for."""
@@ -35,6 +37,9 @@ class Past:
 
     def synchronize(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return True
 
 
 def new_event(device: torch.device) -> Event:

@@ -3,17 +3,21 @@
 One engine runs one model on one device. It is not thread-safe: one thread owns it (`shared.worker`). It knows token
 ids, pages and positions; not text, topics or Redis.
 
-    add ─────> waiting ──> prefilling ──> running ──> (finished: pages freed at once)
-                  ^                          │  └───> held    (hold_kv: after the first token, until `abort`)
-                  └──── preempted <──────────┘
-    reserve ─> importing ── imported ──> running
+    add ─────> waiting ──> prefilling ──> running ──> (finished or failed: pages freed at once)
+                  ^               │          │
+                  └─ preempted <──┴──────────┘
+    with hold_kv: waiting ──> prefilling ──> running ──> held ── abort ──> (pages freed)
+                                  └─ on_chunk: each chunk, as it is launched, and the pages of all ids
+    reserve ─> importing ── imported, with the token that follows ──> running
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.blocks import BlockHash, TokenIds
 from shared.kv.layout import KvLayout
+from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams, TokenLogprob
 
 
@@ -23,12 +27,18 @@ class EngineRequest:
 
     Attributes:
         key: the caller's name for it, unique among those in the engine.
-        ids: the tokens whose successor is wanted: the prompt and, behind it, tokens accepted already.
-        prompt_len: how many of `ids` are prompt. The next token has index `len(ids) - prompt_len` in the answer;
+        ids: the tokens whose successor is wanted: the prompt and, behind it, tokens accepted already. To `reserve`:
+            those whose KV comes; their successor comes too, with `imported`.
+        prompt_len: how many of `ids` are prompt. Their successor has index `len(ids) - prompt_len` in the answer;
             max_tokens, min_tokens and penalties count the answer from there.
         choice: index of the choice; keys the random generator together with seed and token index.
         cache_salt: pages are shared only among requests of one salt.
-        hold_kv: stop after one token and keep the pages of `ids` until `abort` (the prefill role).
+        hold_kv: stop after one token and keep the pages of `ids` until `abort`, whatever becomes of the request: also
+            if the token ends the choice, or if it fails. Once it has pages it is never preempted (the prefill role).
+        on_chunk: with hold_kv, told of each chunk of the ids in turn just before it is launched, on the engine's
+            thread: (the chunk, the pages of all ids in order of position). The chunks follow one another up to
+            `len(ids)`; positions before the first one were found, their KV is there. The pages are the same each time.
+            If it raises, so does the step, with nothing launched; the next step tells of the same chunk again.
     """
 
     key: str
@@ -38,6 +48,7 @@ class EngineRequest:
     choice: int = 0
     cache_salt: str = ""
     hold_kv: bool = False
+    on_chunk: Callable[[Chunk, tuple[int, ...]], None] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,7 @@ class Reservation:
     """Pages set aside for KV that comes from a peer.
 
     Attributes:
-        pages: page numbers of positions [0, len(ids) - 1) in order, cached ones first.
+        pages: page numbers of positions [0, len(ids)) in order, cached ones first.
         num_cached_pages: how many of them hold the right KV already and must not be written.
     """
 
@@ -64,7 +75,6 @@ class TokenOutput:
         finish: set if this token ends the choice. FAILED: no token was made (token_id is -1), see `error`.
         num_cached_tokens: prompt tokens whose KV was found rather than computed; set with the request's first output.
         error: what went wrong, with FAILED (for instance NaN logits).
-        held_pages: of a request that is held from now on (hold_kv), the pages of its ids, in order of position.
     """
 
     key: str
@@ -74,7 +84,6 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
-    held_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,7 @@ class EngineStats:
     Attributes:
         num_free_pages: free plus evictable: what a new request could take.
         num_running: prefilling and running.
+        num_held: with hold_kv, after their token.
         num_prefix_queries: tokens looked up in the prefix index, once a request.
         num_prefix_hits: tokens of those that were found.
         num_prompt_tokens: prompt tokens of requests prefilled here (found or computed), once a request.
@@ -169,22 +179,29 @@ class Engine(Protocol):
 
         Raises ValueError, naming the limit, if the key is in use, the ids are none of the vocabulary or the request
         can never fit: prompt and max_tokens together must fit max_context and, except with hold_kv, num_pages; and
-        for more log probabilities, or with min_tokens more ids that end the answer, than a runner takes.
+        for more log probabilities, or with min_tokens more ids that end the answer, than a runner takes; and for
+        on_chunk without hold_kv.
         """
         ...
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
-        """Set pages aside for the KV of positions [0, len(ids) - 1); None: not enough free pages or seats now.
+        """Set pages aside for the KV of positions [0, len(ids)); None: not enough free pages or seats now.
 
-        The last id is the peer's newest token: its own KV is computed by the first decode step. What the first
-        waiting request needs is not given away. Raises as `add`, and ValueError with hold_kv.
+        The peer may still be computing the token behind the ids. What the first waiting request needs is not given
+        away. Raises as `add`, but max_tokens must leave one more token to make behind the one that comes; and
+        ValueError with hold_kv.
         """
         ...
 
-    def imported(self, key: str) -> None:
+    def imported(self, key: str, token_id: int, *, exact: bool = True) -> None:
         """The reserved pages hold their KV: the request joins the running batch at the next step.
 
-        Raises KeyError for a request that is not importing.
+        Args:
+            token_id: what follows the ids; it does not end the choice. Its own KV is computed by the first step.
+            exact: the KV is what the peer computed, bit by bit. If not, no page that the request fills is ever found
+                by another one, unless it is preempted: then it computes all again.
+
+        Raises KeyError for a request that is not importing, ValueError for a token that is none of the vocabulary.
         """
         ...
 

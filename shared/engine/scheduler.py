@@ -11,8 +11,8 @@ budget allows. A decode row is the case where one token is missing, a prefill ch
 - A seat is held from admission (or `reserve`) to the end: running, prefilling and importing sequences together never
   exceed `max_running`, so an import always can run, and each prefilling sequence finds budget beside the decode rows.
 - Admission takes pages for all ids at once; afterwards a sequence asks for one more page each PAGE_TOKENS tokens.
-- Who lacks that page takes it from the youngest sequence that runs or prefills, which may be itself. Held and
-  importing sequences keep theirs.
+- Who lacks that page takes it from the youngest sequence that runs or prefills, which may be itself. Those that hold
+  their KV for a peer keep it from their first chunk on, and importing ones keep theirs.
 - The line is served in order: preempted ones by age, then new ones by age. Nobody overtakes the head, an import
   neither; only a sequence whose next block is being computed by another one steps aside until that is done.
 """
@@ -38,14 +38,16 @@ class Batch:
         rows: empty if there is nothing to launch now.
         sequences: whose it is; one for each row.
         started: keys of requests whose first chunk this is.
+        num_decode: how many of the rows, the first ones, are decode rows; the others are chunks.
     """
 
     rows: tuple[BatchRow, ...]
     sequences: tuple[Sequence, ...]
     started: tuple[str, ...]
+    num_decode: int
 
 
-NOTHING = Batch((), (), ())
+NOTHING = Batch((), (), (), 0)
 ACTIVE = frozenset({SequenceState.PREFILLING, SequenceState.RUNNING})
 SEATED = ACTIVE | {SequenceState.IMPORTING}
 
@@ -135,7 +137,7 @@ class Scheduler:
             return None
         sequence = self._new_sequence(request, SequenceState.IMPORTING)
         found = self._found(sequence)
-        num_new = pages_for(len(sequence.ids) - 1) - len(found)
+        num_new = pages_for(len(sequence.ids)) - len(found)
         if self._pool.cost(found, num_new) > pages:
             return None
         self._sequences[request.key] = sequence
@@ -145,12 +147,14 @@ class Scheduler:
         self._importing[request.key] = sequence
         return Reservation(pages=sequence.pages, num_cached_pages=len(found))
 
-    def imported(self, key: str) -> None:
-        """The import's KV is complete. Raises KeyError for a request that is not importing."""
+    def imported(self, key: str, token_id: int, *, exact: bool) -> None:
+        """The import's KV is complete, and `token_id` follows. Raises KeyError for a request that is not importing."""
         sequence = self._importing.pop(key)
         sequence.move(SequenceState.RUNNING)
         insort(self._active, sequence, key=arrival_of)
-        sequence.num_launched = len(sequence.ids) - 1
+        sequence.num_launched = len(sequence.ids)
+        sequence.ids.append(token_id)
+        sequence.is_exact = exact
         self.publish(sequence, sequence.num_launched)
 
     def abort(self, key: str) -> None:
@@ -176,7 +180,8 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING and sequence.num_launched < sequence.last_end:
                 sequences.append(sequence)
                 rows.append(_decode_row(sequence))
-        budget = self._limits.max_batch_tokens - len(rows)
+        num_decode = len(rows)
+        budget = self._limits.max_batch_tokens - num_decode
         for sequence in self._active:
             if sequence.state is SequenceState.PREFILLING and budget:
                 sequences.append(sequence)
@@ -191,7 +196,7 @@ class Scheduler:
                     started.append(sequence.request.key)
         if rows:
             self._num_in_flight += 1
-        return Batch(tuple(rows), tuple(sequences), tuple(started))
+        return Batch(tuple(rows), tuple(sequences), tuple(started), num_decode)
 
     def collected(self, batch: Batch) -> None:
         """A batch, the oldest in flight, is done: who ended since its launch frees what it kept for it."""
@@ -205,7 +210,9 @@ class Scheduler:
             self._leaving = [sequence for sequence in self._leaving if sequence.num_in_flight]
 
     def publish(self, sequence: Sequence, end: int) -> None:
-        """KV of the positions below `end` is in the pages: others may find the blocks that are full now."""
+        """KV of the positions below `end` is in the pages: others may find the blocks that are full now, if exact."""
+        if not sequence.is_exact:
+            return
         while sequence.num_published < end // PAGE_TOKENS:
             index = sequence.num_published
             block_hash = sequence.block_hash(index)
@@ -215,16 +222,20 @@ class Scheduler:
             sequence.num_published += 1
 
     def hold(self, sequence: Sequence) -> None:
-        """The sequence gives up its seat and keeps its pages."""
+        """The sequence computes no more: it gives up its seat and keeps its pages until it ends."""
         sequence.move(SequenceState.HELD)
         self._active.remove(sequence)
+        self._stop_computing(sequence)
         self._leave_seat(sequence)
         self._held[sequence.request.key] = sequence
 
     def fail(self, sequence: Sequence) -> None:
-        """End a sequence whose KV is not to be trusted: nobody shall find any of its pages."""
+        """End (or hold) a sequence whose KV is not to be trusted: nobody shall find any of its pages."""
         self._pool.withdraw(sequence.pages)
-        self.end(sequence)
+        if sequence.request.hold_kv:
+            self.hold(sequence)
+        else:
+            self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence; what it has is free when no batch in flight has a row of it."""
@@ -285,6 +296,15 @@ class Scheduler:
             assert sequence.num_published <= len(sequence.pages), "more is published than the pages there are"
             assert sequence.pages or state is not SequenceState.PREFILLING, "prefilling without pages"
             assert not sequence.pages or state is not SequenceState.WAITING, "waiting with pages"
+            if sequence.request.hold_kv:
+                num_pages = 0 if state is SequenceState.WAITING else pages_for(len(sequence.ids))
+                assert len(sequence.pages) == num_pages, f"{name} holds {len(sequence.pages)} pages of {num_pages}"
+                assert not sequence.is_preempted, f"{name} lost its pages"
+            else:
+                assert state is not SequenceState.HELD, f"{name} is held, and nobody asked for it"
+            if not sequence.is_exact:
+                own = sequence.pages[sequence.num_published :]
+                assert not set(own) & set(self._pool.find(sequence.hashes)), f"{name} is not exact, and found"
         for sequence in self._leaving:
             assert sequence.state is SequenceState.ENDED, "a sequence leaves that has not ended"
             assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
@@ -367,6 +387,8 @@ class Scheduler:
     def _grow_running(self) -> bool:
         """Give running sequences the page for the token they compute next, oldest first.
 
+        Who holds its KV never lacks one: it computes no token behind its ids.
+
         False if pages are lacking and who has them may not be preempted yet.
         """
         lacking = [sequence for sequence in self._active if sequence.num_launched == len(sequence.pages) * PAGE_TOKENS]
@@ -377,7 +399,7 @@ class Scheduler:
             while self._pool.num_free == 0 and sequence.state is SequenceState.RUNNING:
                 if self._num_in_flight:
                     return False
-                self._preempt(self._active[-1])
+                self._preempt(next(each for each in reversed(self._active) if not each.request.hold_kv))
             if sequence.state is SequenceState.RUNNING:
                 sequence.pages += self._pool.acquire((), 1)
         return True
@@ -389,6 +411,8 @@ class Scheduler:
         self._release(sequence)
         sequence.num_launched = 0
         sequence.num_published = 0
+        sequence.extend_hashes(sequence.num_findable)
+        sequence.is_exact = True  # all of it is computed again
         sequence.is_preempted = True
         insort(self._line, sequence, key=line_rank_of)
         self._num_preemptions += 1

@@ -18,7 +18,7 @@ class SequenceState(Enum):
     RUNNING = auto()
     """All its ids have been launched; computes its newest token in every batch."""
     HELD = auto()
-    """Done but for its pages, which a peer is to pull."""
+    """Done but for its pages, which a peer pulls; its token, its end or its failure was handed out."""
     IMPORTING = auto()
     """Its pages are being written by a transfer."""
     ENDED = auto()
@@ -42,7 +42,7 @@ class Sequence:
         request: as it came.
         arrival: rank by arrival; the larger, the younger.
         ids: prompt and answer so far. Grows by one with each token, when the batch that drew it has been collected.
-        hashes: of the full blocks of `ids`, first block first.
+        hashes: of full blocks of `ids`, first block first; all that may be found while it waits or is importing.
         state: changed by `move` alone.
         seat: its seat's number; NO_SEAT while it has none.
         number: what runners know it by; another one with each seat.
@@ -57,6 +57,7 @@ class Sequence:
         is_preempted: it lost its pages and waits to compute them again.
         is_prefilled: its prompt was computed (or found) here rather than imported.
         has_output: a token of it has been handed out.
+        is_exact: its KV is what this model makes of its ids. Where a transfer rounded it, nobody else may find it.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class Sequence:
         "has_output",
         "hashes",
         "ids",
+        "is_exact",
         "is_preempted",
         "is_prefilled",
         "last_end",
@@ -99,6 +101,7 @@ class Sequence:
         self.is_preempted = False
         self.is_prefilled = False
         self.has_output = False
+        self.is_exact = True
 
     @property
     def index(self) -> int:
@@ -107,7 +110,9 @@ class Sequence:
 
     @property
     def num_findable(self) -> int:
-        """Blocks that may be found rather than computed: the last id is always computed, for its logits."""
+        """Blocks that may be found: all of an import's, else those before the last id, computed for its logits."""
+        if self.state is SequenceState.IMPORTING:
+            return len(self.ids) // PAGE_TOKENS
         return (len(self.ids) - 1) // PAGE_TOKENS
 
     @property
@@ -122,12 +127,16 @@ class Sequence:
         self.state = state
 
     def block_hash(self, index: int) -> BlockHash:
-        """Hash of the full block `index`; extends the chain over blocks that the answer has filled."""
-        while len(self.hashes) <= index:
+        """Hash of the full block `index`."""
+        self.extend_hashes(index + 1)
+        return self.hashes[index]
+
+    def extend_hashes(self, num_blocks: int) -> None:
+        """Let `hashes` have the first `num_blocks` blocks, which the ids have filled."""
+        while len(self.hashes) < num_blocks:
             start = len(self.hashes) * PAGE_TOKENS
             parent = self.hashes[-1] if self.hashes else self._root
             self.hashes.append(extend_chain(parent, self.ids[start : start + PAGE_TOKENS]))
-        return self.hashes[index]
 
 
 def arrival_of(sequence: Sequence) -> int:

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false
 # torch types tolist, split and unflatten only in part.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.blocks import PAGE_TOKENS, pages_for
 from shared.engine.attention.sdpa import PagedSdpa, Run
 from shared.engine.batch import BatchRow, Done, Sampled
+from shared.engine.layer_marks import LayerEvents, LayerMarks
 from shared.engine.layers.kernels import TORCH_KERNELS
 from shared.engine.sampling.torch_sampler import Sampler
 from shared.engine.weights import Checkpoint
@@ -24,6 +25,7 @@ class TorchRunner:
     def __init__(self, checkpoint: Checkpoint, num_pages: int) -> None:
         self._decoder = checkpoint.decoder
         self._cache = PagedCache(checkpoint.layout, num_pages, checkpoint.decoder.device)
+        self._events = LayerEvents(checkpoint.config.num_layers, 1, self._cache.device)
         self._rotary = self._decoder.rotary_embedding()
         self._sampler = Sampler(checkpoint.config.eos_token_ids, checkpoint.config.vocab_size)
         torch.set_float32_matmul_precision("highest")  # TF32 would break the promise of equal tokens in float32
@@ -39,12 +41,12 @@ class TorchRunner:
         """None: a batch needs the tokens of the one before it."""
         return 0
 
-    def launch(self, rows: tuple[BatchRow, ...]) -> Done:
+    def launch(self, rows: tuple[BatchRow, ...], layers: LayerMarks | None = None) -> Done:
         """Compute the rows, write their KV, and sample where wanted; all is done on return."""
-        return Done(self._run(rows))
+        return Done(self._run(rows, None if layers is None else self._events.marking(layers)))
 
     @torch.inference_mode()
-    def _run(self, rows: tuple[BatchRow, ...]) -> list[Sampled | None]:
+    def _run(self, rows: tuple[BatchRow, ...], stored: Callable[[int], None] | None) -> list[Sampled | None]:
         """One entry a row, None where no token is wanted.
 
         Invariant: behind the last position of a sequence, its last page holds finite numbers (zeros, since a page is
@@ -59,7 +61,7 @@ class TorchRunner:
         ends = np.cumsum([row.end - row.start for row in ordered]) - 1
         sampling = [(index, end) for index, end in zip(order, ends, strict=True) if rows[index].sample]
         last_rows = torch.tensor([end for _, end in sampling], dtype=torch.int64, device=self._decoder.device)
-        hidden = self._forward(ordered, last_rows)
+        hidden = self._forward(ordered, last_rows, stored)
         results: list[Sampled | None] = [None] * len(rows)
         if sampling:
             logits = self._decoder.logits(hidden, TORCH_KERNELS)
@@ -70,10 +72,10 @@ class TorchRunner:
             torch.cuda.current_stream(hidden.device).synchronize()  # reading sampled tokens does the same
         return results
 
-    def _forward(self, rows: Sequence[BatchRow], wanted: Tensor) -> Tensor:
+    def _forward(self, rows: Sequence[BatchRow], wanted: Tensor, stored: Callable[[int], None] | None) -> Tensor:
         """Hidden states `[N, hidden]` of the `wanted` ones of the rows' tokens, one row's behind the other."""
         runs = [Run(row.start, row.end, row.pages[: pages_for(row.end)]) for row in rows]
-        attention = PagedSdpa(self._cache, runs, self._decoder.config, self._rotary)
+        attention = PagedSdpa(self._cache, runs, self._decoder.config, self._rotary, stored)
         ids = np.concatenate([np.frombuffer(row.ids[row.start : row.end], dtype=np.int32) for row in rows])
         device_ids = torch.tensor(ids, dtype=torch.int64, device=self._decoder.device)
         return self._decoder.forward(device_ids, attention, TORCH_KERNELS, wanted)

@@ -12,6 +12,7 @@ without graphs.
 # torch types tolist in part.
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
@@ -30,6 +31,7 @@ from shared.engine.compiling import compile_launches
 from shared.engine.graphs import StepGraphs
 from shared.engine.host_copies import Event, Uploads, Words, host_tensor, new_event
 from shared.engine.late_work import LateWork, LateWorkCounter
+from shared.engine.layer_marks import LayerEvents, LayerMarks
 from shared.engine.layers.kernels import triton_kernels
 from shared.engine.layers.linear import PADDED_ROWS
 from shared.engine.models.config import ModelConfig
@@ -109,6 +111,7 @@ class TritonRunner:
             largest.num_sampled, config.num_heads, config.num_kv_heads, config.head_dim, num_processors, device
         )
         self._side = SideStream.of(device)
+        self._layer_events = LayerEvents(config.num_layers, NUM_AHEAD + 1, device)
         self._sampler = TritonSampler(config.vocab_size, max_running, largest.num_sampled, device)
         self._results = DrawResults.allocate(largest.num_sampled, device)
         self._copies = deque(ResultCopy.allocate(largest.num_sampled, device) for _ in range(NUM_AHEAD + 1))
@@ -204,8 +207,8 @@ class TritonRunner:
             self._draw(shape, kind, logits)
 
     @torch.inference_mode()
-    def launch(self, rows: tuple[BatchRow, ...]) -> Launched:
-        """Begin to compute `rows` behind all that was launched before."""
+    def launch(self, rows: tuple[BatchRow, ...], layers: LayerMarks | None = None) -> Launched:
+        """Begin to compute `rows` behind all that was launched before; a graph records nothing in `layers`."""
         if not rows:
             return Done([])
         plan = self._planner.plan(rows)
@@ -215,13 +218,14 @@ class TritonRunner:
                     self._load_seen(row.seat, np.frombuffer(row.ids[:], dtype=np.int32), row.prompt_len)
         self._send(plan)
         if not self._graphs.replay(plan.shape, plan.draw):
+            stored = None if layers is None else self._layer_events.marking(layers)
             with self._memory.use():
-                self._draw(plan.shape, plan.draw, self._forward(plan.shape))
+                self._draw(plan.shape, plan.draw, self._forward(plan.shape, stored))
         copy = self._copies.popleft()
         copy.start(self._results, plan)
         return LaunchedStep(rows, plan, copy, self._copies)
 
-    def _forward(self, shape: StepShape) -> Tensor:
+    def _forward(self, shape: StepShape, stored: Callable[[int], None] | None = None) -> Tensor:
         """Logits `[num_sampled, vocab]` of the step whose words were sent."""
         inputs = StepInputs[Tensor].of(self._inputs.words, shape)
         num_decode = shape.num_decode
@@ -239,6 +243,7 @@ class TritonRunner:
             self._angles,
             self._scratch,
             self._side,
+            stored,
         )
         wanted = None if shape.is_decode else inputs.sampled_rows
         hidden = self._decoder.forward(inputs.ids, attention, self._kernels, wanted)

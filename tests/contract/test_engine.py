@@ -1,7 +1,7 @@
 """What every engine does: one suite over the fake runner and, with a tiny checkpoint, the torch and Triton runners."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -348,10 +348,36 @@ def test_imported_pages_are_a_prefix_for_others(kind):
     assert_right(kind, target, local)
 
 
+def test_imported_pages_that_are_not_exact_are_found_by_nobody(kind):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    wanted = request("r", prompt(kind, 120), greedy(12, ignore_eos=True))
+    hand_over(source, target, wanted, exact=False)
+    target.run()
+    assert source.tokens("r") + target.tokens("r") == kind.answer(wanted)
+    assert target.blocks == set()
+    target.assert_all_free()
+
+
+def test_what_was_not_exact_is_when_it_is_computed_again(kind):
+    source, target = Driver(kind.make()), Driver(kind.make(num_pages=5))
+    local = request("local", prompt(kind, 120, seed=1), greedy(30, ignore_eos=True))
+    wanted = request("r", prompt(kind, 130), greedy(30, ignore_eos=True))
+    target.add(local)
+    target.step()
+    hand_over(source, target, wanted, exact=False)
+    target.run()
+    assert target.engine.stats().num_preemptions > 0
+    assert source.tokens("r") + target.tokens("r") == kind.answer(wanted)
+    assert_right(kind, target, local)
+    again = request("again", wanted.ids, greedy(1))
+    target.serve(again)
+    assert target.num_cached_tokens("again") == 128
+
+
 def test_held_pages_stay_until_released_and_are_a_prefix_meanwhile(kind):
     driver = Driver(kind.make(num_pages=4))
     driver.serve(request("held", prompt(kind, 150), greedy(5, ignore_eos=True), hold_kv=True))
-    pages = driver.outputs["held"][-1].held_pages
+    pages = driver.held_pages["held"]
     assert len(pages) == 3
     assert not driver.engine.has_work()
     before = driver.engine.cache.pages[list(pages)].clone()
@@ -363,13 +389,13 @@ def test_held_pages_stay_until_released_and_are_a_prefix_meanwhile(kind):
     driver.serve(waiting)
     assert driver.tokens("waiting") == []
     assert torch.equal(driver.engine.cache.pages[list(pages)], before)
-    driver.engine.abort("held")
+    driver.abort("held")
     driver.run()
     assert_right(kind, driver, waiting)
     driver.assert_all_free()
 
 
-def test_a_first_token_that_ends_the_choice_holds_nothing(kind):
+def test_a_first_token_that_ends_the_choice_keeps_the_pages_until_they_are_released(kind):
     driver = Driver(kind.make())
     first_token = kind.answer(request("r", prompt(kind, 70), greedy(1)))[0]
     driver.serve(
@@ -377,6 +403,29 @@ def test_a_first_token_that_ends_the_choice_holds_nothing(kind):
         request("stop", prompt(kind, 70), greedy(9, stop_token_ids=(first_token,)), hold_kv=True),
     )
     assert [driver.finish(key) for key in ("length", "stop")] == [FinishReason.LENGTH, FinishReason.STOP]
+    assert driver.engine.stats().num_held == 2
+    assert not driver.engine.has_work()
+    for key in ("length", "stop"):
+        driver.abort(key)
+    driver.assert_all_free()
+
+
+@pytest.mark.parametrize("cached", [0, 64, 128])
+def test_each_chunk_is_told_of_when_it_is_launched(kind, cached):
+    driver = Driver(kind.make(max_batch_tokens=50))
+    ids = prompt(kind, 150)
+    if cached:
+        driver.serve(request("before", ids[: cached + 1], greedy(1)))
+    beside = request("beside", prompt(kind, 20, seed=1), greedy(9, ignore_eos=True))
+    driver.add(beside)
+    driver.step()
+    driver.serve(request("r", ids, greedy(5), hold_kv=True))
+    spans = [(chunk.start, chunk.end) for chunk in driver.chunks["r"]]
+    assert spans[0][0] == cached
+    assert spans[-1][1] == 150
+    assert len(spans) == -(-(150 - cached) // 49)
+    driver.abort("r")
+    assert_right(kind, driver, beside)
     driver.assert_all_free()
 
 
@@ -447,7 +496,7 @@ def test_an_abort_returns_the_pages_in_every_state(kind, state):
     driver.step()
     wanted = request("r", prompt(kind, 250, seed=2), greedy(60, ignore_eos=True), hold_kv=state == "held")
     if state == "importing":
-        assert engine.reserve(request("r", wanted.ids, wanted.sampling, prompt_len=249)) is not None
+        assert engine.reserve(wanted) is not None
     else:
         engine.add(wanted)
     steps = {"waiting": 0, "importing": 0, "prefilling": 2, "running": 6, "held": 6, "preempted": 0}[state]
@@ -517,6 +566,7 @@ class HandOverPair:
         }
         (action,) = self.rng.choices(list(actions), list(actions.values()))
         action(side, other)
+        self.drop_what_ended()
         for each in self.sides:
             each.engine.check()
 
@@ -531,7 +581,7 @@ class HandOverPair:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=rng.randrange(9))
         added = request(f"r{len(self.requests)}", ids, sampling, hold_kv=rng.random() < 0.5)
         self.requests[added.key] = added
-        side.engine.add(added)
+        side.add(added)
 
     def pull(self, target: Driver, source: Driver) -> None:
         if keys := self.held(source):
@@ -539,13 +589,20 @@ class HandOverPair:
             if reserve_and_copy(source, target, self.requests[key]) is not None:
                 self.pulls[key] = source, target
 
+    def drop_what_ended(self) -> None:
+        """A choice that its first token ended is pulled by nobody."""
+        for side in self.sides:
+            for key in list(side.held_pages):
+                if key in side.outputs and side.finish(key) is not None:
+                    side.abort(key)
+
     def finish_a_pull(self, *_: Driver) -> None:
         if self.pulls:
             key = self.rng.choice(list(self.pulls))
             source, target = self.pulls.pop(key)
             self.passed_on.add(key)
-            source.engine.abort(key)
-            target.engine.imported(key)
+            target.engine.imported(key, source.tokens(key)[-1], exact=self.rng.random() < 0.7)
+            source.abort(key)
 
     def abort(self, *_: Driver) -> None:
         if self.requests:
@@ -561,6 +618,7 @@ class HandOverPair:
                 return
             for side, other in (self.sides, self.sides[::-1]):
                 side.run()
+                self.drop_what_ended()
                 self.pull(side, other)
             if not self.pulls:  # both may be full of what the other is to pull
                 for side in self.sides:
@@ -587,31 +645,27 @@ class HandOverPair:
         self.pulls.pop(key, None)
         self.given_up.add(key)
         for side in self.sides:
-            side.engine.abort(key)
+            side.abort(key)
 
 
 def reserve_and_copy(source: Driver, target: Driver, wanted: EngineRequest) -> int | None:
     """Reserve at `target` and copy what it lacks from `source`; how many pages were there, None if refused."""
-    first_token = source.outputs[wanted.key][-1].token_id
-    ids = token_ids([*wanted.ids, first_token])
-    reservation = target.engine.reserve(
-        request(wanted.key, ids, wanted.sampling, prompt_len=wanted.prompt_len, choice=wanted.choice)
-    )
+    reservation = target.engine.reserve(replace(wanted, hold_kv=False))
     if reservation is None:
         return None
-    pages, cached = source.outputs[wanted.key][-1].held_pages, reservation.num_cached_pages
+    pages, cached = source.held_pages[wanted.key], reservation.num_cached_pages
     assert len(pages) == len(reservation.pages) == pages_for(len(wanted.ids))
     copy_pages(source.engine, pages[cached:], target.engine, reservation.pages[cached:])
     return cached
 
 
-def hand_over(source: Driver, target: Driver, wanted: EngineRequest) -> int | None:
+def hand_over(source: Driver, target: Driver, wanted: EngineRequest, *, exact: bool = True) -> int | None:
     """Prefill at `source`, decode at `target` from its next step on; how many pages were there already."""
-    source.engine.add(request(wanted.key, wanted.ids, wanted.sampling, hold_kv=True, choice=wanted.choice))
+    source.add(replace(wanted, hold_kv=True))
     source.run()
     cached = reserve_and_copy(source, target, wanted)
-    source.engine.abort(wanted.key)
-    target.engine.imported(wanted.key)
+    source.abort(wanted.key)
+    target.engine.imported(wanted.key, *source.tokens(wanted.key), exact=exact)
     target.engine.check()
     return cached
 

@@ -9,7 +9,7 @@ The former is bound by memory and the latter by arithmetic, so on CUDA they run 
 # pyright: reportUnknownMemberType=false
 # torch types unflatten and torch.cuda in part.
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
@@ -80,6 +80,7 @@ class PagedAttention:
         angles: float32 `[max_position, head_dim]`, cosines then sines.
         scratch: of `decode_attention`; holds the plan of these rows, until only those wanted attend.
         side: where prefill attention runs if there are decode rows too; None where there is but one stream.
+        stored: called with each layer's number once the work that stores its keys and values is launched.
     """
 
     config: ModelConfig
@@ -93,6 +94,7 @@ class PagedAttention:
     angles: Tensor
     scratch: DecodeScratch
     side: SideStream | None
+    stored: Callable[[int], None] | None = None
 
     def attend(self, layer: int, weights: LayerWeights, qkv: Tensor, wanted: Tensor | None) -> Tensor:
         """See `shared.engine.models.decoder.Attention`. Behind a layer with rows `wanted` no other may follow."""
@@ -110,6 +112,8 @@ class PagedAttention:
             eps=config.rms_norm_eps,
             num_heads=config.num_heads,
         )
+        if self.stored is not None:
+            self.stored(layer)
         q = qkv[:, : config.q_size].unflatten(1, (config.num_heads, config.head_dim))
         return self._attend_all(layer_pages, q) if wanted is None else self._attend_wanted(layer_pages, q, wanted)
 

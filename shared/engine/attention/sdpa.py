@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false
 # torch types tolist, split and unflatten only in part.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -80,9 +80,20 @@ class PagedSdpa:
     Token rows lie in the order of `runs`. One-row runs that are neighbours and of similar length share a call, so
     callers sort them by length. A masked key is still multiplied (by a weight of 0), so what lies behind a sequence's
     end in its last page must be finite.
+
+    Args:
+        stored: called with each layer's number once the work that stores its keys and values is launched.
     """
 
-    def __init__(self, cache: PagedCache, runs: Sequence[Run], config: ModelConfig, rotary: RotaryEmbedding) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        runs: Sequence[Run],
+        config: ModelConfig,
+        rotary: RotaryEmbedding,
+        stored: Callable[[int], None] | None = None,
+    ) -> None:
+        self._stored = stored
         self._cache = cache
         self._config = config
         device = cache.device
@@ -107,6 +118,8 @@ class PagedSdpa:
         key_pages, value_pages = layer_pages[:, 0], layer_pages[:, 1]
         key_pages.index_put_((self._row_page, self._row_slot), k)
         value_pages.index_put_((self._row_page, self._row_slot), v)
+        if self._stored is not None:
+            self._stored(layer)
         mixed: list[Tensor] = []
         for part in self._parts:
             rows = slice(part.first, part.last)

@@ -125,12 +125,12 @@ def test_pages_of_a_failed_request_are_found_by_nobody():
 
 def test_an_import_fails_like_others():
     driver = Driver(fake_engine(poison_token_id=POISON))
-    reservation = driver.engine.reserve(request("a", token_ids([10, POISON]), greedy(9), prompt_len=1))
+    reservation = driver.engine.reserve(request("a", token_ids([10]), greedy(9)))
     assert reservation is not None
     page = driver.engine.cache.pages[reservation.pages[0]]
     page[0, 0, 0, 0, 0], page[0, 0, 0, 0, 1] = 10, 1
     page[0, 1, 0, 0, 0], page[0, 1, 0, 0, 1] = -10, -1
-    driver.engine.imported("a")
+    driver.engine.imported("a", POISON)
     driver.run()
     assert driver.outputs["a"][0].index == 1
     assert driver.finish("a") is FinishReason.FAILED

@@ -24,13 +24,13 @@ def take(engine, batch, token_id=7):
     """What an engine does with a batch that is done, without a model: every row wanted gets `token_id`."""
     engine.collected(batch)
     for row, sequence in zip(batch.rows, batch.sequences, strict=True):
-        if sequence.state is SequenceState.ENDED:
+        if sequence.state in {SequenceState.ENDED, SequenceState.HELD}:
             continue
         engine.publish(sequence, row.end)
-        if row.sample and row.sampling.max_tokens == sequence.index + 1:
-            engine.end(sequence)
-        elif row.sample and sequence.request.hold_kv:
+        if row.sample and sequence.request.hold_kv:
             engine.hold(sequence)
+        elif row.sample and row.sampling.max_tokens == sequence.index + 1:
+            engine.end(sequence)
         elif row.sample:
             sequence.ids.append(token_id)
     engine.check()
@@ -79,13 +79,13 @@ def test_seats_bound_what_runs_and_imports_count():
         engine.add(request(f"a{index}", prompt(3, 10 * index), greedy(9)))
     assert len(run(engine)) == 2
     assert engine.num_waiting == 1
-    assert engine.reserve(request("b", prompt(3, 70), greedy(9), prompt_len=2)) is None
+    assert engine.reserve(request("b", prompt(2, 70), greedy(9))) is None
     engine.abort("a2")
     engine.abort("a1")
-    assert engine.reserve(request("b", prompt(3, 70), greedy(9), prompt_len=2)) is not None
+    assert engine.reserve(request("b", prompt(2, 70), greedy(9))) is not None
     engine.add(request("c", prompt(3, 80), greedy(9)))
     assert run(engine) == [("a0", 3, 4)]
-    engine.imported("b")
+    engine.imported("b", 7, exact=True)
     assert run(engine) == [("a0", 4, 5), ("b", 2, 3)]
 
 
@@ -95,9 +95,9 @@ def test_an_import_does_not_take_what_the_head_of_the_line_needs():
     run(engine)
     engine.add(request("b", prompt(190, 500), greedy(9)))
     assert run(engine) == []
-    assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is None
+    assert engine.reserve(request("c", prompt(2, 70), greedy(9))) is None
     engine.abort("a")
-    assert engine.reserve(request("c", prompt(3, 70), greedy(9), prompt_len=2)) is not None
+    assert engine.reserve(request("c", prompt(2, 70), greedy(9))) is not None
     assert run(engine) == [("b", 0, 128)]
 
 
@@ -207,8 +207,8 @@ def test_a_preempted_import_goes_before_an_older_request_that_is_new():
     run(engine)
     engine.add(request("first", prompt(3, 300), greedy(9)))
     engine.add(request("second", prompt(3, 400), greedy(9)))
-    assert engine.reserve(request("import", prompt(66, 200), greedy(9), prompt_len=65)) is not None
-    engine.imported("import")
+    assert engine.reserve(request("import", prompt(65, 200), greedy(9))) is not None
+    engine.imported("import", 7, exact=True)
     assert run(engine) == [("old", 62, 63), ("import", 65, 66), ("first", 0, 3)]
     assert run(engine) == [("old", 63, 64), ("first", 3, 4), ("import", 66, 67)]
     # Old takes a page from the import. Second would fit into the seat and the page that are left.
@@ -233,33 +233,33 @@ def test_who_is_alone_with_held_pages_gives_up_its_own_and_waits():
 
 def test_importing_pages_are_never_taken():
     engine = scheduler(num_pages=3)
-    reservation = engine.reserve(request("b", prompt(100), greedy(9), prompt_len=99))
+    reservation = engine.reserve(request("b", prompt(99), greedy(9)))
     assert reservation is not None
     assert (len(reservation.pages), reservation.num_cached_pages) == (2, 0)
     engine.add(request("a", prompt(64, 200), greedy(9)))
     run(engine)
     assert run(engine) == []
-    engine.imported("b")
+    engine.imported("b", 7, exact=True)
     assert engine.num_importing == 0
 
 
-def test_a_reservation_has_the_pages_below_the_last_id():
+def test_a_reservation_has_the_pages_of_all_ids_and_may_find_them_all():
     engine = scheduler()
     engine.add(request("a", prompt(128), greedy(1)))
     run(engine)
-    reservation = engine.reserve(request("b", prompt(129), greedy(9), prompt_len=128))
+    reservation = engine.reserve(request("b", prompt(128), greedy(9)))
     assert reservation is not None
     assert (len(reservation.pages), reservation.num_cached_pages) == (2, 2)
-    engine.imported("b")
+    engine.imported("b", 7, exact=True)
     assert run(engine) == [("b", 128, 129)]
 
 
 def test_imported_pages_are_found_once_they_are_there():
     engine = scheduler()
     hashes = hash_chain(root_hash("model", ""), prompt(128))
-    engine.reserve(request("b", prompt(101), greedy(9), prompt_len=100))
+    engine.reserve(request("b", prompt(100), greedy(9)))
     assert engine.pool.find(hashes) == ()
-    engine.imported("b")
+    engine.imported("b", 7, exact=True)
     assert len(engine.pool.find(hashes)) == 1
 
 
@@ -267,7 +267,7 @@ def test_only_importing_requests_are_imported():
     engine = scheduler()
     engine.add(request("a", prompt(3), greedy(9)))
     with pytest.raises(KeyError):
-        engine.imported("a")
+        engine.imported("a", 7, exact=True)
     engine.abort("nobody")
 
 
@@ -361,7 +361,7 @@ def test_who_ends_keeps_pages_and_seat_until_no_batch_has_a_row_of_it(how):
     assert (engine.num_running, engine.pool.num_free) == (0, 2)
     engine.add(request("a", prompt(100), greedy(9)))  # its name is free, its seat is not
     assert spans(engine.schedule()) == []
-    assert engine.reserve(request("b", prompt(3), greedy(9), prompt_len=2)) is None
+    assert engine.reserve(request("b", prompt(2), greedy(9))) is None
     engine.collected(second)
     engine.check()
     assert engine.pool.num_free == 4
@@ -433,8 +433,14 @@ class AheadMachine(RuleBasedStateMachine):
         self.num_tokens.update(sampled)
         if fate != "go on" and alive:
             victim = alive[-1]
-            self.ended_early.add(victim.request.key)
-            (self.engine.fail if fate == "fail" else self.engine.end)(victim)
+            if fate == "stop":
+                self.ended_early.add(victim.request.key)
+                self.engine.end(victim)
+            elif victim.request.key in sampled:
+                self.ended_early.add(victim.request.key)
+                pages = victim.pages
+                self.engine.fail(victim)
+                assert not victim.request.hold_kv or victim.pages == pages
         take(self.engine, batch)
 
     @rule(
@@ -450,7 +456,7 @@ class AheadMachine(RuleBasedStateMachine):
 
     @rule(length=st.sampled_from([2, 65, 130]))
     def reserve(self, length):
-        wanted = request(f"r{len(self.requests)}", prompt(length), greedy(70), prompt_len=length - 1)
+        wanted = request(f"r{len(self.requests)}", prompt(length), greedy(70))
         reservation = self.engine.reserve(wanted)
         if reservation is not None:
             used = {page for batch in self.in_flight for row in batch.rows for page in row.pages}
@@ -459,11 +465,11 @@ class AheadMachine(RuleBasedStateMachine):
             self.importing.append(wanted.key)
 
     @precondition(lambda self: self.importing)
-    @rule()
-    def imported(self):
+    @rule(exact=st.booleans())
+    def imported(self, exact):
         key = self.importing.pop()
         self.num_tokens[key] = 1
-        self.engine.imported(key)
+        self.engine.imported(key, 7, exact=exact)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -483,7 +489,7 @@ class AheadMachine(RuleBasedStateMachine):
 
     def teardown(self):
         while self.importing:
-            self.imported()
+            self.imported(True)
         while True:
             for key in [key for key, each in self.requests.items() if each.hold_kv and self.num_tokens[key]]:
                 self.engine.abort(key)

@@ -116,12 +116,11 @@ def test_an_imported_sequence_goes_on_from_the_token_it_came_with(checkpoint):
     (expected,) = answers(checkpoint, [wanted])
     source, target = (Driver(engine_of(checkpoint, triton)) for _ in range(2))
     target.serve(request("before", prompt(9), greedy(3)))  # its seat is taken again
-    source.engine.add(request("r0", wanted.ids, wanted.sampling, hold_kv=True))
+    source.add(request("r0", wanted.ids, wanted.sampling, hold_kv=True))
     source.run()
-    ids = token_ids([*wanted.ids, *source.tokens("r0")])
-    reservation = target.engine.reserve(request("r0", ids, wanted.sampling, prompt_len=70))
-    copy_pages(source.engine, source.outputs["r0"][-1].held_pages, target.engine, reservation.pages)
-    target.engine.imported("r0")
+    reservation = target.engine.reserve(wanted)
+    copy_pages(source.engine, source.held_pages["r0"], target.engine, reservation.pages)
+    target.engine.imported("r0", *source.tokens("r0"))
     target.run()
     assert source.tokens("r0") + target.tokens("r0") == expected
 
