@@ -14,7 +14,7 @@ class HostFacts:
     hostnames of their own, but one kernel.
 
     Attributes:
-        pid_namespace, ipc_namespace: of the process, as the kernel names them, like "pid:[4026531836]".
+        pid_namespace, ipc_namespace, net_namespace: of the process, as the kernel names them: "pid:[4026531836]".
         device: kind of the device that holds the KV, "cpu" or "cuda".
         gpu_uuid: of that device.
         visible_gpus: CUDA_VISIBLE_DEVICES; None where it is not set.
@@ -27,6 +27,7 @@ class HostFacts:
     hostname: str
     pid_namespace: str
     ipc_namespace: str
+    net_namespace: str
     device: str
     gpu_uuid: str | None = None
     visible_gpus: str | None = None
@@ -47,12 +48,13 @@ def read_host_facts(
     Raises:
         OSError: this is no Linux with /proc.
     """
-    infiniband = root / "sys/class/infiniband"
+    namespaces, infiniband = root / "proc/self/ns", root / "sys/class/infiniband"
     return HostFacts(
         boot_id=(root / "proc/sys/kernel/random/boot_id").read_text().strip(),
         hostname=(root / "proc/sys/kernel/hostname").read_text().strip(),
-        pid_namespace=str((root / "proc/self/ns/pid").readlink()),
-        ipc_namespace=str((root / "proc/self/ns/ipc").readlink()),
+        pid_namespace=str((namespaces / "pid").readlink()),
+        ipc_namespace=str((namespaces / "ipc").readlink()),
+        net_namespace=str((namespaces / "net").readlink()),
         device=device.type,
         gpu_uuid=_gpu_uuid(device) if device.type == "cuda" else None,
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),
@@ -60,6 +62,18 @@ def read_host_facts(
         net_devices=environ.get("UCX_NET_DEVICES", net_devices),
         rdma_devices=tuple(sorted(entry.name for entry in infiniband.iterdir())) if infiniband.is_dir() else (),
     )
+
+
+def can_access_peer(device: torch.device, gpu_uuid: str | None) -> bool | None:
+    """Whether the hardware and the driver let our GPU read that one; None: it is masked from us, or no GPU at all."""
+    if device.type != "cuda":
+        return None
+    index = cast("int | None", device.index)
+    ours = torch.cuda.current_device() if index is None else index
+    for visible in range(torch.cuda.device_count()):
+        if _gpu_uuid(torch.device("cuda", visible)) == gpu_uuid:
+            return visible == ours or torch.cuda.can_device_access_peer(ours, visible)
+    return None
 
 
 def _gpu_uuid(device: torch.device) -> str:

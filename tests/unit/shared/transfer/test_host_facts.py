@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.transfer.host_facts import HostFacts, read_host_facts
+from shared.transfer.host_facts import HostFacts, can_access_peer, read_host_facts
 from shared.wire.codec import Decoder, encode
 
 CPU = torch.device("cpu")
@@ -19,6 +19,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "proc/self/ns").mkdir(parents=True)
     (tmp_path / "proc/self/ns/pid").symlink_to("pid:[7]")
     (tmp_path / "proc/self/ns/ipc").symlink_to("ipc:[8]")
+    (tmp_path / "proc/self/ns/net").symlink_to("net:[9]")
     (tmp_path / "sys/class/infiniband/mlx5_1").mkdir(parents=True)
     (tmp_path / "sys/class/infiniband/mlx5_0").mkdir()
     return tmp_path
@@ -31,6 +32,7 @@ def test_what_is_read_of_a_host(root: Path) -> None:
         hostname="left",
         pid_namespace="pid:[7]",
         ipc_namespace="ipc:[8]",
+        net_namespace="net:[9]",
         device="cpu",
         visible_gpus="1",
         ucx_tls="tcp",
@@ -60,3 +62,7 @@ def test_two_reads_of_this_process_agree() -> None:
 def test_they_travel(root: Path) -> None:
     facts = replace(read_host_facts(CPU, {}, net_devices="lo", root=root), gpu_uuid="GPU-1")
     assert Decoder(HostFacts).decode(encode(facts)) == facts
+
+
+def test_a_worker_without_a_gpu_knows_of_no_peer_access() -> None:
+    assert can_access_peer(CPU, "GPU-1") is None
