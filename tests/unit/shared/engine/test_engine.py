@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from shared.blocks import token_ids
@@ -6,7 +8,7 @@ from shared.engine.engine import PagedEngine
 from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_engine, fake_model
 from shared.engine.port import EngineLimits
 from shared.request import FinishReason
-from tests.engine_driver import Driver, greedy, request
+from tests.engine_driver import Driver, copy_pages, greedy, request
 
 POISON = 13
 
@@ -157,6 +159,146 @@ def test_a_request_is_started_and_counted_once_in_spite_of_preemption():
     assert driver.started == ["a", "b"]
     assert driver.engine.stats().num_prompt_tokens == 124
     assert driver.engine.stats().num_prefix_queries == 124
+
+
+# Chunks and holds.
+
+
+def test_on_chunk_takes_hold_kv():
+    with pytest.raises(ValueError, match="hold_kv"):
+        fake_engine().add(request("a", prompt(3), greedy(9), on_chunk=lambda *_: None))
+
+
+def test_a_chunk_is_told_of_before_its_batch_is_launched():
+    engine = fake_engine(max_batch_tokens=64)
+    told = []
+
+    def on_chunk(chunk, pages):
+        kv = engine.cache.pages[list(pages), 0, 0, :, 0, 0].flatten()
+        told.append((chunk.start, chunk.end, (kv[chunk.start : chunk.end] == 0).all().item()))
+
+    engine.add(request("a", prompt(100), greedy(9), hold_kv=True, on_chunk=on_chunk))
+    engine.step()
+    assert told == [(0, 64, True), (64, 100, True)]
+
+
+def test_an_on_chunk_that_raises_leaves_the_engine_as_it_was_and_is_called_again():
+    driver = Driver(fake_engine(max_batch_tokens=64))
+    told = []
+
+    def on_chunk(chunk, _):
+        told.append((chunk.start, chunk.end))
+        if len(told) == 2:
+            raise RuntimeError("a bug")
+
+    beside = request("beside", prompt(10, 500), greedy(9, ignore_eos=True))
+    driver.engine.add(beside)
+    driver.engine.add(request("a", prompt(100), greedy(9), hold_kv=True, on_chunk=on_chunk))
+    with pytest.raises(RuntimeError, match="a bug"):
+        driver.step()
+    driver.engine.check()
+    assert driver.engine.has_work()
+    driver.run()
+    assert told == [(0, 54), (54, 100), (54, 100)]
+    assert driver.tokens("beside") == fake_answer(beside.ids, 10, beside.sampling)
+    assert len(driver.tokens("a")) == 1
+    driver.engine.abort("a")
+    driver.assert_all_free()
+
+
+def test_who_is_aborted_between_a_bug_and_the_launch_is_not_told_again():
+    driver = Driver(fake_engine())
+    told = []
+
+    def on_chunk(chunk, _):
+        told.append(chunk)
+        raise RuntimeError("a bug")
+
+    driver.engine.add(request("a", prompt(100), greedy(9), hold_kv=True, on_chunk=on_chunk))
+    with pytest.raises(RuntimeError, match="a bug"):
+        driver.step()
+    driver.engine.abort("a")
+    driver.run()
+    assert len(told) == 1
+    driver.assert_all_free()
+
+
+def test_all_layers_are_done_when_the_batch_has_been_collected():
+    driver = Driver(fake_engine(max_batch_tokens=64))
+    driver.add(request("a", prompt(100), greedy(9), hold_kv=True))
+    driver.step()
+    first, second = driver.chunks["a"]
+    assert (first.layers.num_done(), second.layers.num_done()) == (1, 0)
+    driver.step()
+    assert second.layers.num_done() == 1
+
+
+def test_a_failed_request_that_holds_keeps_its_pages_and_nobody_finds_them():
+    driver = Driver(fake_engine(num_pages=4, poison_token_id=POISON, max_batch_tokens=128))
+    bad = token_ids([*prompt(149), POISON])
+    driver.serve(request("bad", bad, greedy(9), hold_kv=True))
+    assert driver.finish("bad") is FinishReason.FAILED
+    assert (driver.engine.stats().num_held, driver.engine.stats().num_free_pages) == (1, 1)
+    assert driver.blocks == set()
+    driver.engine.add(request("other", prompt(149), greedy(3)))
+    assert not driver.engine.has_work()
+    driver.abort("bad")
+    driver.run()
+    assert driver.tokens("other") == fake_answer(prompt(149), 149, greedy(3))
+    driver.assert_all_free()
+
+
+def test_who_waits_for_a_block_of_a_held_request_that_failed_computes_it():
+    driver = Driver(fake_engine(poison_token_id=POISON))
+    good = token_ids([*prompt(100), 5])
+    driver.serve(
+        request("bad", token_ids([*prompt(100), POISON]), greedy(9), hold_kv=True), request("good", good, greedy(3))
+    )
+    assert driver.finish("bad") is FinishReason.FAILED
+    assert driver.tokens("good") == fake_answer(good, 101, greedy(3))
+    driver.abort("bad")
+    driver.assert_all_free()
+
+
+# Imports.
+
+
+@pytest.mark.parametrize(("max_tokens", "fits"), [(2, False), (3, True)])
+def test_an_import_leaves_a_token_to_make_behind_the_one_that_comes(max_tokens, fits):
+    engine = fake_engine()
+    wanted = request("a", prompt(4), greedy(max_tokens), prompt_len=3)
+    if fits:
+        assert engine.reserve(wanted) is not None
+    else:
+        with pytest.raises(ValueError, match="max_tokens is 2 and 2 tokens are made already"):
+            engine.reserve(wanted)
+        engine.add(wanted)
+
+
+def test_an_imported_token_must_be_of_the_vocabulary():
+    driver = Driver(fake_engine())
+    assert driver.engine.reserve(request("a", prompt(3), greedy(9))) is not None
+    for token_id in (-1, 1000):
+        with pytest.raises(ValueError, match=f"token_id is {token_id}"):
+            driver.engine.imported("a", token_id)
+    assert driver.engine.stats().num_importing == 1
+    with pytest.raises(KeyError):
+        driver.engine.imported("b", 5)
+    driver.engine.abort("a")
+    driver.assert_all_free()
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 128])
+def test_the_first_token_made_behind_an_import_has_the_next_index(length):
+    source, target = Driver(fake_engine()), Driver(fake_engine())
+    wanted = request("a", prompt(length), greedy(9, ignore_eos=True), prompt_len=length - 2)
+    source.serve(replace(wanted, hold_kv=True))
+    reservation = target.engine.reserve(wanted)
+    copy_pages(source.engine, source.held_pages["a"], target.engine, reservation.pages)
+    target.engine.imported("a", *source.tokens("a"))
+    target.run()
+    assert [output.index for output in (*source.outputs["a"], *target.outputs["a"])] == list(range(2, 9))
+    assert source.tokens("a") + target.tokens("a") == fake_answer(wanted.ids, length - 2, wanted.sampling)
 
 
 # One batch ahead.

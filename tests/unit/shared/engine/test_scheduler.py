@@ -231,6 +231,48 @@ def test_who_is_alone_with_held_pages_gives_up_its_own_and_waits():
     assert run(engine) == [("a", 64, 65)]
 
 
+def test_who_holds_its_kv_is_not_preempted_though_it_is_the_youngest():
+    engine = scheduler(num_pages=5, max_batch_tokens=80)
+    engine.add(request("old", prompt(62), greedy(70)))
+    engine.add(request("middle", prompt(3, 200), greedy(70)))
+    run(engine)
+    engine.add(request("held", prompt(190, 300), greedy(9), hold_kv=True))
+    assert run(engine) == [("old", 62, 63), ("middle", 3, 4), ("held", 0, 78)]
+    assert run(engine) == [("old", 63, 64), ("middle", 4, 5), ("held", 78, 156)]
+    # Old takes the page of middle, the youngest that may lose one, and held is launched to its end.
+    assert run(engine) == [("old", 64, 65), ("held", 156, 190)]
+    assert (engine.num_preemptions, engine.num_waiting, engine.num_held) == (1, 1, 1)
+
+
+def test_who_lacks_a_page_beside_those_that_hold_theirs_gives_up_its_own():
+    engine = scheduler(num_pages=4, max_batch_tokens=66)
+    engine.add(request("old", prompt(63), greedy(70)))
+    run(engine)
+    engine.add(request("held", prompt(180, 300), greedy(9), hold_kv=True))
+    assert run(engine) == [("old", 63, 64), ("held", 0, 65)]
+    assert run(engine) == [("held", 65, 131)]
+    assert (engine.num_preemptions, engine.num_waiting) == (1, 1)
+    run(engine)
+    assert (engine.num_held, engine.has_work()) == (1, False)
+    engine.abort("held")
+    assert run(engine) == [("old", 64, 65)]
+
+
+def test_a_held_request_that_failed_keeps_its_pages_where_nobody_finds_them():
+    engine = scheduler()
+    engine.add(request("a", prompt(100), greedy(9), hold_kv=True))
+    batch = engine.schedule()
+    engine.collected(batch)
+    (sequence,) = batch.sequences
+    pages = sequence.pages
+    engine.publish(sequence, 64)
+    engine.fail(sequence)
+    engine.check()
+    assert (engine.num_held, sequence.pages, engine.pool.find(sequence.hashes)) == (1, pages, ())
+    engine.abort("a")
+    assert engine.pool.num_free == 16
+
+
 def test_importing_pages_are_never_taken():
     engine = scheduler(num_pages=3)
     reservation = engine.reserve(request("b", prompt(99), greedy(9)))
@@ -261,6 +303,40 @@ def test_imported_pages_are_found_once_they_are_there():
     assert engine.pool.find(hashes) == ()
     engine.imported("b", 7, exact=True)
     assert len(engine.pool.find(hashes)) == 1
+
+
+def test_imported_pages_that_are_not_exact_are_never_found():
+    engine = scheduler(num_pages=4)
+    engine.add(request("before", prompt(70), greedy(1)))
+    run(engine)
+    engine.pool.take_changes()
+    reservation = engine.reserve(request("b", prompt(128), greedy(200)))
+    assert (len(reservation.pages), reservation.num_cached_pages) == (2, 1)
+    engine.imported("b", 128, exact=False)
+    engine.add(request("c", prompt(150), greedy(1)))
+    assert run(engine)[0] == ("b", 128, 129)
+    for token_id in range(129, 192):
+        run(engine, token_id)
+    (b,) = engine._active
+    assert (b.num_launched, b.num_published) == (192, 1)
+    assert engine.pool.find(hash_chain(root_hash("model", ""), prompt(192))) == b.pages[:1]
+
+
+def test_a_preempted_import_that_was_not_exact_is_computed_again_and_found():
+    engine = scheduler(num_pages=4)
+    engine.add(request("old", prompt(62, 500), greedy(70)))
+    run(engine)
+    assert engine.reserve(request("b", prompt(191), greedy(9))) is not None
+    engine.imported("b", 191, exact=False)
+    hashes = hash_chain(root_hash("model", ""), prompt(192))
+    assert run(engine, 192) == [("old", 62, 63), ("b", 191, 192)]
+    while not engine.num_preemptions:
+        assert engine.pool.find(hashes) == ()
+        run(engine, 193)
+    engine.abort("old")
+    assert run(engine)[0] == ("b", 0, 128)
+    run(engine)
+    assert len(engine.pool.find(hashes)) == 3
 
 
 def test_only_importing_requests_are_imported():
@@ -399,6 +475,7 @@ class AheadMachine(RuleBasedStateMachine):
         self.started = Counter()
         self.ended_early = set()
         self.launched_to = {}
+        self.held = {}
 
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
@@ -419,6 +496,8 @@ class AheadMachine(RuleBasedStateMachine):
                 assert row.start == self.launched_to[row.sequence]
             assert sequence.num_launched == row.end
             self.launched_to[row.sequence] = row.end
+            if wanted.hold_kv:
+                assert self.held.setdefault(row.key, (sequence, row.pages)) == (sequence, row.pages), "preempted"
         self.started.update(batch.started)
         self.in_flight.append(batch)
 
@@ -482,6 +561,8 @@ class AheadMachine(RuleBasedStateMachine):
     @invariant()
     def adds_up(self):
         self.engine.check()
+        for sequence, pages in self.held.values():
+            assert sequence.state is SequenceState.ENDED or sequence.pages == pages, "held pages were given away"
         for batch in self.in_flight:
             for row, sequence in zip(batch.rows, batch.sequences, strict=True):
                 assert sequence.pages[: len(row.pages)] == row.pages, "the batch's pages are not its sequence's"
