@@ -30,36 +30,74 @@ class KvProgress:
     Attributes:
         num_tokens: length of the prompt.
         tokens_per_s: how fast this worker prefills; None if it has not measured that yet.
+        completed: set when all KV is in the pages.
+        stopped: set when nobody waits for the rest any more.
     """
 
     def __init__(self, num_tokens: int, *, tokens_per_s: float | None = None) -> None:
         self.num_tokens = num_tokens
         self.tokens_per_s = tokens_per_s
-        self._chunks: list[Chunk] = []
-        self._launched = asyncio.Event()
         self.completed = asyncio.Event()
+        self.stopped = asyncio.Event()
+        self._chunks: list[Chunk] = []
+        self._changed = asyncio.Event()
+
+    @classmethod
+    def all_there(cls, num_tokens: int) -> "KvProgress":
+        """Of a prompt whose KV is in the pages."""
+        progress = cls(num_tokens)
+        progress.complete()
+        return progress
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Those launched so far."""
+        return tuple(self._chunks)
 
     def launched(self, chunk: Chunk) -> None:
         """`chunk` is being computed now; it begins where the one before it ended."""
         self._chunks.append(chunk)
-        self._launched.set()
+        self._changed.set()
 
     def complete(self) -> None:
         """All KV is in the pages."""
         self.completed.set()
+        self._changed.set()
 
-    async def chunk(self, index: int) -> Chunk:
-        """The chunk `index`, once it is launched."""
+    def stop(self) -> None:
+        """Let go of everybody who waits here."""
+        self.stopped.set()
+        self._changed.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to be waited for: completed or stopped."""
+        return self.completed.is_set() or self.stopped.is_set()
+
+    async def chunk(self, index: int) -> Chunk | None:
+        """The chunk `index`, once it is launched; None if all is over before."""
         while len(self._chunks) <= index:
-            self._launched.clear()
-            await self._launched.wait()
+            if self.is_over:
+                return None
+            await self._wait_for_change()
         return self._chunks[index]
+
+    async def over(self) -> None:
+        """Wait until all is completed or stopped."""
+        while not self.is_over:
+            await self._wait_for_change()
+
+    def compute_s(self, num_tokens: int) -> float | None:
+        """Estimated seconds that computing so many positions takes; None if not known."""
+        return None if self.tokens_per_s is None else num_tokens / self.tokens_per_s
 
     @property
     def compute_left_s(self) -> float | None:
         """Estimated seconds until all is computed, as if nothing of the newest chunk were; None if not known."""
         if self.completed.is_set():
             return 0.0
-        if self.tokens_per_s is None or not self._chunks:
-            return None
-        return (self.num_tokens - self._chunks[-1].start) / self.tokens_per_s
+        return self.compute_s(self.num_tokens - self._chunks[-1].start) if self._chunks else None
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

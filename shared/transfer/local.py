@@ -1,10 +1,11 @@
 """The twin of `shared.transfer.ucx`: hand-overs inside one process, without threads, sockets or UCX.
 
-Same offers, same plan, same refusals; a `LocalNetwork` stands for the wire and can be told to misbehave. Nothing here
-waits for anything but the event loop's clock, so it runs under a virtual one.
+Same offers, same plan, same formats, same refusals; a `LocalNetwork` stands for the wire and can be told to misbehave.
+Nothing here waits for anything but the event loop's clock, so it runs under a virtual one.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -13,28 +14,39 @@ from typing import Self
 import torch
 
 from shared.errors import KvTransferFailed, LayoutMismatch
-from shared.kv.copy import gather_pages, scatter_pages
+from shared.kv.copy import PageCopier
 from shared.kv.paged_cache import PagedCache
+from shared.kv.progress import KvProgress
 from shared.request import Incarnation
+from shared.transfer.feed import Load, PartFeed
 from shared.transfer.offers import Offer, Offers, PullRefused, check_pull
-from shared.transfer.plan import plan_messages
-from shared.transfer.port import Clock, OnEnd, Outcome
+from shared.transfer.plan import LinkSpeed
+from shared.transfer.port import Clock, LinkReport, OnEnd, Outcome, Pulled, Refusal
 from shared.wire.to_worker import KvTicket
+from shared.wire.wire_format import WireFormat
+
+TRANSPORT = "memory"
 
 
 class LocalNetwork:
     """Workers that can reach each other, by address.
 
     Attributes:
-        delay_s: how long each message takes.
+        delay_s: how long each message takes beside its bytes.
+        bytes_per_s: how many bytes of one pull travel in a second; None: any number, and no speed is measured.
         links: of the pulls in progress.
     """
 
-    def __init__(self, delay_s: float = 0.0) -> None:
+    def __init__(self, delay_s: float = 0.0, bytes_per_s: float | None = None) -> None:
         self.delay_s = delay_s
+        self.bytes_per_s = bytes_per_s
         self._transfers: dict[str, LocalTransfer] = {}
         self.links: set[Link] = set()
         self._num_to_fail = 0
+
+    @property
+    def speed(self) -> LinkSpeed | None:
+        return None if self.bytes_per_s is None else LinkSpeed(self.bytes_per_s, self.delay_s)
 
     def fail_next_pull(self) -> None:
         """The next pull on this network breaks off after its first message, or at its end if it has none."""
@@ -44,7 +56,7 @@ class LocalNetwork:
         """Break every pull from and to `address` off, as if its cable was pulled for a moment."""
         for link in self.links:
             if address in (link.source.address, link.puller.address):
-                link.broken.set()
+                link.break_off()
 
     def join(self, transfer: "LocalTransfer") -> None:
         if transfer.address in self._transfers:
@@ -55,30 +67,45 @@ class LocalNetwork:
         self.cut(transfer.address)
         del self._transfers[transfer.address]
 
-    def connect(self, puller: "LocalTransfer", ticket: KvTicket) -> "Link":
-        source = self._transfers.get(ticket.address)
+    def reach(self, puller: "LocalTransfer", address: str, incarnation: Incarnation) -> "LocalTransfer":
+        """The source at `address`. Raises what `Transfer.connect` does."""
+        source = self._transfers.get(address)
         if source is None:
-            raise KvTransferFailed(f"{ticket.address} does not answer")
+            raise KvTransferFailed(f"{address} does not answer")
         ours, theirs = puller.cache.layout.fingerprint, source.cache.layout.fingerprint
         if ours != theirs:
-            raise LayoutMismatch(f"{ticket.address} has KV layout {theirs}, ours is {ours}")
-        if source.incarnation != ticket.source:
-            raise KvTransferFailed(f"{ticket.address} has restarted: it is {source.incarnation}, not {ticket.source}")
+            source.refusals[Refusal.WRONG_LAYOUT] += 1
+            raise LayoutMismatch(f"{address} has KV layout {theirs}, ours is {ours}")
+        if source.incarnation != incarnation:
+            raise KvTransferFailed(f"{address} has restarted: it is {source.incarnation}, not {incarnation}")
+        return source
+
+    def link(self, offer: Offer, source: "LocalTransfer", puller: "LocalTransfer") -> "Link":
         fails, self._num_to_fail = self._num_to_fail > 0, max(0, self._num_to_fail - 1)
-        return Link(source, puller, fails=fails)
+        return Link(offer, source, puller, fails=fails)
 
 
 class Link:
     """One pull's connection."""
 
-    def __init__(self, source: "LocalTransfer", puller: "LocalTransfer", *, fails: bool) -> None:
+    def __init__(self, offer: Offer, source: "LocalTransfer", puller: "LocalTransfer", *, fails: bool) -> None:
         self.source = source
         self.puller = puller
         self.fails = fails
         self.broken = asyncio.Event()
+        self._offer = offer
+
+    def break_off(self) -> None:
+        self.broken.set()
+        self._offer.settle(Outcome.FAILED)
 
     async def cut(self) -> None:
-        self.broken.set()
+        self.break_off()
+
+    def check(self) -> None:
+        """Raises KvTransferFailed if it is broken."""
+        if self.broken.is_set():
+            raise KvTransferFailed(f"the link to {self.source.address} broke")
 
     async def carry(self, delay_s: float) -> None:
         """The time of one message. Raises KvTransferFailed if the link breaks in it."""
@@ -87,7 +114,7 @@ class Link:
                 await self.broken.wait()
         except TimeoutError:
             return
-        raise KvTransferFailed(f"the link to {self.source.address} broke")
+        self.check()
 
 
 class LocalTransfer:
@@ -95,8 +122,9 @@ class LocalTransfer:
 
     Attributes:
         cache: whose pages travel.
+        copier: packs and unpacks them.
         incarnation: this worker's.
-        message_bytes: its largest message.
+        max_part_bytes: its largest part.
         offers: what it has on offer.
     """
 
@@ -108,16 +136,18 @@ class LocalTransfer:
         address: str,
         incarnation: Incarnation,
         clock: Clock,
-        message_bytes: int,
+        max_part_bytes: int,
     ) -> None:
         self.cache = cache
+        self.copier = PageCopier(cache, cache.num_pages)
         self.incarnation = incarnation
+        self.max_part_bytes = max_part_bytes
         self._network = network
         self._address = address
-        self.message_bytes = message_bytes
         self._tasks = asyncio.TaskGroup()
         self.offers = Offers(cache, incarnation, clock, self._tasks)
         self._lifetime = AsyncExitStack()
+        self._links: dict[str, LinkReport] = {}
 
     async def __aenter__(self) -> Self:
         self._network.join(self)
@@ -139,6 +169,10 @@ class LocalTransfer:
     def num_offers(self) -> int:
         return len(self.offers)
 
+    @property
+    def refusals(self) -> Counter[Refusal]:
+        return self.offers.refusals
+
     def offer(
         self,
         key: str,
@@ -149,54 +183,99 @@ class LocalTransfer:
         puller: Incarnation,
         hold_s: float,
         on_end: OnEnd,
+        progress: KvProgress | None = None,
+        max_loss: WireFormat = WireFormat.NATIVE,
     ) -> KvTicket:
         return self.offers.add(
-            self._address, key, pages, num_tokens=num_tokens, secret=secret, puller=puller, hold_s=hold_s, on_end=on_end
+            self._address,
+            key,
+            pages,
+            num_tokens=num_tokens,
+            secret=secret,
+            puller=puller,
+            hold_s=hold_s,
+            on_end=on_end,
+            progress=progress,
+            max_loss=max_loss,
         )
 
     def withdraw(self, key: str) -> None:
         self.offers.withdraw(key)
 
-    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+    async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
+        await asyncio.sleep(0)
+        self._network.reach(self, address, incarnation)
+        report = self._links[address] = LinkReport(address, incarnation, TRANSPORT, self._network.speed)
+        return report
+
+    def links(self) -> tuple[LinkReport, ...]:
+        return tuple(self._links.values())
+
+    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         check_pull(self.cache, ticket, want, into)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._pull(ticket, want, into)
+                return await self._pull(ticket, want, into)
         except TimeoutError as error:
             raise KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s") from error
 
-    async def _pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int]) -> None:
+    async def _pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int]) -> Pulled:
         await asyncio.sleep(0)
         network = self._network
-        link = network.connect(self, ticket)
-        source = link.source
+        source = network.reach(self, ticket.address, ticket.source)
+        known = self._links.get(ticket.address)
+        if known is None or known.incarnation != ticket.source:
+            self._links[ticket.address] = LinkReport(ticket.address, ticket.source, TRANSPORT, speed=None)
         try:
-            offer = source.offers.begin(ticket.key, ticket.secret, self.incarnation, want, link.cut)
+            offer = source.offers.find(ticket.key, ticket.secret, self.incarnation, want)
         except PullRefused as refusal:
             raise KvTransferFailed(f"{ticket.address} refused {ticket.key}: {refusal}") from refusal
+        link = network.link(offer, source, self)
+        offer.begin(link.cut, lambda: None)
         network.links.add(link)
         try:
-            await self._receive(link, offer, want, into)
+            pulled = await self._receive(link, offer, want, into)
             if not offer.settle(Outcome.PULLED):
-                raise KvTransferFailed(f"{ticket.address} stopped {ticket.key}: {offer.outcome}")
+                raise self._stopped(link, offer)
         finally:
             offer.settle(Outcome.FAILED)
             network.links.discard(link)
+        return pulled
 
-    async def _receive(self, link: Link, offer: Offer, want: Sequence[int], into: Sequence[int]) -> None:
+    def _stopped(self, link: Link, offer: Offer) -> KvTransferFailed:
+        refusal = link.source.offers.refused(offer.refusal_after)
+        return KvTransferFailed(f"{link.source.address} refused {offer.key}: {refusal}")
+
+    async def _receive(self, link: Link, offer: Offer, want: Sequence[int], into: Sequence[int]) -> Pulled:
         source = link.source
-        page_bytes = self.cache.layout.page_bytes
-        message_bytes = min(self.message_bytes, source.message_bytes)
-        for message in plan_messages(len(want), page_bytes, message_bytes):
-            if offer.outcome is not None:
-                raise KvTransferFailed(f"{source.address} stopped sending: {offer.outcome}")
-            staging = torch.empty(message.num_pages * page_bytes, dtype=torch.uint8, device=self.cache.device)
-            with offer.sending():
-                wanted = want[message.start : message.end]
-                gather_pages(source.cache, [offer.pages[index] for index in wanted], staging)
-                await link.carry(self._network.delay_s)
-            scatter_pages(self.cache, staging, into[message.start : message.end])
-            if link.fails:
-                break
+        feed = PartFeed(
+            source.cache.layout,
+            offer,
+            want,
+            speed=lambda: self._links[source.address].speed,
+            max_part_bytes=min(self.max_part_bytes, source.max_part_bytes),
+        )
+        pulled = Pulled(WireFormat.NATIVE, 0)
+        while not (link.fails and feed.num_parts) and (load := await feed.next()) is not None:
+            packed = await self._carry(link, offer, load)
+            part = load.part
+            self.copier.unpack(packed, into[part.start : part.end], part.layers, load.format)
+            pulled = pulled.plus(load.format, load.num_bytes)
         if link.fails:
-            raise KvTransferFailed(f"the link to {source.address} broke")
+            link.break_off()
+        link.check()
+        if offer.outcome is not None:
+            raise self._stopped(link, offer)
+        return pulled
+
+    async def _carry(self, link: Link, offer: Offer, load: Load) -> torch.Tensor:
+        """The load as it lies in the puller's memory."""
+        packed = torch.empty(load.num_bytes, dtype=torch.uint8, device=self.cache.device)
+        network = self._network
+        wire_s = 0.0 if network.bytes_per_s is None else load.num_bytes / network.bytes_per_s
+        with offer.sending():
+            link.source.copier.pack(
+                load.pages, load.part.layers, load.format, packed, last_tokens=load.last_tokens
+            )
+            await link.carry(network.delay_s + wire_s)
+        return packed

@@ -7,11 +7,14 @@
 The first to settle an offer decides its outcome: the puller's confirmation, the loss of the puller, a withdrawal, or
 the hold's deadline. From then on nothing new is sent. What is in flight may finish until the hold's deadline; then the
 connection is cut, and the offer ends when that is done.
+
+An offer may be made, and pulled, before its KV is computed. The hold begins, and the offer has a deadline, when all KV
+is there or the offer is settled, whichever is first.
 """
 
 import asyncio
 import hmac
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
@@ -19,9 +22,11 @@ from enum import Enum, auto
 from shared.blocks import pages_for
 from shared.errors import BatonError, LayoutMismatch
 from shared.kv.paged_cache import PagedCache
+from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.port import Clock, OnEnd, Outcome, Refusal
 from shared.wire.to_worker import KvTicket
+from shared.wire.wire_format import WireFormat
 
 MIN_SECRET_BYTES = 16
 
@@ -65,26 +70,54 @@ REFUSAL_AFTER = {
 
 
 class Offer:
-    """Pages held for one puller.
+    """The record of one transfer: pages held for one puller.
 
     Attributes:
+        key: names it among the offers of its source.
+        source: the incarnation that holds the pages.
+        puller: the only incarnation that may pull.
         pages: page numbers, in order of position.
-        deadline_s: end of the hold, by the book's clock.
+        progress: what of them is computed.
+        max_loss: the most lossy form in which they may travel.
+        hold_s: how long they are held once all is computed.
+        deadline_s: end of the hold, by the book's clock; None until the hold begins.
         outcome: set when the offer is settled.
+        settled: set then too.
+        idle: set while nothing is in flight.
     """
 
-    def __init__(self, *, pages: tuple[int, ...], secret: bytes, puller: Incarnation, deadline_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        key: str,
+        source: Incarnation,
+        puller: Incarnation,
+        secret: bytes,
+        pages: tuple[int, ...],
+        progress: KvProgress,
+        max_loss: WireFormat,
+        hold_s: float,
+        on_end: OnEnd,
+    ) -> None:
+        """`on_end` belongs to the owner of the pages."""
+        self.key = key
+        self.source = source
+        self.puller = puller
         self.pages = pages
-        self.deadline_s = deadline_s
+        self.progress = progress
+        self.max_loss = max_loss
+        self.hold_s = hold_s
+        self.deadline_s: float | None = None
         self.outcome: Outcome | None = None
-        self._secret = secret
-        self._puller = puller
-        self._state = OfferState.OFFERED
-        self._cut: Cut | None = None
-        self._num_sending = 0
         self.settled = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
+        self._secret = secret
+        self._state = OfferState.OFFERED
+        self._num_sending = 0
+        self._on_end: OnEnd | None = on_end
+        self._cut: Cut | None = None
+        self._on_settled: Callable[[], None] | None = None
 
     @property
     def state(self) -> OfferState:
@@ -94,24 +127,27 @@ class Offer:
         assert state in TRANSITIONS[self._state], f"an offer does not go from {self._state.name} to {state.name}"
         self._state = state
 
-    def refusal(self, secret: bytes, puller: Incarnation, want: Sequence[int]) -> Refusal | None:
+    def refusal(self, secret: bytes, puller: Incarnation, want: Sequence[int], now_s: float) -> Refusal | None:
         """Why this pull must not be served; None: it may be. Says nothing about the offer without its secret."""
         if not hmac.compare_digest(secret, self._secret):
             return Refusal.WRONG_SECRET
-        if puller != self._puller:
+        if puller != self.puller:
             return Refusal.WRONG_PULLER
         if self.outcome is not None:
             return REFUSAL_AFTER[self.outcome]
         if self._state is OfferState.PULLING:
             return Refusal.ALREADY_PULLED
-        if len(set(want)) != len(want) or any(not 0 <= index < len(self.pages) for index in want):
+        if self.deadline_s is not None and now_s >= self.deadline_s:
+            return Refusal.EXPIRED
+        if len(set(want)) != len(want) or (len(want) and not 0 <= min(want) <= max(want) < len(self.pages)):
             return Refusal.WRONG_PAGES
         return None
 
-    def begin(self, cut: Cut) -> None:
-        """A puller was let in; `cut` ends the connection to it."""
+    def begin(self, cut: Cut, on_settled: Callable[[], None]) -> None:
+        """A puller was let in. `cut` ends the connection to it; `on_settled` is called when the offer is settled."""
         self._move(OfferState.PULLING)
         self._cut = cut
+        self._on_settled = on_settled
 
     def settle(self, outcome: Outcome) -> bool:
         """Decide the outcome, unless it is decided; returns whether this call did."""
@@ -120,7 +156,16 @@ class Offer:
         self._move(OfferState.CLOSING)
         self.outcome = outcome
         self.settled.set()
+        self.progress.stop()
+        if self._on_settled is not None:
+            self._on_settled()
         return True
+
+    @property
+    def refusal_after(self) -> Refusal:
+        """What a puller is told of an offer that is settled."""
+        assert self.outcome is not None
+        return REFUSAL_AFTER[self.outcome]
 
     @contextmanager
     def sending(self) -> Generator[None]:
@@ -139,23 +184,32 @@ class Offer:
         assert self._cut is not None
         await self._cut()
 
-    def end(self) -> Outcome:
-        """Nothing is in flight; returns how it ended."""
+    def end(self) -> None:
+        """Nothing is in flight: tell the owner how it ended."""
         assert self._num_sending == 0
         assert self.outcome is not None
+        assert self._on_end is not None
         self._move(OfferState.ENDED)
-        self._cut = None  # the offer is remembered, its connection need not be
-        return self.outcome
+        on_end = self._on_end
+        # The offer is remembered; what its owner and its connection hold may be large.
+        self._on_end = self._cut = self._on_settled = None
+        self.progress = KvProgress(self.progress.num_tokens)
+        on_end(self.outcome)
 
 
 class Offers:
-    """All offers of one source; one of `tasks` lives with each from offer to end."""
+    """All offers of one source; one of `tasks` lives with each from offer to end.
+
+    Attributes:
+        refusals: what was not served, by reason.
+    """
 
     def __init__(self, cache: PagedCache, incarnation: Incarnation, clock: Clock, tasks: asyncio.TaskGroup) -> None:
         self._cache = cache
         self._tasks = tasks
         self._incarnation = incarnation
         self._clock = clock
+        self.refusals: Counter[Refusal] = Counter()
         self._open: dict[str, Offer] = {}
         self._ended: OrderedDict[str, Offer] = OrderedDict()
         self._all_ended = asyncio.Event()
@@ -175,6 +229,8 @@ class Offers:
         puller: Incarnation,
         hold_s: float,
         on_end: OnEnd,
+        progress: KvProgress | None,
+        max_loss: WireFormat,
     ) -> KvTicket:
         """See `Transfer.offer`; `address` is the source's."""
         if key in self._open:
@@ -184,10 +240,22 @@ class Offers:
         if len(pages) != pages_for(num_tokens):
             raise ValueError(f"{num_tokens} tokens fill {pages_for(num_tokens)} pages, not {len(pages)}")
         check_pages(self._cache, pages)
-        offer = Offer(pages=tuple(pages), secret=secret, puller=puller, deadline_s=self._clock() + hold_s)
+        if progress is not None and progress.num_tokens != num_tokens:
+            raise ValueError(f"the progress is that of {progress.num_tokens} tokens, not {num_tokens}")
+        offer = Offer(
+            key=key,
+            source=self._incarnation,
+            puller=puller,
+            secret=secret,
+            pages=tuple(pages),
+            progress=progress or KvProgress.all_there(num_tokens),
+            max_loss=max_loss,
+            hold_s=hold_s,
+            on_end=on_end,
+        )
         self._open[key] = offer
         self._all_ended.clear()
-        self._tasks.create_task(self._live(key, offer, on_end), name=f"offer {key}")
+        self._tasks.create_task(self._live(offer), name=f"offer {key}")
         return KvTicket(
             key=key,
             address=address,
@@ -195,20 +263,21 @@ class Offers:
             secret=secret,
             num_tokens=num_tokens,
             layout_fingerprint=self._cache.layout.fingerprint,
+            max_loss=max_loss,
         )
 
-    def begin(self, key: str, secret: bytes, puller: Incarnation, want: Sequence[int], cut: Cut) -> Offer:
-        """Let a puller in. Raises PullRefused; the offer then stays as it was."""
+    def find(self, key: str, secret: bytes, puller: Incarnation, want: Sequence[int]) -> Offer:
+        """The offer that a puller asks for, if it may have it. Raises PullRefused; the offer then stays as it was."""
         offer = self._open.get(key) or self._ended.get(key)
-        if offer is None:
-            raise PullRefused(Refusal.UNKNOWN_KEY)
-        refusal = offer.refusal(secret, puller, want)
-        if refusal is None and self._clock() >= offer.deadline_s:
-            refusal = Refusal.EXPIRED
-        if refusal is not None:
-            raise PullRefused(refusal)
-        offer.begin(cut)
+        refusal = Refusal.UNKNOWN_KEY if offer is None else offer.refusal(secret, puller, want, self._clock())
+        if offer is None or refusal is not None:
+            raise self.refused(refusal or Refusal.UNKNOWN_KEY)
         return offer
+
+    def refused(self, reason: Refusal) -> PullRefused:
+        """Count a refusal."""
+        self.refusals[reason] += 1
+        return PullRefused(reason)
 
     def withdraw(self, key: str) -> None:
         """See `Transfer.withdraw`."""
@@ -222,20 +291,22 @@ class Offers:
             offer.settle(Outcome.WITHDRAWN)
         await self._all_ended.wait()
 
-    async def _live(self, key: str, offer: Offer, on_end: OnEnd) -> None:
-        await self._wait(offer.settled, offer.deadline_s)
+    async def _live(self, offer: Offer) -> None:
+        await offer.progress.over()
+        deadline_s = offer.deadline_s = self._clock() + offer.hold_s
+        await self._wait(offer.settled, deadline_s)
         offer.settle(Outcome.EXPIRED)
-        await self._wait(offer.idle, offer.deadline_s)
+        await self._wait(offer.idle, deadline_s)
         if not offer.idle.is_set():
             await offer.cut()
             await offer.idle.wait()
-        del self._open[key]
-        self._ended[key] = offer
+        del self._open[offer.key]
+        self._ended[offer.key] = offer
         if len(self._ended) > NUM_REMEMBERED:
             self._ended.popitem(last=False)
         if not self._open:
             self._all_ended.set()
-        on_end(offer.end())
+        offer.end()
 
     async def _wait(self, event: asyncio.Event, deadline_s: float) -> None:
         """Until `event` is set or the deadline has passed."""

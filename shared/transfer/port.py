@@ -67,6 +67,10 @@ class Pulled:
     format: WireFormat
     wire_bytes: int
 
+    def plus(self, fmt: WireFormat, num_bytes: int) -> "Pulled":
+        """With one more part."""
+        return Pulled(max(self.format, fmt, key=lambda form: form.loss), self.wire_bytes + num_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class LinkReport:
@@ -138,8 +142,7 @@ class Transfer(Protocol):
             puller: the only worker that may pull.
             hold_s: seconds after which the offer expires, counted from when all its KV is computed.
             on_end: learns how it ended.
-            progress: what of the KV is computed; None: all. Positions that it gives up (the prefill failed) are for
-                `withdraw`.
+            progress: what of the KV is computed; None: all. If the rest will never come, `withdraw`.
             max_loss: the most lossy form in which the pages may travel.
 
         Raises:

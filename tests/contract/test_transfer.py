@@ -113,7 +113,7 @@ async def test_exactly_the_wanted_pages_arrive(world, want, into):
 
 
 async def test_many_pages_travel_in_several_messages(world):
-    async with a_pair(world, num_pages=64, pages_per_message=3) as pair:
+    async with a_pair(world, num_pages=64, pages_per_part=3) as pair:
         offered = list(range(60, 10, -1))
         want, into = list(range(1, 50)), list(range(49))
         await pair.pull(pair.offer(pages=offered), want, into)
@@ -133,8 +133,8 @@ async def test_pulls_run_at_once_in_both_directions(world):
     ends = Ends()
     async with (
         world,
-        world.transfer(cache_a, "a", pages_per_message=1) as a,
-        world.transfer(cache_b, "b", pages_per_message=2) as b,
+        world.transfer(cache_a, "a", pages_per_part=1) as a,
+        world.transfer(cache_b, "b", pages_per_part=2) as b,
     ):
         pulls = []
         for k in range(8):
@@ -251,7 +251,7 @@ async def test_a_hold_that_ran_out_is_refused(world):
 
 
 async def test_a_hold_that_runs_out_during_a_pull_ends_it(world):
-    async with a_pair(world, pages_per_message=1) as pair:
+    async with a_pair(world, pages_per_part=1) as pair:
         async with world.held_back(pair.source):
             pull = asyncio.create_task(pair.pull(pair.offer(hold_s=0.1), (0, 1, 2), (0, 1, 2)))
             assert await pair.ends.wait("k") is Outcome.EXPIRED
@@ -272,7 +272,7 @@ async def test_an_offer_withdrawn_before_the_pull_is_refused(world):
 
 
 async def test_an_offer_withdrawn_during_the_pull_ends_it_and_no_other(world):
-    async with a_pair(world, pages_per_message=1) as pair:
+    async with a_pair(world, pages_per_part=1) as pair:
         async with world.held_back(pair.source):
             pull = asyncio.create_task(pair.pull(pair.offer(), (0, 1, 2), (0, 1, 2)))
             other = asyncio.create_task(pair.pull(pair.offer("other", (8, 9)), (0, 1), (8, 9)))
@@ -303,7 +303,7 @@ async def test_of_two_pulls_at_once_with_one_ticket_one_gets_the_pages(world):
 
 
 async def test_a_cancelled_pull_ends_the_offer_and_writes_nothing_later(world):
-    async with a_pair(world, pages_per_message=1) as pair:
+    async with a_pair(world, pages_per_part=1) as pair:
         async with world.held_back(pair.source):
             pull = asyncio.create_task(pair.pull(pair.offer(), (0, 1, 2), (0, 1, 2)))
             await asyncio.sleep(0.1)
@@ -396,7 +396,7 @@ async def test_a_source_that_restarted_on_its_address_is_known_as_another(world)
 
 
 async def test_a_thousand_small_pulls_leak_nothing(world):
-    async with a_pair(world, pages_per_message=1) as pair:
+    async with a_pair(world, pages_per_part=1) as pair:
         numbers = iter(range(1000))
 
         async def pull_some(page):

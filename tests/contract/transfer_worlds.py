@@ -43,7 +43,7 @@ class LocalWorld:
     async def __aexit__(self, *_):
         pass
 
-    def transfer(self, cache, incarnation, *, pages_per_message=4, address=None):
+    def transfer(self, cache, incarnation, *, pages_per_part=4, address=None):
         self._count += 1
         return LocalTransfer(
             self.network,
@@ -51,7 +51,7 @@ class LocalWorld:
             address=address or f"worker-{self._count}:1",
             incarnation=Incarnation(incarnation),
             clock=asyncio.get_running_loop().time,
-            message_bytes=pages_per_message * cache.layout.page_bytes,
+            max_part_bytes=pages_per_part * cache.layout.page_bytes,
         )
 
     @asynccontextmanager
@@ -79,8 +79,8 @@ class UcxWorld:
     async def __aexit__(self, *error):
         await self._context.__aexit__(*error)
 
-    def transfer(self, cache, incarnation, *, pages_per_message=4, address="127.0.0.1:0"):
-        staging = Staging(cache, {}, message_bytes=pages_per_message * cache.layout.page_bytes)
+    def transfer(self, cache, incarnation, *, pages_per_part=4, address="127.0.0.1:0"):
+        staging = Staging(cache, {}, message_bytes=pages_per_part * cache.layout.page_bytes)
         transfer = UcxTransfer(
             self._context,
             staging,

@@ -5,23 +5,36 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from shared.kv.progress import KvProgress
 from shared.transfer.offers import TRANSITIONS, Offer, Offers, OfferState, PullRefused
 from shared.transfer.port import Outcome, Refusal
+from shared.wire.wire_format import WireFormat
 from tests.contract.transfer_worlds import SECRET, a_cache
 
 
-def an_offer():
-    return Offer(pages=(1, 2), secret=SECRET, puller="puller", deadline_s=1.0)
+def an_offer(on_end=lambda outcome: None):
+    return Offer(
+        key="k",
+        source="source",
+        puller="puller",
+        secret=SECRET,
+        pages=(1, 2),
+        progress=KvProgress.all_there(100),
+        max_loss=WireFormat.NATIVE,
+        hold_s=1.0,
+        on_end=on_end,
+    )
 
 
 class Book:
     def __init__(self, offers):
         self.offers = offers
         self.outcomes = []
+        self.settled = []
         self.num_cuts = 0
         self.cut_lets_go = asyncio.Event()
 
-    def add(self, hold_s=60.0):
+    def add(self, hold_s=60.0, progress=None):
         self.offers.add(
             "h:1",
             "k",
@@ -31,11 +44,15 @@ class Book:
             puller="puller",
             hold_s=hold_s,
             on_end=self.outcomes.append,
+            progress=progress,
+            max_loss=WireFormat.NATIVE,
         )
 
     def begin(self, **changes):
-        arguments = {"key": "k", "secret": SECRET, "puller": "puller", "want": (0, 1), "cut": self._cut} | changes
-        return self.offers.begin(**arguments)
+        arguments = {"key": "k", "secret": SECRET, "puller": "puller", "want": (0, 1)} | changes
+        offer = self.offers.find(**arguments)
+        offer.begin(self._cut, lambda: self.settled.append(offer.outcome))
+        return offer
 
     async def _cut(self):
         self.num_cuts += 1
@@ -54,6 +71,7 @@ async def a_book():
         offers = Offers(a_cache(8), "source", asyncio.get_running_loop().time, tasks)
         yield Book(offers)
         await offers.close()
+        assert len(offers) == 0
 
 
 def reason_of(error):
@@ -67,10 +85,12 @@ def test_every_state_says_what_may_follow(state):
 
 
 async def test_the_first_to_settle_decides():
-    offer = an_offer()
+    outcomes = []
+    offer = an_offer(outcomes.append)
     assert offer.settle(Outcome.EXPIRED)
     assert not offer.settle(Outcome.PULLED)
-    assert offer.end() is Outcome.EXPIRED
+    offer.end()
+    assert outcomes == [Outcome.EXPIRED]
 
 
 async def test_an_offer_ends_once():
@@ -165,6 +185,45 @@ async def test_a_send_that_outlives_a_withdrawal_is_cut_at_the_end_of_the_hold()
         assert await book.ended() == [Outcome.WITHDRAWN]
 
 
+async def test_the_hold_begins_when_all_kv_is_computed():
+    async with a_book() as book:
+        progress = KvProgress(100)
+        book.add(hold_s=0.02, progress=progress)
+        await asyncio.sleep(0.06)
+        offer = book.begin()
+        assert offer.deadline_s is None
+        progress.complete()
+        assert await book.ended() == [Outcome.EXPIRED]
+        assert book.settled == [Outcome.EXPIRED]
+
+
+async def test_an_offer_that_ends_while_its_kv_is_computed_lets_go_of_who_waits_for_it():
+    async with a_book() as book:
+        progress = KvProgress(100)
+        book.add(progress=progress)
+        waiting = asyncio.create_task(progress.chunk(0))
+        book.offers.withdraw("k")
+        assert await book.ended() == [Outcome.WITHDRAWN]
+        assert await waiting is None
+
+
+async def test_the_progress_must_be_that_of_the_prompt():
+    async with a_book() as book:
+        with pytest.raises(ValueError, match="99 tokens"):
+            book.add(progress=KvProgress(99))
+
+
+async def test_refusals_are_counted_by_reason():
+    async with a_book() as book:
+        book.add()
+        for secret in (bytes(16), b""):
+            with pytest.raises(PullRefused):
+                book.begin(secret=secret)
+        with pytest.raises(PullRefused):
+            book.begin(key="other")
+        assert book.offers.refusals == {Refusal.WRONG_SECRET: 2, Refusal.UNKNOWN_KEY: 1}
+
+
 async def test_closing_waits_for_every_end():
     async with a_book() as book:
         book.add()
@@ -179,13 +238,29 @@ async def test_an_ended_offer_keeps_nothing_alive_but_its_answer():
         def ended(self, outcome):
             pass
 
+        def settled(self):
+            pass
+
         async def cut(self):
             pass
 
     async with a_book() as book:
         hold = Hold()
-        book.offers.add("k", "k", (1,), num_tokens=5, secret=SECRET, puller="puller", hold_s=60.0, on_end=hold.ended)
-        book.begin(want=(0,), cut=hold.cut).settle(Outcome.PULLED)
+        book.offers.add(
+            "k",
+            "k",
+            (1,),
+            num_tokens=5,
+            secret=SECRET,
+            puller="puller",
+            hold_s=60.0,
+            on_end=hold.ended,
+            progress=None,
+            max_loss=WireFormat.NATIVE,
+        )
+        offer = book.offers.find("k", SECRET, "puller", (0,))
+        offer.begin(hold.cut, hold.settled)
+        offer.settle(Outcome.PULLED)
         held = weakref.ref(hold)
         del hold
         async with asyncio.timeout(10):
