@@ -148,7 +148,8 @@ def cut_parts(
     for group in groups:
         page_bytes = packed_bytes(layout, fmt, 1, group.num_layers)
         if page_bytes <= fair_bytes:
-            ramped = fair_bytes == max_part_bytes and (end - start) * page_bytes >= MIN_RAMPED_BYTES
+            fast = len(groups) == 1 and fair_bytes == max_part_bytes
+            ramped = fast and (end - start) * page_bytes >= MIN_RAMPED_BYTES
             sizes = (_ramped if ramped else _equal)(end - start, fair_bytes // page_bytes)
             parts += [Part(first, last, group) for first, last in pairwise(accumulate(sizes, initial=start))]
         else:
