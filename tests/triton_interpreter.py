@@ -36,3 +36,27 @@ def use_interpreter_without_cuda() -> None:
         return interpreter.TensorHandle(data.view(np.float32), tl.float32)
 
     interpreter.InterpreterBuilder.create_dot = create_dot_of_floats
+
+    def reduce_slices(reduction, inputs):
+        # It calls a kernel's own combination for one element after the other.
+        inputs, axis = reduction.unravel(inputs, reduction.axis)
+        whole = [value.handle.data for value in inputs]
+        results = [data.take(0, axis) for data in whole]
+        for index in range(1, whole[0].shape[axis]):
+            left = [reduction.to_tensor(data, value.dtype) for data, value in zip(results, inputs, strict=True)]
+            right = [
+                reduction.to_tensor(data.take(index, axis), value.dtype)
+                for data, value in zip(whole, inputs, strict=True)
+            ]
+            combined = reduction.combine_fn.fn(*left, *right)
+            results = [value.handle.data for value in (combined if isinstance(combined, tuple) else (combined,))]
+        if reduction.keep_dims:
+            results = [np.expand_dims(data, axis) for data in results]
+        return [reduction.to_tensor(data, value.dtype) for data, value in zip(results, inputs, strict=True)]
+
+    generic_reduce = interpreter.ReduceOps.generic_reduce
+
+    def reduce_along_axis(reduction, inputs):
+        return (generic_reduce if reduction.axis is None else reduce_slices)(reduction, inputs)
+
+    interpreter.ReduceOps.generic_reduce = reduce_along_axis

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS
+from shared.kv.copy_kernels import TritonCopies
 from shared.kv.copy_reference import TorchCopies
 from shared.kv.paged_cache import PagedCache
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
@@ -29,7 +30,7 @@ class PageCopier:
         """At most `max_pages` pages are copied at once."""
         self._cache = cache
         self._max_pages = max_pages
-        self._copies: Copies = TorchCopies(cache)
+        self._copies: Copies = TritonCopies(cache, max_pages) if cache.device.type == "cuda" else TorchCopies(cache)
 
     def warm_up(self) -> None:
         """Compile every kernel; no page changes. Afterwards nothing is compiled or allocated."""

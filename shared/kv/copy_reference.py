@@ -130,16 +130,16 @@ def _ranged_codes(values: Tensor, dim: int, num_steps: int) -> tuple[Tensor, Ten
     zero = _rounded_down(low.clamp(-MAX_HALF, MAX_HALF))
     # 0, or NaN where a value is no finite number: the clamps would hide an infinity.
     poison = low * 0 + high * 0
-    scale = _rounded_up(((high - zero.float()) / num_steps).clamp(0, MAX_HALF) + poison)
-    codes = values.sub(zero.float()).mul_(_inverse(scale)).clamp_(0, num_steps).add_(0.5)
+    scale = _rounded_up(((high - zero.float()) * (1 / num_steps)).clamp(0, MAX_HALF) + poison)
+    codes = values.sub(zero.float()).mul_(_inverse(scale)).clamp_(0, num_steps).round_()
     return codes.to(torch.uint8), scale, zero
 
 
 def _centred_codes(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 from 1 to 255, of which 128 is 0, and the scale (float16) along `dim`."""
     largest = torch.maximum(-values.amin(dim, keepdim=True), values.amax(dim, keepdim=True))
-    scale = _rounded_up((largest / 127).clamp(0, MAX_HALF) + largest * 0)
-    codes = values.mul(_inverse(scale)).clamp_(-127, 127).add_(128.5)
+    scale = _rounded_up((largest * (1 / 127)).clamp(0, MAX_HALF) + largest * 0)
+    codes = values.mul(_inverse(scale)).clamp_(-127, 127).round_().add_(128)
     return codes.to(torch.uint8), scale
 
 
