@@ -17,7 +17,7 @@ from tests.tiny_checkpoints import TinyCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of Triton's interpreter
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_LAYERS = 3
 
 
@@ -83,17 +83,26 @@ def test_a_gpu_has_few_marks_and_one_behind_the_last_layer(monkeypatch, num_laye
 
 
 class Observed(LayerMarks):
-    """Copies, at each mark, what it says is there."""
+    """Copies, at each mark, what it says is there; on a GPU as soon as the mark is passed, on another stream."""
 
     def __init__(self, cache, pages):
         super().__init__(NUM_LAYERS)
-        self._layers_of = lambda num_layers: cache.pages[list(pages), :num_layers].clone()
+        self._layers_of = lambda num_layers: torch.stack([cache.pages[page, :num_layers] for page in pages])
+        self._stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
         self.seen = []
 
     def recorded(self, num_layers, point):
         super().recorded(num_layers, point)
-        num_done = self.num_done()
-        self.seen.append((num_done, self._layers_of(num_done)))
+        if self._stream is None:
+            assert self.num_done() == num_layers
+        else:
+            self._stream.wait_event(point)
+        with torch.cuda.stream(self._stream):
+            self.seen.append((num_layers, self._layers_of(num_layers)))
+
+    def end(self):
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def chunk(ids, start, end, pages):
@@ -124,14 +133,16 @@ def triton_runner(checkpoint):
 @pytest.mark.parametrize("make_runner", [torch_runner, triton_runner])
 def test_the_kv_of_layers_that_are_done_is_what_it_is_in_the_end(monkeypatch, tiny_checkpoints, make_runner):
     tiny = TinyCheckpoint(overrides=(("head_dim", 64), ("num_hidden_layers", NUM_LAYERS)))
-    use_reference_layers(monkeypatch)
-    runner = make_runner(load_checkpoint(tiny_checkpoints.get(tiny), "float32", CPU))
+    if DEVICE.type == "cpu":
+        use_reference_layers(monkeypatch)
+    runner = make_runner(load_checkpoint(tiny_checkpoints.get(tiny), "float32", DEVICE))
     ids, pages = token_ids(range(3, 103)), (5, 2)
     assert len(pages) == pages_for(len(ids))
     runner.cache.pages.fill_(-7)
     for start, end in ((0, 70), (70, 100)):
         marks = Observed(runner.cache, pages)
         runner.launch((chunk(ids, start, end, pages),), marks).wait()
+        marks.end()
         assert [num_done for num_done, _ in marks.seen] == [1, 2, 3]
         valid = [(page, slice(0, min(64, end - 64 * index))) for index, page in enumerate(pages) if end > 64 * index]
         for num_done, copied in marks.seen:
