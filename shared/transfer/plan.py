@@ -42,9 +42,9 @@ FAIR_PART_S = 0.05
 
 MIN_RAMPED_BYTES = 192 * 2**20
 END_SHARE = 0.2
-"""From so many bytes on, pages that go whole and in parts as large as may be begin and end with a part of this share of
-the others. Nothing is on the wire while the first part is packed and the last unpacked, and a copy in the GPU runs about
-five times as fast as NVLink. A message costs about as much as 20 MiB more: a short run gains nothing."""
+"""From so many bytes on, pages that go whole, in parts as large as may be, begin and end with a part of this share of
+the others: nothing is on the wire while the first part is packed and the last unpacked, and a copy inside a GPU is
+about five times as fast as NVLink. A message costs about as much as 20 MiB more: a short run would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ async def a_system(folder, backend, *, num_pages=64, num_decode=2):
     async with UcxContext() as context:
 
         def transfer(engine, incarnation):
-            staging = Staging(engine.cache, os.environ, message_bytes=4 * engine.model.layout.page_bytes)
+            staging = Staging(engine.cache, os.environ, arena_bytes=16 * engine.model.layout.page_bytes)
             return UcxTransfer(context, staging, incarnation=incarnation, clock=asyncio.get_running_loop().time)
 
         system = System(make_engine=engines.pop, make_transfer=transfer, facts=ModelFacts(MODEL, 1024, VOCAB_SIZE))
