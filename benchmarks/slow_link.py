@@ -1,0 +1,405 @@
+"""`python -m benchmarks.slow_link`: what a slow link between two hosts adds to the second token, as JSON.
+
+The whole stack with SmolLM2 on the CPU: Kafka, Redis, ingest and the edge on this machine, the prefill and the decode
+worker in two hosts (`infra.two_hosts`) whose link alone carries KV. Prompts come one after the other, all different.
+
+1. The link is unlimited: KV costs next to nothing, so the time to the second token is the bound, and the time to the
+   first one says how long a prefill takes.
+2. The link is limited so that native KV would take 1.5 times the prefill, and INT8 is allowed; then 3 times and INT4.
+   Native goes over each link as well, in turns with the other.
+3. The link is unlimited again: a machine that others use changes its speed, and the bound is the median of both.
+
+Each time both workers are started anew, as they measure the link when they meet. What crossed the link is counted by
+its device. Exit status 1 if a lossy form is over 1.25 times the bound, or was not used.
+"""
+
+import asyncio
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.handover import ROOT, TEXTS, cut_prompts, machine
+from infra.kafka.create_topics import create_topics
+from infra.local.composition import HOST, SERVICES, Composition, service_spec
+from infra.local.kafka import kafka_ready, kafka_spec
+from infra.local.model import smollm2_folder
+from infra.local.ports import PortPicker
+from infra.local.probes import http_ready, redis_ready
+from infra.local.process import ProcessSpec, running
+from infra.local.redis import redis_spec
+from infra.two_hosts import LINK_DEVICE, UCX_ENV, Host, TwoHosts, two_hosts, why_unavailable
+from shared.blocks import PAGE_TOKENS
+from shared.kv.layout import KvLayout
+from shared.text.tokeniser import Tokeniser
+
+MAX_RATIO = 1.25
+"""Of the bound: "within 25%"."""
+
+FRAME_BYTES, FRAME_PAYLOAD_BYTES = 1514, 1448
+"""Of a full TCP segment on Ethernet; the link's limit counts the first."""
+
+NATIVE = "native"
+TENANTS = (NATIVE, "int8", "int4")
+"""The edge's tenants are named after the most lossy form that ingest allows them."""
+
+TENANT_HEADER = "x-baton-tenant"
+NEW_TOKENS = 4
+NUM_PAGES = 512
+REQUEST_TIMEOUT_S = 120.0
+SERVICE = {service.name: service for service in SERVICES}
+KV_METRICS = ("baton_kv_", "baton_local_prefills")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        prompt_tokens: length of each prompt.
+        requests: measured ones of each kind; one more of each goes before them.
+        factors: native KV's time on the link over the prefill's, by the lossy form that is allowed there.
+    """
+
+    model: Path
+    dtype: str
+    prompt_tokens: int
+    requests: int
+    factors: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request took.
+
+    Attributes:
+        first_s, second_s: from its sending to its first and second token.
+        wire_bytes: what the prefill worker's host put on the link meanwhile, headers included.
+    """
+
+    first_s: float
+    second_s: float
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one pair of workers did over one link.
+
+    Attributes:
+        answers: by tenant, the first of each being the one that warms up.
+        metrics: the decode worker's, about KV.
+    """
+
+    bits_per_s: float
+    answers: Mapping[str, Sequence[Answer]]
+    metrics: Mapping[str, float]
+
+    def measured(self, tenant: str) -> list[Answer]:
+        return list(self.answers[tenant][1:])
+
+
+def kv_bytes(config: Mapping[str, Any], dtype: str, num_tokens: int) -> int:
+    """Native bytes of the pages of a prompt, by the model's config.json."""
+    heads = config["num_attention_heads"]
+    layout = KvLayout(
+        model_fingerprint="",
+        num_layers=config["num_hidden_layers"],
+        num_kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        dtype=dtype,
+    )
+    return math.ceil(num_tokens / PAGE_TOKENS) * layout.page_bytes
+
+
+def link_rate(num_bytes: int, seconds: float) -> float:
+    """Bits per second of a link on which a TCP stream of so many bytes takes so long."""
+    return num_bytes * 8 / seconds * FRAME_BYTES / FRAME_PAYLOAD_BYTES
+
+
+def times_of(answers: Sequence[Answer], native_bytes: int) -> dict[str, Any]:
+    """What a report says of requests of one kind."""
+    return {
+        "first_token_s": round(statistics.median(answer.first_s for answer in answers), 3),
+        "second_token_s": round(statistics.median(answer.second_s for answer in answers), 3),
+        "second_token_each_s": [round(answer.second_s, 3) for answer in answers],
+        "wire_bytes": round(statistics.median(answer.wire_bytes for answer in answers)),
+        "wire_share_of_native": round(statistics.median(answer.wire_bytes for answer in answers) / native_bytes, 3),
+    }
+
+
+def problems(cases: Sequence[Mapping[str, Any]], bound_s: float) -> list[str]:
+    """What does not hold, in words."""
+    found: list[str] = []
+    for case in cases:
+        lossy = case["max_loss"]
+        times = case[lossy]
+        if times["wire_bytes"] > 0.8 * case[NATIVE]["wire_bytes"]:
+            found.append(f"{lossy} was allowed at {case['factor']} times the prefill and not used")
+        if times["second_token_s"] > MAX_RATIO * bound_s:
+            found.append(f"{lossy}: second token after {times['second_token_s']} s, the bound is {bound_s} s")
+    return found
+
+
+def listening_on(spec: ProcessSpec, address: str, is_ready: Any, *words: str, **env: str) -> ProcessSpec:
+    """The same process, told to listen elsewhere by further words of its command or by its environment."""
+    return replace(spec, command=(*spec.command, *words), address=address, is_ready=is_ready, env={**spec.env, **env})
+
+
+def kafka_on(data_dir: Path, ports: PortPicker, host: str) -> ProcessSpec:
+    """Kafka, for clients on other hosts."""
+    port, controller_port = ports.pick(), ports.pick()
+    listener = f"PLAINTEXT://{host}:{port}"
+    return listening_on(
+        kafka_spec(data_dir, port, controller_port),
+        f"{host}:{port}",
+        partial(kafka_ready, host, port),
+        *("--override", f"listeners={listener},CONTROLLER://{HOST}:{controller_port}"),
+        *("--override", f"advertised.listeners={listener}"),
+    )
+
+
+def redis_on(data_dir: Path, ports: PortPicker, host: str) -> ProcessSpec:
+    """Redis, for clients on other hosts; without a password, which is why it listens on `host` alone."""
+    port = ports.pick()
+    return listening_on(
+        redis_spec(data_dir, port),
+        f"redis://{host}:{port}/0",
+        partial(redis_ready, host, port),
+        *("--bind", host, "--protected-mode", "no"),
+    )
+
+
+def worker_in(host: Host, spec: ProcessSpec, http_port: int) -> ProcessSpec:
+    """A worker inside `host`, whose KV takes the link and all else the way past it."""
+    inside = replace(spec, command=host.command(*spec.command))
+    return listening_on(
+        inside,
+        f"http://{host.way_address}:{http_port}",
+        partial(http_ready, host.way_address, http_port),
+        BATON_HTTP_HOST=host.way_address,
+        BATON_TRANSFER_HOST=host.address,
+        BATON_TRANSFER_NET_DEVICES=LINK_DEVICE,
+        **UCX_ENV,
+    )
+
+
+class Serving:
+    """The stack, whose workers come and go."""
+
+    def __init__(self, plan: Plan, hosts: TwoHosts, run_dir: Path, http: httpx.AsyncClient, rng: random.Random) -> None:
+        self.hosts = hosts
+        self.edge = ""
+        self.decode = ""
+        self._plan = plan
+        self._logs = run_dir / "logs"
+        self._data = run_dir / "data"
+        self._http = http
+        self._ports = PortPicker(rng)
+        self._kafka = self._redis = ""
+        self._composition = Composition(
+            counts={},
+            model=str(plan.model),
+            dtype=plan.dtype,
+            num_pages=NUM_PAGES,
+            env={
+                "BATON_TENANT_MAX_WIRE_LOSS": json.dumps({name: name for name in TENANTS}),
+                "BATON_DRAIN_S": "0.3",
+                # Native KV over the slowest link takes longer than a request should.
+                "BATON_PULL_TIMEOUT_S": str(REQUEST_TIMEOUT_S),
+                "BATON_HOLD_S": str(REQUEST_TIMEOUT_S),
+            },
+        )
+
+    @asynccontextmanager
+    async def standing(self) -> AsyncIterator[None]:
+        """All but the workers."""
+        async with AsyncExitStack() as stack:
+            kafka = kafka_on(self._data / "kafka", self._ports, self.hosts.machine)
+            redis = redis_on(self._data / "redis", self._ports, self.hosts.machine)
+            for spec in (kafka, redis):
+                await stack.enter_async_context(self._running(spec))
+            self._kafka, self._redis = kafka.address, redis.address
+            await create_topics(kafka.address)
+            ingest, edge = (self._spec(name)[0] for name in ("ingest", "edge"))
+            for spec in (ingest, edge):
+                await stack.enter_async_context(self._running(spec))
+            self.edge = edge.address
+            yield
+
+    @asynccontextmanager
+    async def workers(self) -> AsyncIterator[None]:
+        """One of each kind, prefill in host A."""
+        prefill, decode = (
+            worker_in(host, *self._spec(name)) for name, host in (("prefill", self.hosts.a), ("decode", self.hosts.b))
+        )
+        async with self._running(prefill), self._running(decode):
+            self.decode = decode.address
+            yield
+
+    async def ask(self, prompt: Sequence[int], tenant: str) -> Answer:
+        """One greedy answer, streamed. Raises RuntimeError where it has no second token."""
+        body = {"model": self._plan.model.name, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
+        body |= {"ignore_eos": True, "logprobs": 0, "stream": True}
+        sent = self.hosts.link.sent_bytes(self.hosts.a)
+        began_s = time.monotonic()
+        came_s: list[float] = []
+        url, headers = f"{self.edge}/v1/completions", {TENANT_HEADER: tenant}
+        async with self._http.stream("POST", url, json=body, headers=headers) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                came_s += [time.monotonic() - began_s] * num_tokens(line)
+        if len(came_s) != NEW_TOKENS:
+            raise RuntimeError(f"an answer had {len(came_s)} tokens, not {NEW_TOKENS}")
+        return Answer(came_s[0], came_s[1], self.hosts.link.sent_bytes(self.hosts.a) - sent)
+
+    async def kv_metrics(self) -> dict[str, float]:
+        """What the decode worker says of its pulls, by name and labels."""
+        answer = await self._http.get(f"{self.decode}/metrics")
+        answer.raise_for_status()
+        return {
+            " ".join((sample.name, *(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name"))): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+            if sample.name.startswith(KV_METRICS) and not sample.name.endswith(("_bucket", "_created"))
+        }
+
+    def _spec(self, service: str) -> tuple[ProcessSpec, int]:
+        port = self._ports.pick()
+        spec = service_spec(
+            SERVICE[service], 0, self._composition, kafka_address=self._kafka, redis_url=self._redis, http_port=port
+        )
+        return spec, port
+
+    def _running(self, spec: ProcessSpec) -> Any:
+        return running(spec, self._logs / f"{spec.name}.log")
+
+
+def num_tokens(line: str) -> int:
+    """Tokens in one line of an event stream of a completion with logprobs."""
+    name, _, data = line.partition(": ")
+    if name != "data" or data == "[DONE]":
+        return 0
+    return sum(len(choice["logprobs"]["tokens"]) for choice in json.loads(data)["choices"] if choice.get("logprobs"))
+
+
+async def measure(plan: Plan, run_dir: Path, rng: random.Random) -> dict[str, Any]:
+    """All links, as one report."""
+    native_bytes = kv_bytes(json.loads((plan.model / "config.json").read_text()), plan.dtype, plan.prompt_tokens)
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as http:
+        with two_hosts(rng) as hosts:
+            serving = Serving(plan, hosts, run_dir, http, rng)
+            prompts = iter(prompts_of(plan))
+            async with serving.standing():
+                before = await over_link(serving, plan, prompts, math.inf, [NATIVE])
+                prefill_s = statistics.median(answer.first_s for answer in before.measured(NATIVE))
+                limited = {
+                    lossy: await over_link(
+                        serving, plan, prompts, link_rate(native_bytes, factor * prefill_s), [NATIVE, lossy]
+                    )
+                    for lossy, factor in plan.factors.items()
+                }
+                after = await over_link(serving, plan, prompts, math.inf, [NATIVE])
+    bound = times_of(before.measured(NATIVE) + after.measured(NATIVE), native_bytes)
+    bound_s = bound["second_token_s"]
+    cases = [
+        {
+            "factor": plan.factors[lossy],
+            "max_loss": lossy,
+            "link_mbit_per_s": round(run.bits_per_s / 1e6, 1),
+            **{tenant: compared(run, tenant, native_bytes, bound_s) for tenant in (NATIVE, lossy)},
+            "decode_metrics": run.metrics,
+        }
+        for lossy, run in limited.items()
+    ]
+    return {
+        "problems": problems(cases, bound_s),
+        "prompt_tokens": plan.prompt_tokens,
+        "requests": plan.requests,
+        "dtype": plan.dtype,
+        "prefill_s": round(prefill_s, 3),
+        "native_kv_bytes": native_bytes,
+        "bound": bound,
+        "cases": cases,
+        "machine": machine("cpu"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def prompts_of(plan: Plan) -> list[list[int]]:
+    """As many as all links need, no two of which begin alike."""
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXTS)
+    number = (1 + plan.requests) * (2 + 2 * len(plan.factors))
+    return cut_prompts(list(Tokeniser.load(plan.model).encode(text)), [plan.prompt_tokens] * number)
+
+
+async def over_link(
+    serving: Serving, plan: Plan, prompts: Iterator[list[int]], bits_per_s: float, tenants: Sequence[str]
+) -> Run:
+    """New workers, then requests of all tenants in turns."""
+    _say(f"a link of {bits_per_s / 1e6:.1f} Mb/s")
+    serving.hosts.link.limit(bits_per_s)
+    answers: dict[str, list[Answer]] = {tenant: [] for tenant in tenants}
+    async with serving.workers():
+        for _ in range(1 + plan.requests):
+            for tenant in tenants:
+                answers[tenant].append(await serving.ask(next(prompts), tenant))
+                _say(f"  {tenant}: {answers[tenant][-1]}")
+        return Run(bits_per_s, answers, await serving.kv_metrics())
+
+
+def compared(run: Run, tenant: str, native_bytes: int, bound_s: float) -> dict[str, Any]:
+    """Times of one tenant beside the bound; the first request brings what happens once."""
+    times = times_of(run.measured(tenant), native_bytes)
+    return {
+        "ratio_to_bound": round(times["second_token_s"] / bound_s, 3),
+        **times,
+        "first_request_second_token_s": round(run.answers[tenant][0].second_s, 3),
+    }
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def main(
+    *,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 1536,
+    requests: Annotated[int, typer.Option(help="Measured requests of each kind.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV: bfloat16 or float32.")] = "bfloat16",
+    out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
+) -> None:
+    """Measure second tokens over links on which native KV takes 1.5 and 3 times the prefill."""
+    if reason := why_unavailable():
+        _say(reason)
+        sys.exit(2)
+    plan = Plan(
+        model=smollm2_folder(),
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        requests=requests,
+        factors={"int8": 1.5, "int4": 3.0},
+    )
+    with tempfile.TemporaryDirectory() as run_dir:
+        report = json.dumps(asyncio.run(measure(plan, Path(run_dir), random.Random())), indent=1)
+    sys.stdout.write(report + "\n")
+    if out:
+        Path(out).write_text(report + "\n")
+    sys.exit(1 if json.loads(report)["problems"] else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
