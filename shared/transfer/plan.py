@@ -17,7 +17,6 @@ ask for each chunk's groups by itself.
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import ceil
 
 from shared.kv.layout import KvLayout
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
@@ -41,10 +40,11 @@ FAIR_PART_S = 0.05
 """How long a part may keep the link from other pulls. Parts that fit their arena stay below it on a fast link."""
 
 MIN_RAMPED_BYTES = 192 * 2**20
-END_SHARE = 0.2
-"""From so many bytes on, pages that go whole, in parts as large as may be, begin and end with a part of this share of
-the others: nothing is on the wire while the first part is packed and the last unpacked, and a copy inside a GPU is
-about five times as fast as NVLink. A message costs about as much as 20 MiB more: a short run would gain nothing."""
+RAMP = (5, 5, 1)
+"""From so many bytes on, pages that go whole, in parts as large as may be, are shared out like this: to the first part,
+to each in between, and to the last. Nothing is on the wire while the last part is unpacked, so that one is small: a
+copy inside a GPU is about five times as fast as NVLink. The first is packed while the two ends agree on it. A message
+costs about as much as 20 MiB more: a short run would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +198,12 @@ def _equal(count: int, at_most: int) -> list[int]:
 
 
 def _ramped(count: int, at_most: int) -> list[int]:
-    """As `_equal`, with a first and a last share of about `END_SHARE` of the others."""
-    number = max(1, ceil(count / at_most - 2 * END_SHARE))
-    at_end = ceil(count * END_SHARE / (number + 2 * END_SHARE))
-    if count <= 2 * at_end:
-        return _equal(count, at_most)
-    return [at_end, *_equal(count - 2 * at_end, at_most), at_end]
+    """As `_equal`, but in the proportions of `RAMP`."""
+    first, middle, last = RAMP
+    total = -(-count * middle // at_most)
+    shares = [first, *([middle] * max(0, -(-(total - first - last) // middle))), last]
+    ends = [count * end // sum(shares) for end in accumulate(shares, initial=0)]
+    return [end - start for start, end in pairwise(ends) if end > start]
 
 
 @dataclass(frozen=True, slots=True)

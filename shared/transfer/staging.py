@@ -20,9 +20,8 @@ ARENA_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 """Default size of an arena, by the kind of device. Between GPUs a message costs about as much time as 20 MiB more of
 it, so that parts should be large; on the CPU the link, not the message, is what takes long."""
 
-LARGEST_PART_SHARE = 3 / 8
-"""Of an arena: two of the largest parts, one copied while the other is on the wire, with room for smaller ones at the
-beginning and the end of a pull."""
+LARGEST_PART_SHARE = 7 / 16
+"""Of an arena: two of the largest parts, one copied while the other is on the wire, and a small one."""
 
 ALIGNMENT = 512
 """Bytes, of what an arena lends."""
