@@ -209,7 +209,11 @@ class Staging:
         """`PageCopier.unpack` beside the event loop; afterwards every stream sees the pages."""
         await to_completion(self._copied(self._copier.unpack, source, pages, layers, fmt))
 
-    async def _copied(self, copy: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    async def clear(self, space: torch.Tensor) -> None:
+        """Fill leased memory with zeros, beside the event loop."""
+        await to_completion(self._copied(space.zero_))
+
+    async def _copied(self, copy: Callable[..., object], *arguments: Any, **named: Any) -> None:
         """UCX and the engine know nothing of our stream, so the copy has ended when this returns."""
         if self._stream is None:
             await asyncio.to_thread(copy, *arguments, **named)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shared.blocks import PAGE_TOKENS
 from shared.errors import StartupError
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
+from shared.transfer.plan import RAMP
 from shared.transfer.staging import (
     ALIGNMENT,
     ARENA_BYTES,
@@ -205,11 +206,21 @@ async def test_warming_up_changes_no_page_and_keeps_no_memory():
     assert staging.outgoing.num_free_bytes == staging.incoming.num_free_bytes == 4096
 
 
-async def test_two_of_the_largest_parts_fit_an_arena():
+async def test_leased_memory_is_cleared_and_no_other():
+    staging = Staging(a_cache(2), {}, arena_bytes=8 * ALIGNMENT)
+    async with staging.outgoing.lease(ALIGNMENT) as before, staging.outgoing.lease(10) as space:
+        before.fill_(1)
+        space.fill_(2)
+        await staging.clear(space)
+        assert not space.any()
+        assert before.all()
+
+
+async def test_two_of_the_largest_parts_and_a_small_one_fit_an_arena():
     staging = Staging(a_cache(2), {}, arena_bytes=64 * ALIGNMENT)
     async with asyncio.timeout(5), AsyncExitStack() as leases:
-        for _ in range(2):
-            await leases.enter_async_context(staging.outgoing.lease(staging.max_part_bytes))
+        for share in (1, 1, RAMP[-1] / RAMP[1]):
+            await leases.enter_async_context(staging.outgoing.lease(int(share * staging.max_part_bytes)))
 
 
 async def test_a_cancelled_wait_still_sees_the_work_to_its_end():
