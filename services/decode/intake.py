@@ -1,68 +1,100 @@
-"""How a request enters a decode worker: wait for pages, pull the KV into them, join the running batch."""
+"""How a request enters a decode worker: wait for pages, pull the KV into them, wait for the first token, run.
+
+    ticket ──> room ──> reserved ──> pulled ───────┐
+                            └──> pull failed: freed ├── first token ──> runs, or is prefilled here
+                                                    ┘
+The pull goes on while prefill still computes, so the first token may come in any of these states.
+"""
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from shared.blocks import token_ids
 from shared.engine.port import EngineRequest, Reservation
 from shared.errors import KvTransferFailed
 from shared.request import Event, PlacementId, Stamps
-from shared.wire.to_worker import DecodeWork
+from shared.transfer.port import Pulled
+from shared.wire.to_worker import DecodeWork, FirstToken
+from shared.wire.wire_format import WireFormat
 from shared.worker.role import WorkerContext
 
 
-@dataclass(slots=True)
 class Arrival:
-    """One placement that has a ticket and does not run yet."""
+    """One placement that has a ticket and does not run yet.
 
-    work: DecodeWork
-    stamps: Stamps
-    stopped: bool = False
-    pulling: bool = False
+    Attributes:
+        stamps: passed and not published yet.
+        first_token: the token that prefill made.
+        wire_format: in which its KV came; NATIVE as long as none came.
+    """
+
+    def __init__(self, work: DecodeWork) -> None:
+        self.work = work
+        self.stamps: Stamps = {}
+        self.first_token: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.wire_format = WireFormat.NATIVE
+        self.pull_limit: asyncio.Timeout | None = None
+        self.task: asyncio.Task[None] | None = None
 
     @property
     def key(self) -> PlacementId:
         return self.work.assignment.placement
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Whom an arrival is handed to. Each is called at most once, and one of them alone.
+
+    Attributes:
+        arrived: the engine runs the request, or will once it has prefilled it.
+        refused: the engine can never run it, for this reason.
+        given_up: its deadline passed before its first token came.
+    """
+
+    arrived: Callable[[Arrival], None]
+    refused: Callable[[Arrival, str], None]
+    given_up: Callable[[Arrival], None]
+
+
 class Intake:
     """Takes tickets in order: the first one waits for pages, those that have them pull at the same time.
 
     Args:
-        pull_timeout_s: a pull that takes longer has failed.
-        arrived: called when the engine runs the request, or will once it has prefilled it.
-        refused: called with the reason if the engine can never run it.
+        pull_timeout_s: a pull that is not done so long after the first token has come has failed.
     """
 
-    def __init__(
-        self,
-        context: WorkerContext,
-        *,
-        pull_timeout_s: float,
-        arrived: Callable[[Arrival], None],
-        refused: Callable[[Arrival, str], None],
-    ) -> None:
+    def __init__(self, context: WorkerContext, ends: Ends, *, pull_timeout_s: float) -> None:
         self._context = context
+        self._ends = ends
         self._pull_timeout_s = pull_timeout_s
-        self._arrived = arrived
-        self._refused = refused
-        self._waiting: asyncio.Queue[Arrival] = asyncio.Queue()
+        self._turn = asyncio.Lock()
         self._room_changed = asyncio.Event()
         self._arrivals: dict[PlacementId, Arrival] = {}
-        context.tasks.create_task(self._reserve_for_ever())
+        self._loop = asyncio.get_running_loop()
 
     def take(self, work: DecodeWork) -> None:
-        arrival = Arrival(work, stamps={})
-        self._arrivals[arrival.key] = arrival
-        self._waiting.put_nowait(arrival)
+        arrival = self._arrivals[work.assignment.placement] = Arrival(work)
+        arrival.task = self._context.tasks.create_task(self._bring_in(arrival))
+
+    def take_token(self, message: FirstToken) -> bool:
+        """The token behind an arrival's ids; False if none waits for it."""
+        arrival = self._arrivals.get(message.placement)
+        if arrival is None or arrival.first_token.done():
+            return False
+        arrival.stamps[Event.TRANSFERRING] = self._context.clock_s()
+        arrival.first_token.set_result(message.token_id)
+        if arrival.pull_limit is not None:
+            arrival.pull_limit.reschedule(self._loop.time() + self._pull_timeout_s)
+        return True
 
     def stop(self, placement: PlacementId) -> bool:
         """Forget an arrival; False if there is none. Pages that a pull writes to are freed when it has ended."""
-        arrival = self._arrivals.get(placement)
+        arrival = self._arrivals.pop(placement, None)
         if arrival is None:
             return False
-        arrival.stopped = True
-        self._room_changed.set()
+        assert arrival.task is not None
+        arrival.task.cancel()
         return True
 
     def room_changed(self) -> None:
@@ -70,77 +102,107 @@ class Intake:
         self._room_changed.set()
 
     def arrivals(self) -> list[DecodeWork]:
-        return [arrival.work for arrival in self._arrivals.values() if not arrival.stopped]
+        return [arrival.work for arrival in self._arrivals.values()]
 
-    async def _reserve_for_ever(self) -> None:
-        while True:
-            arrival = await self._waiting.get()
-            try:
-                reservation = await self._reserve_when_room(arrival)
-            except ValueError as error:
-                self._arrivals.pop(arrival.key)
-                self._refused(arrival, str(error))
-                continue
-            if reservation is None:
-                self._arrivals.pop(arrival.key)
-            else:
-                self._context.tasks.create_task(self._pull(arrival, reservation))
-
-    async def _reserve_when_room(self, arrival: Arrival) -> Reservation | None:
-        """Pages for the arrival, or None if it is stopped before there are any."""
-        request = engine_request(arrival.work)
-        while not arrival.stopped:
-            self._room_changed.clear()
-            reservation = await self._context.engine.call(lambda engine: engine.reserve(request))
-            if reservation is not None:
-                return reservation
-            await self._room_changed.wait()
-        return None
-
-    async def _pull(self, arrival: Arrival, reservation: Reservation) -> None:
-        """Fill the reserved pages; where that fails, let the engine compute them here."""
-        context, key = self._context, arrival.key
-        started_s = context.clock_s()
-        arrival.stamps[Event.TRANSFERRING] = started_s
-        first, last = reservation.num_cached_pages, len(reservation.pages)
+    async def _bring_in(self, arrival: Arrival) -> None:
+        """The whole way of one arrival; `stop` cancels it wherever it is."""
+        runs = False
         try:
-            if not arrival.stopped:
-                await context.transfer.pull(
-                    arrival.work.ticket,
+            reservation = await self._reserve(arrival)
+            pulled = await self._pull(arrival, reservation)
+            if pulled is None:
+                self._free(arrival.key)
+            token_id = await self._first_token(arrival)
+            del self._arrivals[arrival.key]
+            if token_id is None:
+                self._ends.given_up(arrival)
+                return
+            runs = True
+            self._run(arrival, token_id, pulled)
+            self._ends.arrived(arrival)
+        except _Refused as refusal:
+            del self._arrivals[arrival.key]
+            self._ends.refused(arrival, str(refusal))
+        finally:
+            if not runs:
+                self._free(arrival.key)
+
+    async def _reserve(self, arrival: Arrival) -> Reservation:
+        """Pages for the ids, when it is the arrival's turn and there are enough. Raises _Refused."""
+        request = engine_request(arrival.work)
+        async with self._turn:
+            while True:
+                self._room_changed.clear()
+                try:
+                    reservation = await self._context.engine.call(lambda engine: engine.reserve(request))
+                except ValueError as error:
+                    raise _Refused(str(error)) from error
+                if reservation is not None:
+                    return reservation
+                await self._room_changed.wait()
+
+    async def _pull(self, arrival: Arrival, reservation: Reservation) -> Pulled | None:
+        """Fill the reserved pages; None if that failed.
+
+        While prefill computes there is no limit but the request's deadline; the first token begins another.
+        """
+        context, work = self._context, arrival.work
+        started_s = context.clock_s()
+        first, last = reservation.num_cached_pages, len(reservation.pages)
+        arrival.pull_limit = asyncio.timeout(self._pull_timeout_s if arrival.first_token.done() else None)
+        try:
+            async with arrival.pull_limit:
+                pulled = await context.transfer.pull(
+                    work.ticket,
                     want=range(first, last),
                     into=reservation.pages[first:last],
-                    timeout_s=self._pull_timeout_s,
+                    timeout_s=max(0.0, work.assignment.deadline_s - started_s),
                 )
-        except KvTransferFailed as error:
-            context.log.warning("KV not pulled, prefilling here", placement=key, reason=str(error))
-            self._prefill_here(arrival)
-            return
+        except (KvTransferFailed, TimeoutError) as error:
+            reason = str(error) or f"not done {self._pull_timeout_s} s after the first token"
+            context.log.warning("KV not pulled, to be computed here", placement=arrival.key, reason=reason)
+            return None
         finally:
-            self._arrivals.pop(key)
-        if arrival.stopped:
-            self._give_up(key)
-            return
-        context.metrics.transfer_seconds.observe(context.clock_s() - started_s)
-        context.metrics.transfer_bytes.inc((last - first) * context.page_bytes)
-        context.engine.call(lambda engine: engine.imported(key))
-        self._arrived(arrival)
+            arrival.pull_limit = None
+        arrival.wire_format = pulled.format
+        context.metrics.observe_pull(
+            pulled.format,
+            seconds=context.clock_s() - started_s,
+            kv_bytes=(last - first) * context.page_bytes,
+            wire_bytes=pulled.wire_bytes,
+        )
+        return pulled
 
-    def _prefill_here(self, arrival: Arrival) -> None:
-        self._give_up(arrival.key)
-        if arrival.stopped:
-            return
-        self._context.metrics.local_prefills.inc()
-        self._context.engine.call(lambda engine: engine.add(engine_request(arrival.work)))
-        self._arrived(arrival)
+    async def _first_token(self, arrival: Arrival) -> int | None:
+        """None: the request's deadline passed first. (A stop should have come then; its owner may be gone.)"""
+        deadline_s = arrival.work.assignment.deadline_s
+        while not arrival.first_token.done() and (left_s := deadline_s - self._context.clock_s()) > 0:
+            await asyncio.wait({arrival.first_token}, timeout=left_s)
+        return arrival.first_token.result() if arrival.first_token.done() else None
 
-    def _give_up(self, key: PlacementId) -> None:
-        """Free what was reserved: room for whoever waits."""
+    def _run(self, arrival: Arrival, token_id: int, pulled: Pulled | None) -> None:
+        key = arrival.key
+        if pulled is None:
+            self._context.metrics.local_prefills.inc()
+            request = engine_request(arrival.work)
+            whole = replace(request, ids=request.ids + token_ids((token_id,)))
+            self._context.engine.call(lambda engine: engine.add(whole))
+        else:
+            exact = pulled.format is WireFormat.NATIVE
+            self._context.engine.call(lambda engine: engine.imported(key, token_id, exact=exact))
+
+    def _free(self, key: PlacementId) -> None:
+        """Give back what was reserved, if anything was: room for whoever waits."""
         freed = self._context.engine.call(lambda engine: engine.abort(key))
         freed.add_done_callback(lambda _: self._room_changed.set())
 
 
+class _Refused(Exception):
+    """The engine can never run it."""
+
+
 def engine_request(work: DecodeWork) -> EngineRequest:
-    """The choice as the engine knows it."""
+    """The choice as the engine knows it, up to the first token."""
     assignment = work.assignment
     return EngineRequest(
         key=assignment.placement,

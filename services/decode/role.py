@@ -1,14 +1,16 @@
-"""The decode role: take a ticket → intake → publish each step's tokens → free the pages at the end."""
+"""The decode role: take a ticket, then a token → intake → publish each step's tokens → free the pages at the end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.decode.intake import Arrival, Intake
+from services.decode.intake import Arrival, Ends, Intake
+from shared.blocks import token_ids
 from shared.engine.port import TokenOutput
 from shared.request import Event, PlacementId, Stamps
 from shared.text.stream import TextStream
 from shared.wire.to_stream_out import FrameEntry
-from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
+from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, PrefillWork, Stop, ToDecode, ToPrefill
+from shared.wire.wire_format import WireFormat
 from shared.worker.engine_thread import Step
 from shared.worker.entries import failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
@@ -21,11 +23,13 @@ class Decoding:
     Attributes:
         text: looks for stop strings, one step behind the engine; None if there are none to look for.
         stamps: passed and not published yet.
+        wire_format: in which the KV of its prompt came; NATIVE once that is published.
     """
 
     assignment: Assignment
     text: TextStream | None
     stamps: Stamps
+    wire_format: WireFormat
 
 
 class DecodeRole:
@@ -35,12 +39,16 @@ class DecodeRole:
         self._context = context
         self._decodings: dict[PlacementId, Decoding] = {}
         self._seen = Remembered()
-        self._intake = Intake(context, pull_timeout_s=pull_timeout_s, arrived=self._arrived, refused=self._refused)
+        ends = Ends(arrived=self._arrived, refused=self._refused, given_up=self._given_up)
+        self._intake = Intake(context, ends, pull_timeout_s=pull_timeout_s)
 
-    def take(self, message: PrefillWork | DecodeWork | Stop) -> None:
+    def take(self, message: ToPrefill | ToDecode) -> None:
         match message:
             case DecodeWork():
                 self._start(message)
+            case FirstToken():
+                if not self._intake.take_token(message):
+                    self._context.metrics.ignore("no such placement")
             case Stop():
                 self._stop(message.placement)
             case PrefillWork():
@@ -75,18 +83,24 @@ class DecodeRole:
             self._end(placement)
 
     def _arrived(self, arrival: Arrival) -> None:
-        assignment = arrival.work.assignment
+        work, assignment = arrival.work, arrival.work.assignment
         text = None
         if assignment.stop_strings:
             text = TextStream.of_choice(self._context.tokeniser, assignment.stop_strings, assignment.sampling)
-            text.push(arrival.work.ids[assignment.prompt_len :])
-        self._decodings[arrival.key] = Decoding(assignment, text, arrival.stamps)
+            text.push(work.ids[assignment.prompt_len :] + token_ids((arrival.first_token.result(),)))
+        self._decodings[arrival.key] = Decoding(assignment, text, arrival.stamps, arrival.wire_format)
 
     def _refused(self, arrival: Arrival, reason: str) -> None:
+        """The failure stands behind the first token, whose frame may still be on its way: the fold waits for it."""
         assignment = arrival.work.assignment
-        entry = failed_entry(assignment, len(arrival.work.ids) - assignment.prompt_len, reason)
+        index = len(arrival.work.ids) - assignment.prompt_len + 1
+        entry = failed_entry(assignment, index, reason)
         self._context.tasks.create_task(self._context.frames.send(entry, self._context.clock_s()))
         self._context.credits.give_back(assignment.placement, self._context.me)
+
+    def _given_up(self, arrival: Arrival) -> None:
+        self._context.log.warning("no first token before the deadline", placement=arrival.key)
+        self._context.credits.give_back(arrival.key, self._context.me)
 
     def _entry(self, token: TokenOutput, made_s: float) -> FrameEntry | None:
         """What to publish of a token; None if its request has ended (the engine was one step ahead)."""
@@ -96,8 +110,10 @@ class DecodeRole:
         if Event.TRANSFERRING in decoding.stamps:
             decoding.stamps[Event.DECODING] = made_s
         stop = decoding.text.push((token.token_id,)).stopped if decoding.text and token.token_id >= 0 else None
-        entry = token_entry(decoding.assignment, token, stop=stop, stamps=decoding.stamps)
-        decoding.stamps = {}
+        entry = token_entry(
+            decoding.assignment, token, stop=stop, stamps=decoding.stamps, wire_format=decoding.wire_format
+        )
+        decoding.stamps, decoding.wire_format = {}, WireFormat.NATIVE
         return entry if entry.finish is None else replace(entry, stamps=finished_stamps(entry.stamps, made_s))
 
     def _end(self, placement: PlacementId) -> None:

@@ -30,6 +30,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
             admission=Admission(Tokeniser.load(settings.model), ModelFacts.load(settings.model, settings.served_model)),
             incarnation=incarnation,
             default_deadline_s=settings.default_deadline_s,
+            wire_loss=settings.wire_loss,
             metrics=IngestMetrics(registry),
             log=logger,
             clock_s=unix_clock_s,

@@ -19,6 +19,7 @@ from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
+from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Waiting
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import ContextTooLong, RequestError, RequestFailed
@@ -54,6 +55,7 @@ class IngestService:
 
     Args:
         default_deadline_s: for jobs that name none.
+        wire_loss: how lossy whose KV may travel.
         clock_s: unix seconds.
     """
 
@@ -65,6 +67,7 @@ class IngestService:
         admission: Admission,
         incarnation: Incarnation,
         default_deadline_s: float,
+        wire_loss: WireLoss,
         metrics: IngestMetrics,
         log: Logger,
         clock_s: Callable[[], float],
@@ -75,6 +78,7 @@ class IngestService:
         self._admission = admission
         self._incarnation = incarnation
         self._default_deadline_s = default_deadline_s
+        self._wire_loss = wire_loss
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
@@ -101,7 +105,7 @@ class IngestService:
             producer = await stack.enter_async_context(self._bus.producer())
             jobs = await stack.enter_async_context(self._bus.reader(INGEST.name, group=GROUP))
             resumes = await stack.enter_async_context(self._bus.reader(INGEST_RESUME.name, group=GROUP))
-            self._story = StoryWriter(producer, self._state, self._clock_s, self._log)
+            self._story = StoryWriter(producer, self._state, self._wire_loss, self._clock_s, self._log)
             readers = {INGEST.name: jobs, INGEST_RESUME.name: resumes}
             partitions = self._partitions = Partitions(self._state, self._incarnation, readers, self._log)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())

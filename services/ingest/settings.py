@@ -1,9 +1,11 @@
 """Settings of ingest, from the environment."""
 
-from pydantic import Field
+from pydantic import Field, Json
 
+from services.ingest.wire_loss import WireLoss
 from shared.runtime.settings import ServiceSettings
 from shared.wire.topics import MAX_DEADLINE_S
+from shared.wire.wire_format import WireFormat
 
 
 class IngestProcessSettings(ServiceSettings):
@@ -11,6 +13,18 @@ class IngestProcessSettings(ServiceSettings):
 
     Attributes:
         default_deadline_s: for jobs that name none.
+        max_wire_loss: the most lossy form in which KV may travel, used only where it would come late as it is:
+            "native" (exact), "int8" or "int4".
+        tenant_max_wire_loss: the same for single tenants, whatever `max_wire_loss` says: JSON, {"tenant": "int8"}.
     """
 
     default_deadline_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
+    max_wire_loss: WireFormat = WireFormat.NATIVE
+    tenant_max_wire_loss: Json[dict[str, WireFormat]] = Field(
+        default_factory=dict[str, WireFormat],
+        validate_default=False,  # it is no JSON
+    )
+
+    @property
+    def wire_loss(self) -> WireLoss:
+        return WireLoss(self.max_wire_loss, self.tenant_max_wire_loss)

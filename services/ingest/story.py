@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from services.ingest.jobs import Job
+from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Waiting
 from shared.bus.port import Producer, record_bytes
 from shared.errors import RequestError
@@ -21,6 +22,7 @@ from shared.wire.to_ingest import Resume, body_hash
 from shared.wire.to_stream_out import Cut, ErrorBody, Open, View
 from shared.wire.to_worker import Assignment, PrefillWork
 from shared.wire.topics import DEAD_LETTER, MAX_RECORD_BYTES, PREFILL, STREAM_OUT
+from shared.wire.wire_format import WireFormat
 
 HINT_KEEP_S = 3600
 """A request can be found by its id for this long after its deadline."""
@@ -29,9 +31,12 @@ HINT_KEEP_S = 3600
 class StoryWriter:
     """Writes to workers' slots, to requests' partitions and to `dead-letter`."""
 
-    def __init__(self, producer: Producer, state: State, clock_s: Callable[[], float], log: Logger) -> None:
+    def __init__(
+        self, producer: Producer, state: State, wire_loss: WireLoss, clock_s: Callable[[], float], log: Logger
+    ) -> None:
         self._producer = producer
         self._state = state
+        self._wire_loss = wire_loss
         self._clock_s = clock_s
         self._log = log
 
@@ -39,7 +44,10 @@ class StoryWriter:
         """Work record, then `open`, each acknowledged: an `open` always stands for work that is on its way."""
         job = waiting.admitted.job
         placed_s = self._clock_s()
-        work = PrefillWork(assignment(waiting, placement), waiting.ids, placement.prefill, placement.decode)
+        max_wire_loss = self._wire_loss.allowed(job.tenant)
+        work = PrefillWork(
+            assignment(waiting, placement, max_wire_loss), waiting.ids, placement.prefill, placement.decode
+        )
         await self._producer.send(PREFILL.name, placement.prefill.slot, encode(work))
         await self._tell(
             job,
@@ -108,7 +116,7 @@ class StoryWriter:
         await self._producer.send(DEAD_LETTER.name, in_hand.position.partition, letter, key=key, headers=headers)
 
 
-def assignment(waiting: Waiting, placement: Placement) -> Assignment:
+def assignment(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> Assignment:
     """What both workers must know."""
     admitted, job = waiting.admitted, waiting.admitted.job
     return Assignment(
@@ -121,6 +129,7 @@ def assignment(waiting: Waiting, placement: Placement) -> Assignment:
         deadline_s=job.deadline_s,
         stop_strings=admitted.spec.stop,
         cache_salt=job.tenant,
+        max_wire_loss=max_wire_loss,
     )
 
 

@@ -27,6 +27,7 @@ from shared.wire.openai_answers import (
 from shared.wire.results import Result
 from shared.wire.to_stream_out import ErrorBody, View
 from shared.wire.topics import MAX_RECORD_BYTES
+from shared.wire.wire_format import WireFormat
 
 COMPLETED = "completed"
 CANCELLED_HTTP_STATUS = 499
@@ -91,12 +92,14 @@ def head_of(state: RequestState) -> AnswerHead:
 
 
 def usage_of(state: RequestState) -> Usage:
-    """Tokens so far. Cached are those that no choice had to compute."""
+    """Tokens so far. Cached are those that no choice had to compute; the wire format is that of the worst choice."""
+    formats = [choice.wire_format for choice in state.choices.values()]
     cached = [choice.num_cached_tokens for choice in state.choices.values() if choice.num_cached_tokens is not None]
     return Usage(
         prompt_tokens=_view(state).num_prompt_tokens,
         completion_tokens=sum(len(choice.ids) for choice in state.choices.values()),
         cached_tokens=min(cached, default=0),
+        wire_format=max(formats, key=lambda wire_format: wire_format.loss, default=WireFormat.NATIVE),
     )
 
 

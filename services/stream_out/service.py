@@ -391,6 +391,7 @@ class StreamOut:
                 "model": state.view.model,
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
+                "kv_wire_format": usage.wire_format,
                 "answer_tokens": usage.completion_tokens,
             }
         finishes = [choice.end.finish for _, choice in sorted(state.choices.items()) if choice.end is not None]

@@ -7,6 +7,7 @@ No label is a request id.
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from shared.errors import BodyTooLarge, ContextTooLong, InvalidRequest, ModelNotFound, RequestError, RequestFailed
+from shared.wire.wire_format import WireFormat
 
 LATENCY_BUCKETS_S = tuple(
     round(mantissa * 10.0**exponent, 6) for exponent in range(-4, 2) for mantissa in (1, 1.5, 2, 3, 5, 7)
@@ -18,7 +19,7 @@ TOKEN_BUCKETS = tuple(float(2**n) for n in range(18))
 # Labels that are counted from the start at 0: otherwise the first of a kind would not count as an increase.
 REFUSALS: tuple[type[RequestError], ...] = (InvalidRequest, ContextTooLong, ModelNotFound, BodyTooLarge, RequestFailed)
 HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
-IGNORED_REASONS = ("undecodable", "other incarnation")
+IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
 
 
 def process_registry() -> CollectorRegistry:
@@ -86,8 +87,27 @@ class WorkerMetrics:
         )
         self.step_seconds = histogram("baton_step_seconds", "Duration of one engine step", LATENCY_BUCKETS_S)
         self.step_tokens = histogram("baton_step_tokens", "Token rows of one engine step", TOKEN_BUCKETS)
-        self.transfer_seconds = histogram("baton_kv_pull_seconds", "From pull to usable pages", LATENCY_BUCKETS_S)
-        self.transfer_bytes = counter("baton_kv_pull_bytes", "KV bytes pulled from peers")
+        self.transfer_seconds = histogram(
+            "baton_kv_pull_seconds",
+            "From pull to usable pages, with what the prefill worker had still to compute",
+            LATENCY_BUCKETS_S,
+        )
+        self.transfer_bytes = counter("baton_kv_pull_bytes", "KV bytes pulled from peers, as they lie in pages")
+        self.transfers = Counter(
+            "baton_kv_transfers_total",
+            "Prompts whose KV was pulled, by the most lossy form in which any page came",
+            ["model_name", "format"],
+            registry=registry,
+        )
+        self.wire_bytes = Counter(
+            "baton_kv_wire_bytes_total",
+            "Bytes in which pulled KV travelled, by the most lossy form of its prompt",
+            ["model_name", "format"],
+            registry=registry,
+        )
+        for wire_format in WireFormat:
+            self.transfers.labels(model_name, wire_format)
+            self.wire_bytes.labels(model_name, wire_format)
         self.local_prefills = counter(
             "baton_local_prefills", "Prompts computed on the decode worker because the KV could not be pulled"
         )
@@ -102,3 +122,14 @@ class WorkerMetrics:
         for reason in IGNORED_REASONS:
             self.ignored.labels(model_name, reason)
         self.model_name = model_name
+
+    def observe_pull(self, wire_format: WireFormat, *, seconds: float, kv_bytes: int, wire_bytes: int) -> None:
+        """Count a pull that succeeded; `kv_bytes` as they lie in pages, `wire_bytes` as they travelled."""
+        self.transfer_seconds.observe(seconds)
+        self.transfer_bytes.inc(kv_bytes)
+        self.transfers.labels(self.model_name, wire_format).inc()
+        self.wire_bytes.labels(self.model_name, wire_format).inc(wire_bytes)
+
+    def ignore(self, reason: str) -> None:
+        """Count a record that means nothing here."""
+        self.ignored.labels(self.model_name, reason).inc()

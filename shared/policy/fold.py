@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from shared.blocks import TokenIds, token_ids
 from shared.request import Event, FinishReason, Incarnation, PlacementId, RequestId, Stamps, TokenLogprob, WorkerRef
 from shared.wire.to_stream_out import Attach, Cut, Detach, ErrorBody, Frame, FrameEntry, Open, StreamOutMessage, View
+from shared.wire.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class ChoiceState:
         placement: the open one.
         held: entries that wait for an `open` or for a gap to be filled, by placement.
         logprobs: one per id, if asked for.
+        wire_format: the most lossy form in which KV came that any of `ids` was computed from.
     """
 
     epoch: int = 1
@@ -101,6 +103,7 @@ class ChoiceState:
     ids: TokenIds = field(default_factory=lambda: token_ids(()))
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     num_cached_tokens: int | None = None
+    wire_format: WireFormat = WireFormat.NATIVE
     stamps: Stamps = field(default_factory=dict[Event, float])
     end: End | None = None
     held: dict[PlacementId, list[tuple[FrameEntry, WorkerRef]]] = field(
@@ -299,6 +302,8 @@ def _take_entry(state: RequestState, entry: FrameEntry, worker: WorkerRef) -> It
         choice.stamps.setdefault(event, stamp_s)
     if choice.num_cached_tokens is None:
         choice.num_cached_tokens = entry.num_cached_tokens
+    if entry.wire_format.loss > choice.wire_format.loss:
+        choice.wire_format = entry.wire_format
     new_ids = entry.ids[num_known - entry.index :]
     if new_ids:
         choice.ids.extend(new_ids)

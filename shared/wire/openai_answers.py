@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from shared.errors import RequestError
 from shared.request import FinishReason
+from shared.wire.wire_format import WireFormat
 
 Json = dict[str, Any]
 
@@ -80,11 +81,13 @@ class Usage:
 
     Attributes:
         cached_tokens: prompt tokens whose KV was found rather than computed.
+        wire_format: the most lossy form in which the prompt's KV came to where the answer was made.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    wire_format: WireFormat = WireFormat.NATIVE
 
 
 def error_body(error: RequestError) -> Json:
@@ -93,12 +96,15 @@ def error_body(error: RequestError) -> Json:
 
 
 def usage_body(usage: Usage) -> Json:
-    """The `usage` object."""
+    """The `usage` object. `kv_wire_format` is ours: there only if the answer was made from KV that is not exact."""
+    prompt_details: Json = {"cached_tokens": usage.cached_tokens}
+    if usage.wire_format is not WireFormat.NATIVE:
+        prompt_details["kv_wire_format"] = usage.wire_format
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": prompt_details,
     }
 
 

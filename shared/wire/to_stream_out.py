@@ -14,6 +14,7 @@ from shared.request import (
 )
 from shared.wire.codec import Decoder, WireIds
 from shared.wire.to_ingest import LogPosition
+from shared.wire.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class FrameEntry:
         finish: the choice ends behind `ids`.
         stop_reason: the stop string or the stop token id that ended it; None for EOS.
         num_cached_tokens: prompt tokens whose KV was found; with the first entry of a prefill.
+        wire_format: the most lossy form in which KV of the ids before came; with the first entry of a decode.
         stamps: events that this worker passed since its last entry.
     """
 
@@ -103,6 +105,7 @@ class FrameEntry:
     stop_reason: str | int | None = None
     error: ErrorBody | None = None
     num_cached_tokens: int | None = None
+    wire_format: WireFormat = WireFormat.NATIVE
     stamps: dict[Event, float] = field(default_factory=dict[Event, float])
 
 

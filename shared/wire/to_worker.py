@@ -18,6 +18,7 @@ class Assignment:
         deadline_s: unix seconds after which nobody wants the answer.
         stop_strings: the worker ends the choice where its text holds one of these.
         cache_salt: pages are shared only among requests of one salt.
+        max_wire_loss: the most lossy form in which the operator lets its KV travel.
     """
 
     request_id: RequestId
@@ -29,6 +30,7 @@ class Assignment:
     deadline_s: float
     stop_strings: tuple[str, ...] = ()
     cache_salt: str = ""
+    max_wire_loss: WireFormat = WireFormat.NATIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,10 @@ class KvTicket:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWork:
-    """Pull the KV of ids[:-1] and go on behind ids[-1], the token that prefill made.
+    """Pull the KV of `ids`, which prefill is computing, and wait for the token behind them: it comes as `FirstToken`.
 
     Attributes:
+        ids: prompt and accepted tokens, as in `PrefillWork`.
         target: the decode worker this is for.
     """
 
@@ -83,6 +86,19 @@ class DecodeWork:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The token behind the ids of a `DecodeWork` stands in the log: go on behind it.
+
+    Attributes:
+        target: the decode worker this is for.
+    """
+
+    placement: PlacementId
+    target: WorkerRef
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Nobody wants this placement any more: forget it and free what it has."""
 
@@ -90,5 +106,8 @@ class Stop:
     target: WorkerRef
 
 
-TO_PREFILL_DECODER: Decoder[PrefillWork | Stop] = Decoder(PrefillWork, Stop)
-TO_DECODE_DECODER: Decoder[DecodeWork | Stop] = Decoder(DecodeWork, Stop)
+ToPrefill = PrefillWork | Stop
+ToDecode = DecodeWork | FirstToken | Stop
+
+TO_PREFILL_DECODER: Decoder[ToPrefill] = Decoder(PrefillWork, Stop)
+TO_DECODE_DECODER: Decoder[ToDecode] = Decoder(DecodeWork, FirstToken, Stop)

@@ -5,9 +5,17 @@ from shared.engine.port import TokenOutput
 from shared.request import Event, FinishReason, Stamps
 from shared.wire.to_stream_out import ErrorBody, FrameEntry
 from shared.wire.to_worker import Assignment
+from shared.wire.wire_format import WireFormat
 
 
-def token_entry(assignment: Assignment, token: TokenOutput, *, stop: str | None, stamps: Stamps) -> FrameEntry:
+def token_entry(
+    assignment: Assignment,
+    token: TokenOutput,
+    *,
+    stop: str | None,
+    stamps: Stamps,
+    wire_format: WireFormat = WireFormat.NATIVE,
+) -> FrameEntry:
     """The entry of one token; `stop` is the stop string that it completed, if any."""
     if token.finish is FinishReason.FAILED:
         return failed_entry(assignment, token.index, token.error or "the engine made no token", stamps)
@@ -22,6 +30,7 @@ def token_entry(assignment: Assignment, token: TokenOutput, *, stop: str | None,
         finish=finish,
         stop_reason=stop if stop is not None else _stop_token(assignment, token),
         num_cached_tokens=token.num_cached_tokens,
+        wire_format=wire_format,
         stamps=stamps,
     )
 

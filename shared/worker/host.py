@@ -27,9 +27,8 @@ from shared.wire.to_stream_out import Cut
 from shared.wire.to_worker import (
     TO_DECODE_DECODER,
     TO_PREFILL_DECODER,
-    DecodeWork,
-    PrefillWork,
-    Stop,
+    ToDecode,
+    ToPrefill,
 )
 from shared.wire.topics import DECODE, NUM_SLOTS, PREFILL, STREAM_OUT
 from shared.worker.credits import Credits
@@ -244,9 +243,7 @@ class Worker:
     async def _watch_engine(self, engine: EngineThread) -> None:
         await engine.failed
 
-    async def _read_for_ever(
-        self, reader: Reader, decoder: "Decoder[PrefillWork | Stop] | Decoder[DecodeWork | Stop]", role: Role
-    ) -> None:
+    async def _read_for_ever(self, reader: Reader, decoder: Decoder[ToPrefill] | Decoder[ToDecode], role: Role) -> None:
         while True:
             for record in await reader.read(READ_TIMEOUT_S):
                 try:
@@ -260,7 +257,7 @@ class Worker:
                 role.take(message)
 
     def _ignore(self, reason: str, **details: object) -> None:
-        self._parts.metrics.ignored.labels(self._parts.metrics.model_name, reason).inc()
+        self._parts.metrics.ignore(reason)
         self._parts.log.info("record ignored", reason=reason, **details)
 
     async def _handle_steps(self, engine: EngineThread, role: Role) -> None:

@@ -12,7 +12,7 @@ from shared.observe.metrics import WorkerMetrics
 from shared.request import PlacementId, WorkerRef
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
-from shared.wire.to_worker import Assignment, DecodeWork, PrefillWork, Stop
+from shared.wire.to_worker import Assignment, ToDecode, ToPrefill
 from shared.worker.credits import Credits
 from shared.worker.engine_thread import EngineThread, Step
 from shared.worker.frames import FrameWriter
@@ -52,7 +52,7 @@ class WorkerContext:
 class Role(Protocol):
     """Prefill or decode: decides what this worker does with a record and with a step's tokens."""
 
-    def take(self, message: PrefillWork | DecodeWork | Stop) -> None:
+    def take(self, message: ToPrefill | ToDecode) -> None:
         """A record for this incarnation has arrived. Does not wait."""
         ...
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from services.decode.role import DecodeRole
 from services.ingest.admission import Admission, ModelFacts
 from services.ingest.service import IngestService
+from services.ingest.wire_loss import WireLoss
 from services.prefill.role import PrefillRole
 from services.stream_out.app import Api, not_found_route
 from services.stream_out.metrics import EdgeMetrics
@@ -91,6 +92,7 @@ class System:
     workers: list[Running] = field(default_factory=list)
     edges: list[Running] = field(default_factory=list)
     grace_s: float = 5.0
+    wire_loss: WireLoss = field(default_factory=WireLoss)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -116,6 +118,7 @@ class System:
             admission=Admission(self.tokeniser, self.facts),
             incarnation=incarnation,
             default_deadline_s=60.0,
+            wire_loss=self.wire_loss,
             metrics=IngestMetrics(CollectorRegistry()),
             log=self.logger,
             clock_s=self.clock_s,
@@ -215,7 +218,7 @@ class System:
             address=f"{incarnation}:1",
             incarnation=incarnation,
             clock=self.clock_s,
-            message_bytes=8 * engine.model.layout.page_bytes,
+            max_part_bytes=8 * engine.model.layout.page_bytes,
         )
 
     async def submit(self, body: dict | bytes, *, request_id: str | None = None, headers=()) -> RequestId:

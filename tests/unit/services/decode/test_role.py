@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -6,66 +7,142 @@ import pytest
 from services.decode.role import DecodeRole
 from shared.engine.fake import fake_engine
 from shared.engine.port import StepOutput, TokenOutput
-from shared.request import FinishReason
+from shared.request import Event, FinishReason
 from shared.wire.to_worker import Stop
+from shared.wire.wire_format import WireFormat
 from shared.worker.engine_thread import Step
-from tests.unit.services.decode.test_intake import ME, Counter, a_ticket_for, until
+from tests.unit.services.decode.test_intake import a_ticket_for, a_token_for
+from tests.unit.services.worker_context import DECODE, InlineEngine, a_context, settled
+from tests.virtual_loop import run_virtually
 
 
-class StillEngine:
-    """An engine whose steps are the test's own."""
-
-    def __init__(self):
-        self._engine = fake_engine()
-
-    def call(self, command):
-        future = asyncio.get_running_loop().create_future()
-        future.set_result(command(self._engine))
-        return future
+@asynccontextmanager
+async def a_stage(num_pages=16):
+    engine = fake_engine(num_pages=num_pages)
+    async with a_context(InlineEngine(engine), me=DECODE) as context:
+        yield SimpleNamespace(context=context, role=DecodeRole(context, pull_timeout_s=5), engine=engine)
 
 
-class SlowFrames:
-    """A log that is full until `room` is set."""
+def run(scene, **settings):
+    async def staged():
+        async with a_stage(**settings) as stage:
+            await scene(stage)
 
-    def __init__(self):
-        self.room = asyncio.Event()
-
-    async def post(self, *_):
-        await self.room.wait()
+    run_virtually(staged())
 
 
-class InstantTransfer:
-    async def pull(self, *_, **__):
-        pass
+def a_step(key, index, finish=None):
+    return Step(StepOutput((TokenOutput(key, index, 5, finish),)), started_s=0.0, ended_s=2000.0)
+
+
+def ignored(stage):
+    return stage.context.metrics.ignored.labels("m", "no such placement")._value.get()
 
 
 @pytest.mark.parametrize("finish", [None, FinishReason.LENGTH])
-async def test_a_stop_that_comes_while_the_log_is_full_ends_the_choice_once(finish):
-    given_back, frames = [], SlowFrames()
-    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        context = SimpleNamespace(
-            me=ME,
-            engine=StillEngine(),
-            transfer=InstantTransfer(),
-            tasks=tasks,
-            clock_s=asyncio.get_running_loop().time,
-            page_bytes=1,
-            frames=frames,
-            credits=SimpleNamespace(give_back=lambda placement, *_: given_back.append(placement)),
-            metrics=SimpleNamespace(transfer_seconds=Counter(), transfer_bytes=Counter()),
-        )
-        role = DecodeRole(context, pull_timeout_s=5)
+def test_a_stop_that_comes_while_the_log_is_full_ends_the_choice_once(finish):
+    async def scene(stage):
+        role, frames = stage.role, stage.context.frames
         work = a_ticket_for("job", 10)
         key = work.assignment.placement
         role.take(work)
-        await until(lambda: role._decodings)
-        step = Step(StepOutput((TokenOutput(key, 1, 5, finish),)), started_s=0.0, ended_s=0.0)
-        handling = asyncio.create_task(role.handle(step))
-        await asyncio.sleep(0)
-        role.take(Stop(key, ME))
-        frames.room.set()
+        role.take(a_token_for("job"))
+        await settled()
+        frames.gate.shut()
+        handling = asyncio.create_task(role.handle(a_step(key, 1, finish)))
+        await settled()
+        role.take(Stop(key, DECODE))
+        frames.gate.open()
         await handling
         assert not role.unfinished()
-        assert key in given_back
-        for task in tasks._tasks:
-            task.cancel()
+        assert (key, DECODE) in stage.context.given_back
+
+    run(scene)
+
+
+def test_the_first_entry_tells_when_the_token_came_and_how_lossy_the_kv():
+    async def scene(stage):
+        stage.context.transfer.format = WireFormat.INT4
+        work = a_ticket_for("job", 10, max_tokens=9)
+        stage.role.take(work)
+        await asyncio.sleep(2)
+        came_s = asyncio.get_running_loop().time()
+        stage.role.take(a_token_for("job"))
+        await settled()
+        for index in (1, 2):
+            await stage.role.handle(a_step("job", index))
+        first, second = stage.context.frames.entries
+        assert first.stamps == {Event.TRANSFERRING: came_s, Event.DECODING: 2000.0}
+        assert (first.wire_format, second.wire_format) == (WireFormat.INT4, WireFormat.NATIVE)
+        assert second.stamps == {}
+
+    run(scene)
+
+
+def test_a_token_for_nobody_is_ignored_and_counted():
+    async def scene(stage):
+        stage.role.take(a_token_for("job"))
+        stage.role.take(a_ticket_for("job", 10))
+        stage.role.take(a_token_for("job"))
+        stage.role.take(a_token_for("job"))
+        await settled()
+        assert ignored(stage) == 2
+        stage.role.take(a_token_for("job"))
+        stage.role.take(Stop(a_ticket_for("job", 10).assignment.placement, DECODE))
+        stage.role.take(a_token_for("job"))
+        assert ignored(stage) == 4
+        assert not stage.role.unfinished()
+
+    run(scene)
+
+
+def test_a_stop_before_the_ticket_and_a_ticket_that_comes_twice_do_nothing():
+    async def scene(stage):
+        work = a_ticket_for("job", 10)
+        stage.role.take(Stop(work.assignment.placement, DECODE))
+        stage.role.take(work)
+        stage.role.take(a_token_for("job"))
+        assert not stage.role.unfinished()
+        again = a_ticket_for("again", 10)
+        stage.role.take(again)
+        stage.role.take(again)
+        await settled()
+        assert stage.context.transfer.pulling == ["again"]
+        assert len(stage.role.unfinished()) == 1
+
+    run(scene)
+
+
+def test_a_ticket_past_its_deadline_gives_its_credits_back():
+    async def scene(stage):
+        stage.role.take(a_ticket_for("late", 10, deadline_s=1.0))
+        stage.role.take(a_token_for("late"))
+        await settled()
+        assert stage.context.given_back == [("late", DECODE)]
+        assert not stage.context.transfer.pulling
+        assert ignored(stage) == 1
+
+    run(scene)
+
+
+def test_a_request_that_never_fits_fails_behind_its_first_token():
+    async def scene(stage):
+        stage.role.take(a_ticket_for("huge", 2000))
+        await settled()
+        (entry,) = stage.context.frames.entries
+        assert (entry.finish, entry.index) == (FinishReason.FAILED, 1)
+        assert stage.context.given_back == [("huge", DECODE)]
+        assert not stage.role.unfinished()
+
+    run(scene)
+
+
+def test_without_a_token_by_the_deadline_its_credits_go_back():
+    async def scene(stage):
+        stage.role.take(a_ticket_for("lost", 10, deadline_s=asyncio.get_running_loop().time() + 10))
+        await asyncio.sleep(11)
+        assert stage.context.given_back == [("lost", DECODE)]
+        assert not stage.role.unfinished()
+        assert stage.engine.stats().num_free_pages == 16
+
+    run(scene)
