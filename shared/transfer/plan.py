@@ -87,7 +87,7 @@ def choose_format(
         compute_left_s: until all of them are computed; None if not known, and then native it is.
         link: None if not measured, and then native it is.
     """
-    if link is None or compute_left_s is None:
+    if link is None or compute_left_s is None or max_loss is WireFormat.NATIVE:
         return WireFormat.NATIVE
     allowed = [fmt for fmt in WireFormat if fmt.loss <= max_loss.loss]
     ends_s: list[float] = []
@@ -112,12 +112,14 @@ def choose_layer_groups(
     whole = (LayerSpan(0, layout.num_layers),)
     if link is None or not compute_left_s:
         return whole
+    little_s = max(MIN_GAIN_S, MIN_GAIN_SHARE * compute_left_s)
+    one_ends_s = _end_s(layout, whole, num_pages, compute_left_s, link, fmt)
+    if one_ends_s - compute_left_s < little_s:
+        return whole  # there is no more to gain than what is sent after the compute
     plans = [_equal_groups(layout.num_layers, number) for number in range(1, _num_marks(layout.num_layers) + 1)]
     ends_s = [_end_s(layout, groups, num_pages, compute_left_s, link, fmt) for groups in plans]
-    best = min(ends_s)
-    if ends_s[0] - best < max(MIN_GAIN_S, MIN_GAIN_SHARE * compute_left_s):
-        return whole
-    return plans[ends_s.index(best)]
+    best_s = min(ends_s)
+    return whole if one_ends_s - best_s < little_s else plans[ends_s.index(best_s)]
 
 
 def cut_parts(
