@@ -208,8 +208,8 @@ class Engine(Protocol):
     def abort(self, key: str) -> None:
         """Forget a request in any state and free what it has. Unknown keys do nothing.
 
-        Pages that a batch in flight may still write are free when it has been waited for. An importing request's pages
-        are freed too: the caller must have ended the transfer into them first.
+        Pages that a batch in flight may still write are free when it has been waited for. Those of an importing request
+        are freed too, and those that `on_chunk` told of: the caller must have ended transfers into and out of them.
         """
         ...
 

@@ -9,11 +9,11 @@ from typing import Protocol
 import pytest
 import torch
 
-from shared.blocks import PAGE_TOKENS, TokenIds, pages_for, token_ids
+from shared.blocks import PAGE_TOKENS, TokenIds, token_ids
 from shared.engine.batch import Runner
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import fake_answer, fake_engine
-from shared.engine.port import EngineLimits, EngineRequest
+from shared.engine.port import EngineLimits, EngineRequest, Reservation
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import Checkpoint, load_checkpoint
@@ -539,7 +539,7 @@ class HandOverPair:
     """Two engines, requests at both, and pulls between them, all at random.
 
     Attributes:
-        pulls: (source, target) by key: reserved at the target, still held by the source.
+        pulls: by key; from some chunk's launch on, perhaps before the first token.
         passed_on: keys whose hold has ended.
         given_up: keys that were aborted, or whose hold ran out.
     """
@@ -550,7 +550,7 @@ class HandOverPair:
         self.sides = (Driver(kind.make(num_pages=12, max_running=4)), Driver(kind.make(num_pages=9, max_running=3)))
         self.prompts = [prompt(kind, 260, seed=seed) for seed in range(3)]
         self.requests: dict[str, EngineRequest] = {}
-        self.pulls: dict[str, tuple[Driver, Driver]] = {}
+        self.pulls: dict[str, Pull] = {}
         self.passed_on: set[str] = set()
         self.given_up: set[str] = set()
 
@@ -586,23 +586,27 @@ class HandOverPair:
     def pull(self, target: Driver, source: Driver) -> None:
         if keys := self.held(source):
             key = self.rng.choice(keys)
-            if reserve_and_copy(source, target, self.requests[key]) is not None:
-                self.pulls[key] = source, target
+            reservation = target.engine.reserve(replace(self.requests[key], hold_kv=False))
+            if reservation is not None:
+                self.pulls[key] = Pull(source, target, reservation)
 
     def drop_what_ended(self) -> None:
-        """A choice that its first token ended is pulled by nobody."""
+        """A choice that its first token ended is kept by nobody."""
         for side in self.sides:
             for key in list(side.held_pages):
                 if key in side.outputs and side.finish(key) is not None:
-                    side.abort(key)
+                    self.pulls.pop(key, None)
+                    for each in self.sides:
+                        each.abort(key)
 
     def finish_a_pull(self, *_: Driver) -> None:
-        if self.pulls:
-            key = self.rng.choice(list(self.pulls))
-            source, target = self.pulls.pop(key)
+        if keys := [key for key, pull in self.pulls.items() if key in pull.source.outputs]:
+            key = self.rng.choice(keys)
+            pull = self.pulls.pop(key)
             self.passed_on.add(key)
-            target.engine.imported(key, source.tokens(key)[-1], exact=self.rng.random() < 0.7)
-            source.abort(key)
+            copy_lacking(pull.source, key, pull.target, pull.reservation)
+            pull.target.engine.imported(key, *pull.source.tokens(key), exact=self.rng.random() < 0.7)
+            pull.source.abort(key)
 
     def abort(self, *_: Driver) -> None:
         if self.requests:
@@ -627,13 +631,8 @@ class HandOverPair:
         raise AssertionError("the engines do not come to an end")
 
     def held(self, side: Driver) -> list[str]:
-        """Keys that `side` holds and nobody pulls."""
-        done = self.passed_on | self.given_up | self.pulls.keys()
-        return [
-            key
-            for key, outputs in side.outputs.items()
-            if key not in done and self.requests[key].hold_kv and outputs[-1].finish is None
-        ]
+        """Keys that `side` holds, or will, and nobody pulls."""
+        return [key for key in side.held_pages if key not in self.pulls and self.requests[key].sampling.max_tokens > 1]
 
     def tokens(self, key: str) -> list[int]:
         """All tokens of the request, of both sides, without a gap."""
@@ -648,26 +647,33 @@ class HandOverPair:
             side.abort(key)
 
 
-def reserve_and_copy(source: Driver, target: Driver, wanted: EngineRequest) -> int | None:
-    """Reserve at `target` and copy what it lacks from `source`; how many pages were there, None if refused."""
-    reservation = target.engine.reserve(replace(wanted, hold_kv=False))
-    if reservation is None:
-        return None
-    pages, cached = source.held_pages[wanted.key], reservation.num_cached_pages
-    assert len(pages) == len(reservation.pages) == pages_for(len(wanted.ids))
+@dataclass
+class Pull:
+    """A hand-over that has begun: reserved at the target, kept by the source."""
+
+    source: Driver
+    target: Driver
+    reservation: Reservation
+
+
+def copy_lacking(source: Driver, key: str, target: Driver, reservation: Reservation) -> None:
+    """Copy what `target` did not find from the pages that `source` holds."""
+    pages, cached = source.held_pages[key], reservation.num_cached_pages
+    assert len(pages) == len(reservation.pages)
     copy_pages(source.engine, pages[cached:], target.engine, reservation.pages[cached:])
-    return cached
 
 
-def hand_over(source: Driver, target: Driver, wanted: EngineRequest, *, exact: bool = True) -> int | None:
+def hand_over(source: Driver, target: Driver, wanted: EngineRequest, *, exact: bool = True) -> int:
     """Prefill at `source`, decode at `target` from its next step on; how many pages were there already."""
     source.add(replace(wanted, hold_kv=True))
     source.run()
-    cached = reserve_and_copy(source, target, wanted)
+    reservation = target.engine.reserve(wanted)
+    assert reservation is not None
+    copy_lacking(source, wanted.key, target, reservation)
     source.abort(wanted.key)
     target.engine.imported(wanted.key, *source.tokens(wanted.key), exact=exact)
     target.engine.check()
-    return cached
+    return reservation.num_cached_pages
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
