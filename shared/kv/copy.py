@@ -56,8 +56,8 @@ class PageCopier:
                 come out as copies of the last valid one.
 
         Raises:
-            ValueError: a page or layer outside the cache, too many pages, `last_tokens` outside 1 to PAGE_TOKENS, or
-                `out` of the wrong size.
+            ValueError: a page or layer outside the cache, too many pages, `last_tokens` outside 1 to PAGE_TOKENS, or an
+                `out` that is not as said; on CUDA also one that begins at no multiple of 16 bytes.
         """
         self._check(pages, layers, fmt, out)
         if not 1 <= last_tokens <= PAGE_TOKENS:
@@ -72,8 +72,8 @@ class PageCopier:
             pages: page numbers, each at most once.
 
         Raises:
-            ValueError: a page or layer outside the cache, a page named twice, too many pages, or `source` of the wrong
-                size.
+            ValueError: a page or layer outside the cache, a page named twice, too many pages, or a `source` that is not
+                as said; on CUDA also one that begins at no multiple of 16 bytes.
         """
         if len(set(pages)) != len(pages):
             raise ValueError("a page is named twice as the destination of a copy")
@@ -90,6 +90,8 @@ class PageCopier:
                 raise ValueError(f"page {page} is outside the cache of {self._cache.num_pages} pages")
         if not 0 <= layers.first < layers.end <= layout.num_layers:
             raise ValueError(f"layers {layers.first} to {layers.end} are outside the cache of {layout.num_layers}")
+        if run.dtype != torch.uint8 or not run.is_contiguous():
+            raise ValueError(f"a run is contiguous uint8, not {run.dtype} of strides {run.stride()}")
         if run.numel() != packed_bytes(layout, fmt, num_pages, layers.num_layers):
             raise ValueError(
                 f"{layers.num_layers} layers of {num_pages} pages in {fmt} do not fill a run of {run.numel()} bytes"

@@ -8,7 +8,7 @@ for the steps that run beside it.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUntypedFunctionDecorator=false
 # pyright: reportMissingTypeStubs=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
-# ruff: noqa: ANN001, ANN202, N803
+# ruff: noqa: ANN001, ANN202, N803, N806
 # Triton has no types, and its constants are written in capitals.
 
 from collections.abc import Sequence
@@ -49,13 +49,16 @@ class Tuning:
         programs: at most so many of one kernel.
         copy_bytes: of one load of the native copy; a power of two.
         copy_warps, pack_warps, unpack_warps: of one program.
+        pack_stages, unpack_stages: units in hand at once, the next ones on their way to shared memory.
     """
 
     programs: int = 1056
     copy_bytes: int = 16384
     copy_warps: int = 4
     pack_warps: int = 4
+    pack_stages: int = 2
     unpack_warps: int = 4
+    unpack_stages: int = 2
 
 
 class TritonCopies:
@@ -85,10 +88,13 @@ class TritonCopies:
         )
         self._pack, self._unpack = (
             {
-                fmt: _Launch(kernel, layout.num_kv_heads, {**_record_constants(layout, fmt), "num_warps": num_warps})
+                fmt: _Launch(kernel, layout.num_kv_heads, {**_record_constants(layout, fmt), **cut})
                 for fmt in (WireFormat.INT8, WireFormat.INT4)
             }
-            for kernel, num_warps in ((_pack_kernel, tuning.pack_warps), (_unpack_kernel, tuning.unpack_warps))
+            for kernel, cut in (
+                (_pack_kernel, {"STAGES": tuning.pack_stages, "num_warps": tuning.pack_warps}),
+                (_unpack_kernel, {"STAGES": tuning.unpack_stages, "num_warps": tuning.unpack_warps}),
+            )
         )
 
     def warm_up(self) -> None:
@@ -151,7 +157,7 @@ class _PageNumbers:
     """Page numbers on their way to the device: pinned memory, device memory and an event for each copy in the queue."""
 
     def __init__(self, max_pages: int, device: torch.device) -> None:
-        width = triton.cdiv(max(1, max_pages), NUMBERS_STEP) * NUMBERS_STEP
+        width = -(-max(1, max_pages) // NUMBERS_STEP) * NUMBERS_STEP
         is_cuda = device.type == "cuda"
         self._pinned = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, pin_memory=is_cuda)
         on_device = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, device=device)
@@ -225,30 +231,24 @@ def _pack_kernel(
     V_ZERO: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
     INT4: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A unit is a record. The two halves of its tokens are apart, since INT4 joins them in its bytes."""
     TOKEN: tl.constexpr = NUM_HEADS * DIM
-    STEPS: tl.constexpr = 15 if INT4 else 255
+    STEPS: tl.constexpr = tl.constexpr(15 if INT4 else 255)
     row = tl.arange(0, HALF_TOKENS)
     column = tl.arange(0, PADDED_DIM)
     inside = column < DIM
     code_at = row[:, None] * DIM + column[None, :]
-    for unit in range(tl.program_id(0), num_pages * num_layers * NUM_HEADS, tl.num_programs(0)):
+    num_units = num_pages * num_layers * NUM_HEADS
+    for unit in tl.range(tl.program_id(0), num_units, tl.num_programs(0), num_stages=STAGES):
         nth_page = unit // (num_layers * NUM_HEADS)
         layer = first_layer + unit // NUM_HEADS % num_layers
         page = tl.load(numbers + nth_page).to(tl.int64)
         keys = cache + (page * NUM_LAYERS + layer) * (2 * TOKENS * TOKEN) + unit % NUM_HEADS * DIM
         values = keys + TOKENS * TOKEN
-        # Tokens that are not valid are read as the last one that is.
         last = tl.where(nth_page == num_pages - 1, last_tokens, TOKENS) - 1
-        low_at = tl.minimum(row, last)[:, None] * TOKEN + column[None, :]
-        high_at = tl.minimum(row + HALF_TOKENS, last)[:, None] * TOKEN + column[None, :]
-        low_k = tl.load(keys + low_at, mask=inside[None, :], other=0.0).to(tl.float32)
-        high_k = tl.load(keys + high_at, mask=inside[None, :], other=0.0).to(tl.float32)
-        if AHEAD:
-            low_v = tl.load(values + low_at, mask=inside[None, :], other=0.0).to(tl.float32)
-            high_v = tl.load(values + high_at, mask=inside[None, :], other=0.0).to(tl.float32)
+        low_k, high_k = _load_halves(keys, last, row, column, TOKEN, DIM)
         record = out + tl.cast(unit, tl.int64) * RECORD_BYTES
 
         smallest = tl.reduce(tl.minimum(low_k, high_k, propagate_nan=tl.PropagateNan.ALL), 0, _smaller)
@@ -263,9 +263,7 @@ def _pack_kernel(
         high_codes = _ranged_codes(high_k, factor, origin, STEPS)
         _store_codes(record + code_at, low_codes, high_codes, inside[None, :], DIM, INT4)
 
-        if not AHEAD:
-            low_v = tl.load(values + low_at, mask=inside[None, :], other=0.0).to(tl.float32)
-            high_v = tl.load(values + high_at, mask=inside[None, :], other=0.0).to(tl.float32)
+        low_v, high_v = _load_halves(values, last, row, column, TOKEN, DIM)
         v_scale = (record + V_SCALE).to(tl.pointer_type(tl.float16)) + row
         if INT4:
             v_zero = (record + V_ZERO).to(tl.pointer_type(tl.float16)) + row
@@ -304,6 +302,7 @@ def _unpack_kernel(
     V_ZERO: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
     INT4: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A unit is a record."""
     TOKEN: tl.constexpr = NUM_HEADS * DIM
@@ -312,7 +311,8 @@ def _unpack_kernel(
     inside = column < DIM
     code_at = row[:, None] * DIM + column[None, :]
     low_at = row[:, None] * TOKEN + column[None, :]
-    for unit in range(tl.program_id(0), num_pages * num_layers * NUM_HEADS, tl.num_programs(0)):
+    num_units = num_pages * num_layers * NUM_HEADS
+    for unit in tl.range(tl.program_id(0), num_units, tl.num_programs(0), num_stages=STAGES):
         page = tl.load(numbers + unit // (num_layers * NUM_HEADS)).to(tl.int64)
         layer = first_layer + unit // NUM_HEADS % num_layers
         keys = cache + (page * NUM_LAYERS + layer) * (2 * TOKENS * TOKEN) + unit % NUM_HEADS * DIM + low_at
@@ -340,6 +340,15 @@ def _unpack_kernel(
         tl.store(keys + HALF_TOKENS * TOKEN, (high_k * scale + zero).to(dtype), mask=inside[None, :])
         tl.store(values, low_v.to(dtype), mask=inside[None, :])
         tl.store(values + HALF_TOKENS * TOKEN, high_v.to(dtype), mask=inside[None, :])
+
+
+@triton.jit
+def _load_halves(at, last, row, column, TOKEN: tl.constexpr, DIM: tl.constexpr):
+    """Tokens 0 to 31 and 32 to 63, float32, where those behind `last` are read as that one."""
+    inside = (column < DIM)[None, :]
+    low = tl.load(at + tl.minimum(row, last)[:, None] * TOKEN + column[None, :], mask=inside, other=0.0)
+    high = tl.load(at + tl.minimum(row + HALF_TOKENS, last)[:, None] * TOKEN + column[None, :], mask=inside, other=0.0)
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
