@@ -1,6 +1,7 @@
 """The names of all metrics that the services export, as Prometheus stores them, from registries built as theirs are."""
 
 import re
+from collections import Counter
 from functools import cache
 
 from prometheus_client import generate_latest
@@ -10,11 +11,18 @@ from services.stream_out.metrics import EdgeMetrics
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
 from shared.observe.metrics import IngestMetrics, WorkerMetrics, process_registry
+from shared.worker.link_metrics import LinkMetrics
+
+
+def _worker_metrics(registry):
+    WorkerMetrics(registry, "m")
+    registry.register(LinkMetrics(tuple, lambda: 0, Counter))
+
 
 SERVICES = {
     "ingest": IngestMetrics,
     "edge": EdgeMetrics,
-    "worker": lambda registry: WorkerMetrics(registry, "m"),
+    "worker": _worker_metrics,
 }
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 

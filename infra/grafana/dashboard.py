@@ -417,10 +417,55 @@ KV = Row(
             unit=Unit.BYTES_PER_S,
         ),
         Panel(
+            title="KV on the wire",
+            description="The same as it travelled, by the most lossy form in which a prompt's pages came. int8 and "
+            "int4 appear only where BATON_MAX_WIRE_LOSS allows them and the link is slow.",
+            queries=[Query(rate("baton_kv_wire_bytes_total", "format"), "{{format}}")],
+            unit=Unit.BYTES_PER_S,
+            stacked=True,
+        ),
+        Panel(
+            title="Prompts pulled",
+            description="Prompts whose KV was pulled, by that form. Answers to native ones are exact.",
+            queries=[Query(rate("baton_kv_transfers_total", "format"), "{{format}}")],
+            unit=Unit.PER_S,
+            stacked=True,
+        ),
+        Panel(
             title="Pull time",
             description="From the pull to pages that can be used, for one request.",
             queries=quantiles("baton_kv_pull_seconds"),
             unit=Unit.SECONDS,
+        ),
+        Panel(
+            title="Link speed",
+            description="What the self-test of each link to a prefill worker measured, and by which transport its bytes"
+            " go. cuda_ipc is NVLink or PCIe between GPUs; tcp between GPUs of one host is a fault (docs/links.md).",
+            queries=[Query("baton_kv_link_bytes_per_second", f"{WORKER} ← {{{{peer}}}} by {{{{transport}}}}")],
+            unit=Unit.BYTES_PER_S,
+        ),
+        Panel(
+            title="Link latency",
+            description="Time of a message of few bytes over each link: each part of a pull costs it beside its bytes.",
+            queries=[Query("baton_kv_link_latency_seconds", f"{WORKER} ← {{{{peer}}}} by {{{{transport}}}}")],
+            unit=Unit.SECONDS,
+        ),
+        Panel(
+            title="Links amiss",
+            description="Links below the floor that the operator set, and prefill workers that a decode worker has no "
+            "link to. Both should be nothing; the worker's /health names the cause.",
+            queries=[
+                Query("sum by (role, instance) (baton_kv_link_below_floor)", f"below the floor, {WORKER}"),
+                Query('baton_kv_links_missing{role="decode"}', f"missing, {WORKER}"),
+            ],
+        ),
+        Panel(
+            title="Pulls refused",
+            description="Pulls that a prefill worker did not serve, by reason. wrong_secret, wrong_puller, oversized "
+            "and protocol come from no worker of ours; the others follow expired or withdrawn offers.",
+            queries=[Query(rate("baton_kv_refusals_total", "reason"), "{{reason}}")],
+            unit=Unit.PER_S,
+            stacked=True,
         ),
         Panel(
             title="Computed on the decode worker",

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
@@ -30,6 +30,9 @@ S = TypeVar("S", bound=ServiceSettings)
 
 Readiness = Callable[[], Awaitable[dict[str, bool]]]
 """Tells of each thing the service needs whether it is there now."""
+
+Health = Callable[[], Mapping[str, object]]
+"""What a service says of itself beside that it lives; a `status` of "degraded" means that it serves, but not well."""
 
 
 def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio.Event], Awaitable[None]]) -> None:
@@ -82,11 +85,12 @@ async def _run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -
             raise
 
 
-def health_routes(registry: CollectorRegistry, readiness: Readiness) -> list[BaseRoute]:
-    """`/health` (the loop turns), `/ready` (all that is needed is there; 503 names what is not), `/metrics`."""
+def health_routes(registry: CollectorRegistry, readiness: Readiness, report: Health = dict) -> list[BaseRoute]:
+    """`/health` (the loop turns, and what `report` says), `/ready` (all that is needed is there; 503 names what is
+    not), `/metrics`."""
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "pid": os.getpid()})
+        return JSONResponse({"status": "ok", "pid": os.getpid(), **report()})
 
     async def ready(_: Request) -> Response:
         parts = await readiness()

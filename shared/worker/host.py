@@ -1,6 +1,6 @@
 """A worker: one engine thread with its pages, one transfer endpoint, one slot with its lease; it runs a role.
 
-    claim a slot, beat (draining) ─> read the slot's partitions from their end ─> beat: open for work
+    claim a slot, beat (draining) ─> link with peers ─> read the slot's partitions from their end ─> beat: open for work
       ─> records to the role, steps to the role, beats ─> SIGTERM: drain, cut what is left, release the slot
 
 A worker that finds its lease lost raises LeaseLost: the process ends and comes back as a new incarnation.
@@ -34,6 +34,7 @@ from shared.wire.topics import DECODE, NUM_SLOTS, PREFILL, STREAM_OUT
 from shared.worker.credits import Credits
 from shared.worker.engine_thread import EngineThread
 from shared.worker.frames import FrameWriter
+from shared.worker.peers import LinkFloor, Peers
 from shared.worker.role import Role, WorkerContext
 
 READ_TIMEOUT_S = 1.0
@@ -58,7 +59,7 @@ class WorkerLimits:
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What a worker is made of. `clock_s` gives unix seconds."""
+    """What a worker is made of. `clock_s` gives unix seconds; `floor` None takes every link for good."""
 
     role_name: RoleName
     make_role: Callable[[WorkerContext], Role]
@@ -74,6 +75,7 @@ class WorkerParts:
     clock_s: Callable[[], float]
     random_bytes: Callable[[int], bytes]
     limits: WorkerLimits
+    floor: LinkFloor | None = None
 
 
 class _Leave(Exception):
@@ -81,10 +83,23 @@ class _Leave(Exception):
 
 
 class Worker:
-    """One worker process's life."""
+    """One worker process's life.
+
+    Attributes:
+        peers: the workers that it may pull from.
+    """
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
+        self.peers = Peers(
+            parts.transfer,
+            parts.state,
+            role=parts.role_name,
+            layout_fingerprint=parts.engine.model.layout.fingerprint,
+            floor=parts.floor,
+            log=parts.log,
+            clock_s=parts.clock_s,
+        )
         self._draining = True
         self._num_announced = 0
         self._slot: int | None = None
@@ -141,7 +156,13 @@ class Worker:
             parts.log.info("drained")
 
     async def _open(self, context: WorkerContext, prefill_reader: Reader, decode_reader: Reader) -> None:
-        """Stand where the slot's partitions end, then be open for work. The slot is held meanwhile by beats."""
+        """Connect to the peers that are there, stand where the slot's partitions end, then be open for work.
+
+        The slot is held meanwhile by beats.
+        """
+        await self.peers.refresh()
+        self.peers.check_floor()
+        context.tasks.create_task(self.peers.run())
         await prefill_reader.assign({context.me.slot: Start.END})
         await decode_reader.assign({context.me.slot: Start.END})
         role = self._role = self._parts.make_role(context)

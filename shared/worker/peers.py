@@ -117,7 +117,6 @@ class Peers:
             if report.incarnation in self._sources
         )
 
-    @property
     def num_missing(self) -> int:
         """Workers that we may pull from and have not connected to."""
         return len(self._missing())

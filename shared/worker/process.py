@@ -27,6 +27,7 @@ from shared.text.tokeniser import Tokeniser
 from shared.transfer.staging import Staging, staging_bytes
 from shared.transfer.ucx import UcxContext, UcxTransfer
 from shared.worker.host import Worker, WorkerLimits, WorkerParts
+from shared.worker.link_metrics import LinkMetrics
 from shared.worker.role import Role, WorkerContext
 from shared.worker.settings import WorkerSettings
 
@@ -175,9 +176,12 @@ async def serve_worker(
                 clock_s=unix_clock_s,
                 random_bytes=secrets.token_bytes,
                 limits=WorkerLimits(drain_s=settings.drain_s, step_s=settings.step_s),
+                floor=settings.link_floor,
             )
         )
-        routes = health_routes(registry, worker.ready)
+        peers = worker.peers
+        registry.register(LinkMetrics(peers.links, peers.num_missing, lambda: transfer.refusals))
+        routes = health_routes(registry, worker.ready, peers.health)
         settle_memory()
         async with serve_http(routes, host=settings.http_host, port=settings.http_port):
             await worker.run(stop)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.runtime.settings import ServiceSettings
+from shared.worker.peers import LinkFloor
 
 
 class WorkerSettings(ServiceSettings):
@@ -24,6 +25,9 @@ class WorkerSettings(ServiceSettings):
         transfer_host: address on which peers pull KV.
         transfer_port: 0 takes a free one.
         transfer_net_devices: network devices that UCX may use beside shared memory and NVLink, as UCX_NET_DEVICES.
+        transfer_floor_gb_per_s: a link to a peer that carries less is below the floor; None, the default: no floor.
+        transfer_floor_action: what a link below the floor does: the worker serves and says that it is "degraded", or
+            it does not start ("refuse"; a link that comes later makes it degraded).
         hold_s: how long prefill keeps KV for the decode worker.
         pull_timeout_s: a pull that takes longer has failed; decode prefills then.
         drain_s, step_s: see `WorkerLimits`.
@@ -49,10 +53,19 @@ class WorkerSettings(ServiceSettings):
     transfer_host: str = "127.0.0.1"
     transfer_port: int = Field(default=0, ge=0, le=65535)
     transfer_net_devices: str = "lo"
+    transfer_floor_gb_per_s: float | None = Field(default=None, gt=0)
+    transfer_floor_action: Literal["degraded", "refuse"] = "degraded"
     hold_s: float = Field(default=30.0, gt=0)
     pull_timeout_s: float = Field(default=20.0, gt=0)
     drain_s: float = Field(default=30.0, ge=0)
     step_s: float = Field(default=60.0, gt=0)
+
+    @property
+    def link_floor(self) -> LinkFloor | None:
+        """The slowest link that is taken for good, if there is one."""
+        if self.transfer_floor_gb_per_s is None:
+            return None
+        return LinkFloor(self.transfer_floor_gb_per_s, refuse=self.transfer_floor_action == "refuse")
 
     @model_validator(mode="before")
     @classmethod

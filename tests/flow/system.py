@@ -39,6 +39,7 @@ from shared.wire.results import RESULT_DECODER, Result
 from shared.wire.to_stream_out import STREAM_OUT_DECODER
 from shared.wire.topics import INGEST, RESULTS, STREAM_OUT
 from shared.worker.host import Worker, WorkerLimits, WorkerParts
+from shared.worker.peers import LinkFloor
 from tests.fake_tokeniser import fake_tokeniser
 
 MODEL = "fake"
@@ -93,6 +94,7 @@ class System:
     edges: list[Running] = field(default_factory=list)
     grace_s: float = 5.0
     wire_loss: WireLoss = field(default_factory=WireLoss)
+    floor: LinkFloor | None = None
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -197,6 +199,7 @@ class System:
                 clock_s=self.clock_s,
                 random_bytes=self.random.randbytes,
                 limits=WorkerLimits(drain_s=self.drain_s),
+                floor=self.floor,
             )
         )
 

@@ -134,7 +134,7 @@ def test_prefill_workers_of_our_layout_are_connected_to_and_told_of_once():
         async with running(peers):
             await asyncio.sleep(10 * BEAT_S)
         assert names(peers) == ["the a", "the b"]
-        assert peers.num_missing == 0
+        assert peers.num_missing() == 0
         assert place.told.of("link measured") == [
             {
                 "peer": f"the {name}",
@@ -178,7 +178,7 @@ def test_a_peer_that_restarts_is_connected_to_anew_and_the_old_one_forgotten():
         await place.register("a2", address="host:1")
         await peers.refresh()
         assert names(peers) == ["the a2"]
-        assert peers.num_missing == 0
+        assert peers.num_missing() == 0
 
     on_one_host(check)
 
@@ -193,7 +193,7 @@ def test_a_peer_that_does_not_answer_is_tried_less_and_less_often_until_it_does(
             assert waits_s[:4] == [BEAT_S, 2 * BEAT_S, 4 * BEAT_S, 8 * BEAT_S]
             assert waits_s == sorted(waits_s)
             assert waits_s[-1] == LONGEST_RETRY_S
-            assert peers.num_missing == 1
+            assert peers.num_missing() == 1
             (shown,) = peers.health()["links"]
             assert (shown["peer"], shown["address"]) == ("the a", "a:1")
             assert "does not answer" in shown["warning"]
@@ -280,7 +280,7 @@ def test_self_tests_follow_one_another_and_a_link_that_broke_is_made_again():
             del transfer.up[0]
             await asyncio.sleep(2.0)
         assert transfer.num_connects == 3
-        assert peers.num_missing == 0
+        assert peers.num_missing() == 0
 
     on_one_host(check)
 
@@ -367,7 +367,7 @@ def test_metrics_tell_of_links_and_refusals_as_they_are_when_asked():
         transfer = Links(a_report("a", gb_per_s=0.4), a_report("b", transport="cuda_ipc"))
         peers = place.peers(transfer, LinkFloor(0.5))
         registry = CollectorRegistry()
-        registry.register(LinkMetrics(peers.links, lambda: peers.num_missing, lambda: transfer.refusals))
+        registry.register(LinkMetrics(peers.links, peers.num_missing, lambda: transfer.refusals))
         await peers.refresh()
         transfer.refusals[Refusal.WRONG_SECRET] += 2
 

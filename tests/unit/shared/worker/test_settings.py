@@ -2,6 +2,7 @@ import pytest
 
 from services.decode.settings import DecodeSettings
 from shared.errors import StartupError
+from shared.worker.peers import LinkFloor
 from shared.worker.settings import WorkerSettings
 
 
@@ -59,8 +60,16 @@ def test_an_empty_variable_counts_as_not_set(read):
         ({"gpu_memory_share": "1.5"}, "BATON_GPU_MEMORY_SHARE"),
         ({"max_running": "600"}, "BATON_MAX_BATCH_TOKENS, 512.*BATON_MAX_RUNNING, 600"),
         ({"num_pages": "1"}, "BATON_NUM_PAGES"),
+        ({"transfer_floor_gb_per_s": "0"}, "BATON_TRANSFER_FLOOR_GB_PER_S"),
+        ({"transfer_floor_action": "warn"}, "BATON_TRANSFER_FLOOR_ACTION"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(read, variables, named):
     with pytest.raises(StartupError, match=named):
         read(**variables)
+
+
+def test_a_floor_for_links_is_none_unless_asked_for(read):
+    assert read().link_floor is None
+    assert read(transfer_floor_gb_per_s="0.5").link_floor == LinkFloor(0.5, refuse=False)
+    assert read(transfer_floor_gb_per_s="20", transfer_floor_action="refuse").link_floor == LinkFloor(20, refuse=True)
