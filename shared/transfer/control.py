@@ -10,14 +10,27 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.request import Incarnation
+from shared.transfer.host_facts import HostFacts
 from shared.transfer.port import Refusal
-from shared.wire.codec import Decoder, UndecodableMessage, WireBytes, encode
+from shared.wire.codec import Decoder, UndecodableMessage, WireBytes, WireIds, encode
+from shared.wire.wire_format import WireFormat
 
-PROTOCOL_VERSION = 1
-"""1: pages as the layout has them, staged at both ends, messages asked for one by one."""
+PROTOCOL_VERSION = 2
+"""1: pages as the layout has them, asked for message by message. 2: parts in several formats, announced by the source
+as they are computed; self-test."""
 
 MAX_CONTROL_BYTES = 2**20
 """Longest control message, and the most that may wait for a peer that does not read."""
+
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ProtocolViolation(UndecodableMessage):
+    """A control message that has no place here."""
+
+
+class OversizedMessage(UndecodableMessage):
+    """A control message over the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +39,16 @@ class Hello:
 
     Attributes:
         layout_fingerprint: of its pages.
-        message_bytes: its staging buffer; the smaller of the two bounds every message.
+        max_part_bytes: the largest part that it sends or receives; the smaller of the two holds.
         ucx_address: its UCX worker address.
     """
 
     protocol: int
     layout_fingerprint: str
     incarnation: Incarnation
-    message_bytes: int
+    max_part_bytes: Number
     ucx_address: WireBytes
+    host: HostFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,72 +56,99 @@ class Pull:
     """May I have these pages of your offer?
 
     Attributes:
-        pull: the puller's number for this pull, never used again on the connection.
-        want: indexes of pages in the offer; the plan's messages cut this list.
+        pull: the puller's number for this pull, higher than all before on the connection.
+        want: indexes of pages in the offer; parts are of this list.
     """
 
-    pull: int
+    pull: Number
     key: str
     secret: WireBytes
-    want: tuple[int, ...]
+    want: WireIds
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
-    """Yes: ask for the messages."""
+class Part:
+    """A part is being packed and will be sent when you are ready: layers [first_layer, end_layer) of the pages that
+    entries [start, end) of `want` name.
 
-    pull: int
+    Attributes:
+        index: the parts of a pull are counted from 0.
+    """
+
+    pull: Number
+    index: Number
+    start: Number
+    end: Number
+    first_layer: Number
+    end_layer: Number
+    format: WireFormat
+    num_bytes: Number
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """No. After a grant: no longer."""
+    """No. After a part: no longer."""
 
-    pull: int
+    pull: Number
     reason: Refusal
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """I am receiving message `index` of the plan under UCX tag `tag`.
+    """I am receiving part `index` of the pull, or probe `pull`, under UCX tag `tag`."""
 
-    Attributes:
-        num_bytes: what the puller expects; a check that both ends have one plan.
-    """
-
-    pull: int
-    index: int
+    pull: Number
+    index: Number
     tag: Annotated[int, Field(ge=1, lt=2**64)]
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Confirm:
     """All has arrived: the pages may go."""
 
-    pull: int
+    pull: Number
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
     """The pages were held until your confirmation: what you got is good."""
 
-    pull: int
+    pull: Number
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
     """The puller no longer wants the pages."""
 
-    pull: int
+    pull: Number
 
 
-ToSource = Hello | Pull | Ready | Confirm | GiveUp
-ToPuller = Hello | Granted | Refused | Released
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """May I have that many bytes, to see how long they take? Answered by a `Part` of no pages.
+
+    Attributes:
+        pull: a number as that of a pull.
+    """
+
+    pull: Number
+    num_bytes: Annotated[int, Field(ge=1, lt=2**63)]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What the puller measured."""
+
+    bytes_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+ToSource = Hello | Pull | Ready | Confirm | GiveUp | Probe | Speed
+ToPuller = Hello | Part | Refused | Released
 ControlMessage = ToSource | ToPuller
 
-TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Hello, Pull, Ready, Confirm, GiveUp)
-TO_PULLER_DECODER: Decoder[ToPuller] = Decoder(Hello, Granted, Refused, Released)
+TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Hello, Pull, Ready, Confirm, GiveUp, Probe, Speed)
+TO_PULLER_DECODER: Decoder[ToPuller] = Decoder(Hello, Part, Refused, Released)
 
 _LENGTH_BYTES = 4
 
@@ -125,9 +166,9 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes:
 
     Raises:
         asyncio.IncompleteReadError: the stream ended.
-        UndecodableMessage: the length is over MAX_CONTROL_BYTES.
+        OversizedMessage: the length is over MAX_CONTROL_BYTES.
     """
     length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
     if length > MAX_CONTROL_BYTES:
-        raise UndecodableMessage(f"a control message of {length} bytes is over the limit of {MAX_CONTROL_BYTES}")
+        raise OversizedMessage(f"a control message of {length} bytes is over the limit of {MAX_CONTROL_BYTES}")
     return await reader.readexactly(length)

@@ -5,6 +5,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +16,9 @@ from ucxx.types import Tag
 
 from shared.errors import KvTransferFailed
 from shared.transfer.control import MAX_CONTROL_BYTES, ControlMessage, read_frame, to_frame
+from shared.transfer.link_meter import LinkMeter
 from shared.transfer.staging import to_completion
+from shared.transfer.transport import read_transport
 
 CLOSE_TIMEOUT_NS = 10**9
 """How long UCX may take, in each of two steps, to close an endpoint."""
@@ -28,9 +31,16 @@ VOID = torch.zeros(1, dtype=torch.uint8)
 
 
 class Link:
-    """One connection. Once cut it stays cut."""
+    """One connection. Once cut it stays cut.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    Attributes:
+        meter: how fast it is.
+        cut_because: why it was cut, where this end knows.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Callable[[], float]) -> None:
+        self.meter = LinkMeter(clock)
+        self.cut_because = "the connection is cut"
         self._reader = reader
         self._writer = writer
         self._endpoint: Any = None
@@ -39,6 +49,11 @@ class Link:
     @property
     def is_cut(self) -> bool:
         return self._cutting is not None
+
+    def check(self) -> None:
+        """Raises KvTransferFailed if it is cut."""
+        if self.is_cut:
+            raise KvTransferFailed(self.cut_because)
 
     async def open_endpoint(self, ucx_address: bytes) -> None:
         """Make the UCX endpoint to the peer. Raises KvTransferFailed."""
@@ -53,6 +68,11 @@ class Link:
     def has_endpoint(self) -> bool:
         return self._endpoint is not None
 
+    def read_transport(self, device_type: str) -> str:
+        """By what large messages arrive in memory of this kind of device; see `shared.transfer.transport`."""
+        self.check()
+        return read_transport(self._endpoint._ep, memory="cuda" if device_type == "cuda" else "host")  # noqa: SLF001
+
     def post(self, message: ControlMessage) -> None:
         """Send a control message; does not wait.
 
@@ -61,8 +81,7 @@ class Link:
             ValueError: the message is too long.
         """
         frame = to_frame(message)
-        if self.is_cut:
-            raise KvTransferFailed("the connection is cut")
+        self.check()
         if self._writer.transport.get_write_buffer_size() > MAX_CONTROL_BYTES:
             raise KvTransferFailed("the peer does not read its control messages")
         self._writer.write(frame)
@@ -72,51 +91,58 @@ class Link:
 
         Raises:
             KvTransferFailed: the stream ended.
-            UndecodableMessage: the message is too long.
+            OversizedMessage: the message is too long.
         """
         try:
             return await read_frame(self._reader)
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise KvTransferFailed("the peer closed the connection") from error
+            raise KvTransferFailed(self.cut_because if self.is_cut else "the peer closed the connection") from error
 
     async def send(self, tag: int, part: torch.Tensor) -> None:
-        """Send bytes by UCX; waits to the end of the send, cancelled or not.
+        """Send bytes by UCX; however this ends, UCX no longer reads `part`.
 
-        Raises KvTransferFailed if the send failed or the link was cut before its end.
+        Raises KvTransferFailed if the send failed, stood still, or the link was cut before its end.
         """
-        await to_completion(self._send(tag, part))
+        self.check()
+        await self._move(self._endpoint.send, tag, part)
+        self.meter.learn()
 
-    async def _send(self, tag: int, part: torch.Tensor) -> None:
-        if self.is_cut:
-            raise KvTransferFailed("the connection is cut")
+    async def receive(self, tag: int, part: torch.Tensor) -> None:
+        """Receive bytes by UCX; however this ends, UCX no longer writes to `part`. Errors as of `send`."""
+        self.check()
+        await self._move(self._endpoint.recv, tag, part)
+
+    async def _move(self, move: Callable[..., Any], tag: int, part: torch.Tensor) -> None:
+        num_bytes = part.numel()
+        watchdog = self.cut_after(self.meter.patience_s(num_bytes))
+        self.meter.begin(num_bytes)
         try:
-            await self._endpoint.send(_exported(part), tag=Tag(tag), force_tag=True)
+            await move(_exported(part), tag=Tag(tag), force_tag=True)
         except UCX_ERRORS as error:
-            raise KvTransferFailed(f"UCX could not send: {error}") from error
-        if self.is_cut:  # ucxx reports a cancelled send as a success
-            raise KvTransferFailed("the connection was cut during a send")
+            raise KvTransferFailed(self.cut_because if self.is_cut else f"UCX could not move bytes: {error}") from error
+        except asyncio.CancelledError:
+            await to_completion(self.cut())  # ucxx has no way to take back one request and say when that is done
+            raise
+        finally:
+            watchdog.cancel()
+            self.meter.end(num_bytes)
+        self.check()  # ucxx reports a send that was cut off as a success
 
-    async def post_receive(self, tag: int, part: torch.Tensor) -> asyncio.Task[None]:
-        """Begin to receive into `part`, which UCX may write to until the returned task is done.
+    def cut_after(self, stall_s: float) -> asyncio.TimerHandle:
+        """Cut the link in `stall_s` seconds for the peer's standing still, unless the timer is cancelled before."""
+        reason = f"the peer made no progress for {stall_s:.1f} s"
+        return asyncio.get_running_loop().call_later(stall_s, self.begin_cut, reason)
 
-        The task must not be cancelled; cutting the link ends it.
-        """
-        arrival = asyncio.create_task(self._receive(tag, part))
-        await asyncio.sleep(0)  # lets the task post the receive, so that the message finds it waiting
-        return arrival
-
-    async def _receive(self, tag: int, part: torch.Tensor) -> None:
-        if self.is_cut:
-            raise KvTransferFailed("the connection is cut")
-        try:
-            await self._endpoint.recv(_exported(part), tag=Tag(tag), force_tag=True)
-        except UCX_ERRORS as error:
-            raise KvTransferFailed(f"UCX could not receive: {error}") from error
-
-    async def cut(self) -> None:
-        """End the connection; afterwards nothing is in flight on it."""
+    def begin_cut(self, reason: str | None = None) -> None:
+        """Cut, without waiting for the end of that."""
         if self._cutting is None:
+            self.cut_because = reason or self.cut_because
             self._cutting = asyncio.create_task(self._cut())
+
+    async def cut(self, reason: str | None = None) -> None:
+        """End the connection; afterwards nothing is in flight on it."""
+        self.begin_cut(reason)
+        assert self._cutting is not None
         await asyncio.shield(self._cutting)
 
     async def _cut(self) -> None:

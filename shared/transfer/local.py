@@ -274,8 +274,6 @@ class LocalTransfer:
         network = self._network
         wire_s = 0.0 if network.bytes_per_s is None else load.num_bytes / network.bytes_per_s
         with offer.sending():
-            link.source.copier.pack(
-                load.pages, load.part.layers, load.format, packed, last_tokens=load.last_tokens
-            )
+            link.source.copier.pack(load.pages, load.part.layers, load.format, packed, last_tokens=load.last_tokens)
             await link.carry(network.delay_s + wire_s)
         return packed

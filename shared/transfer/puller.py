@@ -1,77 +1,53 @@
-"""The puller's side of `shared.transfer.ucx`: connects to sources, asks for pages and receives them."""
+"""The puller's side of `shared.transfer.ucx`: connects to sources, tests links, and pulls over them."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from itertools import count
 
-import torch
-
 from shared.errors import KvTransferFailed, LayoutMismatch
+from shared.request import Incarnation
 from shared.transfer.control import (
     PROTOCOL_VERSION,
     TO_PULLER_DECODER,
-    Confirm,
-    ControlMessage,
-    GiveUp,
-    Granted,
     Hello,
-    Pull,
+    Part,
+    Probe,
+    ProtocolViolation,
     Ready,
     Refused,
     Released,
+    Speed,
 )
+from shared.transfer.diagnosis import diagnose, unreachable
 from shared.transfer.link import Link
-from shared.transfer.plan import Message, plan_messages
-from shared.transfer.port import Clock
+from shared.transfer.port import Clock, LinkReport, Pulled
+from shared.transfer.pulling import Pulling
+from shared.transfer.self_test import measure
 from shared.transfer.staging import Staging, to_completion
+from shared.transfer.transport import UNPROVEN
 from shared.wire.codec import UndecodableMessage
 from shared.wire.to_worker import KvTicket
 
-NUM_LANES = 2
-"""Messages of one pull on their way at once: one is copied while the other is on the wire."""
 
-
-class _Pulling:
-    """One pull: the answer it waits for, and what ended it early.
+class Connection:
+    """A source that we are connected to, and the pulls and probes on the way from it.
 
     Attributes:
-        stopped: why nothing more will come; None while all is well.
+        report: what is known of the link.
+        testing: held while the link is tested.
     """
 
-    def __init__(self) -> None:
-        self.stopped: KvTransferFailed | None = None
-        self._answer: asyncio.Future[None] | None = None
-
-    async def answer(self) -> None:
-        """Wait for the source's yes. Raises KvTransferFailed for a no."""
-        if self.stopped is not None:
-            raise self.stopped
-        self._answer = asyncio.get_running_loop().create_future()
-        await self._answer
-
-    def agree(self) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(None)
-
-    def stop(self, error: KvTransferFailed) -> None:
-        self.stopped = self.stopped or error
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
-
-
-class _Connection:
-    """A source we are connected to and the pulls on the way from it."""
-
     def __init__(self, address: str, link: Link, hello: Hello) -> None:
-        self.address = address
         self.link = link
         self.hello = hello
-        self.pulls: dict[int, _Pulling] = {}
+        self.report = LinkReport(address, hello.incarnation, transport=UNPROVEN, speed=None)
+        self.testing = asyncio.Lock()
+        self.pulls: dict[int, Pulling] = {}
+        self.probes: dict[int, asyncio.Future[Part]] = {}
         self.numbers = count(1)
 
     async def follow(self) -> None:
-        """Hand the source's answers to the pulls they are for, until the connection ends."""
+        """Hand what the source says to the pulls it is for, until the connection ends."""
         reason = "the connection was cut"
         try:
             while True:
@@ -79,20 +55,31 @@ class _Connection:
         except (KvTransferFailed, UndecodableMessage) as error:
             reason = str(error)
         finally:
-            await self.link.cut()
+            await self.link.cut(reason)
+            failed = KvTransferFailed(f"{self.report.address}: {reason}")
             for pulling in self.pulls.values():
-                pulling.stop(KvTransferFailed(f"{self.address}: {reason}"))
+                pulling.stop(failed)
+            for announced in self.probes.values():
+                if not announced.done():
+                    announced.set_exception(failed)
 
-    def _handle(self, message: ControlMessage) -> None:
+    def _handle(self, message: object) -> None:
+        """What is said of a pull that has ended here crossed our word on the way."""
         match message:
-            case Granted(pull=number) | Released(pull=number):
+            case Part(pull=number) if number in self.probes:
+                if not self.probes[number].done():
+                    self.probes[number].set_result(message)
+            case Part(pull=number):
                 if number in self.pulls:
-                    self.pulls[number].agree()
+                    self.pulls[number].announced(message)
+            case Released(pull=number):
+                if number in self.pulls:
+                    self.pulls[number].released()
             case Refused(pull=number, reason=reason):
                 if number in self.pulls:
-                    self.pulls[number].stop(KvTransferFailed(f"{self.address} refused: {reason}"))
+                    self.pulls[number].stop(KvTransferFailed(f"{self.report.address} refused: {reason}"))
             case _:
-                raise UndecodableMessage(f"{type(message).__name__} has no place here")
+                raise ProtocolViolation(f"{type(message).__name__} has no place here")
 
 
 class Puller:
@@ -113,7 +100,7 @@ class Puller:
         self._clock = clock
         self._tasks = tasks
         self._peer_timeout_s = peer_timeout_s
-        self._connections: dict[str, _Connection] = {}
+        self._connections: dict[str, Connection] = {}
         self._connecting: dict[str, asyncio.Lock] = {}
         self._closed = False
 
@@ -122,40 +109,84 @@ class Puller:
         self._closed = True
         await asyncio.gather(*(connection.link.cut() for connection in tuple(self._connections.values())))
 
-    async def pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+    def links(self) -> tuple[LinkReport, ...]:
+        """See `Transfer.links`."""
+        return tuple(connection.report for connection in self._connections.values() if not connection.link.is_cut)
+
+    async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
+        """See `Transfer.connect`."""
+        connection = await self._connection_to(address, incarnation)
+        async with connection.testing:
+            if connection.report.speed is None:
+                await to_completion(self._test(connection))
+        return connection.report
+
+    async def pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         """See `Transfer.pull`."""
         deadline_s = self._clock() + timeout_s
+        too_late = KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s")
         try:
-            async with self._until(deadline_s):
-                connection = await self._connection_to(ticket)
-            await self._pull_over(connection, ticket, want, into, deadline_s)
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connection_to(ticket.address, ticket.source)
         except TimeoutError as error:
-            raise KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s") from error
+            raise too_late from error
+        number = next(connection.numbers)
+        pulling = connection.pulls[number] = Pulling(
+            number,
+            connection.link,
+            ticket,
+            want,
+            into,
+            staging=self._staging,
+            new_tag=self._new_tag,
+            tasks=self._tasks,
+            answer_timeout_s=self._peer_timeout_s,
+        )
+        try:
+            pulling.start()
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+                await pulling.over.wait()
+        except TimeoutError:
+            pulling.stop(too_late)
+        except BaseException:
+            pulling.stop(KvTransferFailed(f"{ticket.key} is no longer wanted"))
+            raise
+        finally:
+            if not pulling.over.is_set():
+                await to_completion(pulling.end(self._peer_timeout_s))
+            del connection.pulls[number]
+        if pulling.error is not None:
+            raise pulling.error
+        return pulling.pulled
 
-    def _until(self, deadline_s: float) -> asyncio.Timeout:
-        return asyncio.timeout(max(0.0, deadline_s - self._clock()))
+    async def _connection_to(self, address: str, incarnation: Incarnation) -> Connection:
+        """The connection to `incarnation` at `address`, made if there is none.
 
-    async def _connection_to(self, ticket: KvTicket) -> _Connection:
-        address = ticket.address
+        One to another incarnation there stays what it is unless the one asked for answers now: either may be the older.
+        """
         async with self._connecting.setdefault(address, asyncio.Lock()):
-            connection = self._connections.get(address)
-            if connection is None or connection.link.is_cut:
-                connection = await self._connect(address)
-                self._connections[address] = connection
-                self._tasks.create_task(connection.follow(), name=f"answers of {address}")
-        if connection.hello.incarnation != ticket.source:
-            raise KvTransferFailed(
-                f"{address} has restarted: it is {connection.hello.incarnation}, not {ticket.source}"
-            )
+            old = self._connections.get(address)
+            if old is not None and not old.link.is_cut and old.hello.incarnation == incarnation:
+                return old
+            connection = await self._connect(address, incarnation)
+            self._connections[address] = connection
+            self._tasks.create_task(self._follow(address, connection), name=f"answers of {address}")
+        if old is not None:
+            await old.link.cut(f"{address} has restarted")
         return connection
 
-    async def _connect(self, address: str) -> _Connection:
+    async def _follow(self, address: str, connection: Connection) -> None:
+        await connection.follow()
+        if self._connections.get(address) is connection:
+            del self._connections[address]
+
+    async def _connect(self, address: str, incarnation: Incarnation) -> Connection:
         host, _, port = address.rpartition(":")
         try:
             async with asyncio.timeout(self._peer_timeout_s):
-                link = Link(*await asyncio.open_connection(host, int(port)))
+                link = Link(*await asyncio.open_connection(host, int(port)), self._clock)
                 try:
-                    hello = await self._greet(address, link)
+                    hello = await self._greet(address, incarnation, link)
                     await link.open_endpoint(hello.ucx_address)
                     self._check_open()
                 except BaseException:
@@ -163,13 +194,13 @@ class Puller:
                     raise
         except (OSError, ValueError) as error:
             raise KvTransferFailed(f"no connection to {address}: {error or type(error).__name__}") from error
-        return _Connection(address, link, hello)
+        return Connection(address, link, hello)
 
     def _check_open(self) -> None:
         if self._closed:
             raise KvTransferFailed("this worker is closing")
 
-    async def _greet(self, address: str, link: Link) -> Hello:
+    async def _greet(self, address: str, incarnation: Incarnation, link: Link) -> Hello:
         self._check_open()
         link.post(self._hello)
         try:
@@ -184,89 +215,44 @@ class Puller:
             raise LayoutMismatch(
                 f"{address} has KV layout {theirs.layout_fingerprint}, ours is {self._hello.layout_fingerprint}"
             )
-        if theirs.message_bytes < self._staging.cache.layout.page_bytes:
-            raise KvTransferFailed(f"{address} sends messages of {theirs.message_bytes} bytes, which hold no page")
+        if theirs.incarnation != incarnation:
+            raise KvTransferFailed(f"{address} has restarted: it is {theirs.incarnation}, not {incarnation}")
+        obstacle = unreachable(self._hello.host, theirs.host)
+        if obstacle is not None:
+            raise KvTransferFailed(f"{address}: {obstacle}")
         return theirs
 
-    async def _pull_over(
-        self, connection: _Connection, ticket: KvTicket, want: Sequence[int], into: Sequence[int], deadline_s: float
-    ) -> None:
-        link = connection.link
-        number = next(connection.numbers)
-        pulling = connection.pulls[number] = _Pulling()
-        confirmed = False
+    async def _test(self, connection: Connection) -> None:
+        """Measure the link, and tell the source too: it is the source who plans what is sent."""
+        link, hello = connection.link, connection.hello
+        max_bytes = min(self._hello.max_part_bytes, hello.max_part_bytes)
+        speed = await measure(lambda num_bytes: self._probe(connection, num_bytes), max_bytes)
+        link.meter.speed = speed
+        link.post(Speed(speed.bytes_per_s, speed.latency_s))
+        transport = link.read_transport(self._staging.cache.device.type)
+        connection.report = LinkReport(
+            connection.report.address,
+            hello.incarnation,
+            transport,
+            speed,
+            warning=diagnose(self._hello.host, hello.host, transport),
+        )
+
+    async def _probe(self, connection: Connection, num_bytes: int) -> float:
+        """Seconds that so many bytes take from the source to us."""
+        link, number = connection.link, next(connection.numbers)
+        announced = connection.probes[number] = asyncio.get_running_loop().create_future()
         try:
-            link.post(Pull(number, ticket.key, ticket.secret, tuple(want)))
-            await self._answer(link, pulling, deadline_s)
-            await self._receive_all(connection, number, pulling, into, deadline_s)
-            link.post(Confirm(number))
-            confirmed = True
-            await self._answer(link, pulling, deadline_s)
+            async with self._staging.incoming.lease(num_bytes) as space:
+                link.post(Probe(number, num_bytes))
+                watchdog = link.cut_after(link.meter.patience_s(num_bytes))
+                try:
+                    await announced
+                finally:
+                    watchdog.cancel()
+                tag, began_s = self._new_tag(), self._clock()
+                link.post(Ready(number, 0, tag))
+                await link.receive(tag, space)
+                return self._clock() - began_s
         finally:
-            del connection.pulls[number]
-            if not confirmed:
-                with suppress(KvTransferFailed):  # a connection that is gone says as much
-                    link.post(GiveUp(number))
-
-    async def _answer(self, link: Link, pulling: _Pulling, deadline_s: float) -> None:
-        """Wait for the source's word on the pull; a source that is silent until the deadline is cut off."""
-        try:
-            async with self._until(deadline_s):
-                await pulling.answer()
-        except TimeoutError:
-            await link.cut()
-            raise
-
-    async def _receive_all(
-        self, connection: _Connection, number: int, pulling: _Pulling, into: Sequence[int], deadline_s: float
-    ) -> None:
-        message_bytes = min(self._hello.message_bytes, connection.hello.message_bytes)
-        plan = plan_messages(len(into), self._staging.cache.layout.page_bytes, message_bytes)
-        todo = enumerate(plan)
-        lanes = [
-            asyncio.create_task(self._receive_some(connection.link, number, pulling, todo, into, deadline_s))
-            for _ in range(min(NUM_LANES, len(plan)))
-        ]
-        try:
-            await asyncio.gather(*lanes)
-        finally:
-            for lane in lanes:
-                lane.cancel()
-            if lanes:
-                await to_completion(asyncio.wait(lanes))
-
-    async def _receive_some(
-        self,
-        link: Link,
-        number: int,
-        pulling: _Pulling,
-        todo: Iterator[tuple[int, Message]],
-        into: Sequence[int],
-        deadline_s: float,
-    ) -> None:
-        page_bytes = self._staging.cache.layout.page_bytes
-        for index, message in todo:
-            async with self._until(deadline_s) as wait, self._staging.incoming.lease() as buffer:
-                wait.reschedule(None)  # it bounds the wait for a buffer; the receive minds the deadline itself
-                part = buffer[: message.num_pages * page_bytes]
-                if pulling.stopped is not None:
-                    raise pulling.stopped
-                await to_completion(self._receive(link, number, index, part, deadline_s))
-                await self._staging.scatter(part, into[message.start : message.end])
-        if pulling.stopped is not None:
-            raise pulling.stopped
-
-    async def _receive(self, link: Link, number: int, index: int, part: torch.Tensor, deadline_s: float) -> None:
-        """Message `index` into `part`. However this ends, UCX no longer writes to `part`."""
-        tag = self._new_tag()
-        arrival = await link.post_receive(tag, part)
-        try:
-            link.post(Ready(number, index, tag, part.numel()))
-            await asyncio.wait({arrival}, timeout=max(0.0, deadline_s - self._clock()))
-            if not arrival.done():
-                raise TimeoutError
-            arrival.result()
-        except (KvTransferFailed, TimeoutError):
-            await link.cut()
-            await asyncio.wait({arrival})
-            raise
+            del connection.probes[number]

@@ -1,83 +1,106 @@
-"""The source's side of `shared.transfer.ucx`: checks tickets and sends the pages that pullers ask for."""
+"""The source's side of `shared.transfer.ucx`: lets pullers in and serves what they ask for."""
 
 import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 
 from shared.errors import KvTransferFailed
-from shared.request import Incarnation
+from shared.kv.wire_format import packed_bytes
 from shared.transfer.control import (
     PROTOCOL_VERSION,
     TO_SOURCE_DECODER,
     Confirm,
     GiveUp,
-    Granted,
     Hello,
+    OversizedMessage,
+    Probe,
+    ProtocolViolation,
     Pull,
     Ready,
     Refused,
     Released,
+    Speed,
 )
+from shared.transfer.feed import PartFeed
 from shared.transfer.link import VOID, Link
-from shared.transfer.offers import REFUSAL_AFTER, Offer, Offers, OfferState, PullRefused
-from shared.transfer.plan import Message, plan_messages
+from shared.transfer.offers import Offers, PullRefused
+from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome, Refusal
+from shared.transfer.serving import Probing, Serving
 from shared.transfer.staging import Staging
 from shared.wire.codec import UndecodableMessage
+from shared.wire.wire_format import WireFormat
+
+NUM_REMEMBERED = 256
+"""Answers to confirmations remembered on a connection, so that one asked for again is the same."""
 
 
-class ProtocolViolation(UndecodableMessage):
-    """A control message that has no place here."""
+class Visit:
+    """One puller on one connection.
 
-
-def _refusal_after(offer: Offer) -> Refusal:
-    assert offer.outcome is not None
-    return REFUSAL_AFTER[offer.outcome]
-
-
-class _Sending:
-    """A granted pull: the pages still to be asked for."""
-
-    def __init__(self, offer: Offer, want: tuple[int, ...], plan: tuple[Message, ...]) -> None:
-        self.offer = offer
-        self._want = want
-        self._to_ask = dict(enumerate(plan))
-
-    def take(self, ready: Ready, page_bytes: int) -> tuple[int, ...]:
-        """Page numbers of the message asked for, which may be asked for once. Raises ProtocolViolation."""
-        message = self._to_ask.pop(ready.index, None)
-        if message is None:
-            raise ProtocolViolation(f"message {ready.index} is not in the plan or was asked for before")
-        if ready.num_bytes != message.num_pages * page_bytes:
-            raise ProtocolViolation(f"message {ready.index} has another length in our plan")
-        return tuple(self.offer.pages[index] for index in self._want[message.start : message.end])
-
-
-class _Visit:
-    """One puller on one connection."""
+    Attributes:
+        pulls: let in and not confirmed or given up, by number.
+        probing: the probe under way; one at a time.
+        last_number: of a pull or probe; each is higher than the one before.
+    """
 
     def __init__(self, link: Link, hello: Hello) -> None:
         self.link = link
         self.hello = hello
-        self.pulls: dict[int, _Sending] = {}
+        self.pulls: dict[int, Serving] = {}
+        self.probing: Probing | None = None
+        self.last_number = 0
+        self._answers: OrderedDict[int, Released | Refused] = OrderedDict()
 
-    @property
-    def puller(self) -> Incarnation:
-        return self.hello.incarnation
+    def take_number(self, number: int) -> None:
+        """Raises ProtocolViolation for a number that is not new."""
+        if number <= self.last_number:
+            raise ProtocolViolation(f"number {number} was used before")
+        self.last_number = number
 
-    def granted(self, pull: int) -> _Sending:
-        if pull not in self.pulls:
-            raise ProtocolViolation(f"pull {pull} was not granted or has ended")
-        return self.pulls[pull]
+    def answer(self, number: int) -> Released | Refused:
+        """What becomes of a pull that is confirmed; the same each time. Raises ProtocolViolation if there is none."""
+        answer = self._answers.get(number)
+        if answer is None:
+            if number not in self.pulls:
+                raise ProtocolViolation(f"pull {number} was not let in or has ended")
+            offer = self.pulls.pop(number).offer
+            released = offer.settle(Outcome.PULLED)
+            answer = self._answers[number] = Released(number) if released else Refused(number, offer.refusal_after)
+            if len(self._answers) > NUM_REMEMBERED:
+                self._answers.popitem(last=False)
+        return answer
+
+    async def open_endpoint(self) -> None:
+        """Raises KvTransferFailed."""
+        if not self.link.has_endpoint:
+            await self.link.open_endpoint(self.hello.ucx_address)
+
+    def end(self) -> None:
+        """The connection is cut."""
+        for serving in self.pulls.values():
+            serving.give_up()
+        if self.probing is not None:
+            self.probing.stop()
 
 
 class Source:
     """Serves pullers until closed."""
 
     def __init__(
-        self, hello: Hello, staging: Staging, offers: Offers, tasks: asyncio.TaskGroup, peer_timeout_s: float
+        self,
+        hello: Hello,
+        staging: Staging,
+        offers: Offers,
+        clock: Callable[[], float],
+        tasks: asyncio.TaskGroup,
+        peer_timeout_s: float,
     ) -> None:
         self._hello = hello
         self._staging = staging
         self._offers = offers
+        self._clock = clock
         self._tasks = tasks
         self._peer_timeout_s = peer_timeout_s
         self._links: set[Link] = set()
@@ -93,89 +116,123 @@ class Source:
         if self._closed:
             writer.transport.abort()
             return
-        link = Link(reader, writer)
+        link = Link(reader, writer, self._clock)
         self._links.add(link)
         self._tasks.create_task(self._serve(link))
 
     async def _serve(self, link: Link) -> None:
-        visit: _Visit | None = None
+        """Whatever ends this connection, it ends this one alone; what was being pulled over it reports FAILED."""
+        visit: Visit | None = None
         try:
             visit = await self._greet(link)
             while True:
-                await self._handle(visit, await link.read())
-        except (KvTransferFailed, UndecodableMessage):
-            pass  # whatever the reason, it ends this connection alone; what was being pulled over it reports FAILED
+                await self._handle(visit, TO_SOURCE_DECODER.decode(await link.read()))
+        except KvTransferFailed:
+            pass
+        except PullRefused as refusal:
+            self._offers.refusals[refusal.reason] += 1
+        except OversizedMessage:
+            self._offers.refusals[Refusal.OVERSIZED] += 1
+        except UndecodableMessage:
+            self._offers.refusals[Refusal.PROTOCOL] += 1
         finally:
             await link.cut()
             self._links.discard(link)
-            for sending in visit.pulls.values() if visit is not None else ():
-                sending.offer.settle(Outcome.FAILED)
+            if visit is not None:
+                visit.end()
 
-    async def _greet(self, link: Link) -> _Visit:
+    async def _greet(self, link: Link) -> Visit:
         try:
             async with asyncio.timeout(self._peer_timeout_s):
                 return await self._exchange_hello(link)
         except TimeoutError as error:
             raise KvTransferFailed("the peer did not say hello or goodbye in time") from error
 
-    async def _exchange_hello(self, link: Link) -> _Visit:
+    async def _exchange_hello(self, link: Link) -> Visit:
         hello = TO_SOURCE_DECODER.decode(await link.read())
         if not isinstance(hello, Hello):
             raise ProtocolViolation("the first message is not a hello")
         link.post(self._hello)
         if (hello.protocol, hello.layout_fingerprint) != (PROTOCOL_VERSION, self._hello.layout_fingerprint):
-            await link.read()  # the puller sees the difference too, and the connection ends here
-            raise ProtocolViolation("a peer of another protocol or layout asked for pages")
-        if hello.message_bytes < self._staging.cache.layout.page_bytes:
-            raise ProtocolViolation("the peer's messages hold no page")
-        return _Visit(link, hello)
+            await self._see_off(link)
+            if hello.protocol != PROTOCOL_VERSION:
+                raise ProtocolViolation("a peer of another protocol asked for pages")
+            raise PullRefused(Refusal.WRONG_LAYOUT)
+        if hello.max_part_bytes < packed_bytes(self._staging.cache.layout, WireFormat.NATIVE, 1, 1):
+            raise ProtocolViolation("the peer's parts hold no layer of a page")
+        return Visit(link, hello)
 
-    async def _handle(self, visit: _Visit, encoded: bytes) -> None:
-        match TO_SOURCE_DECODER.decode(encoded):
-            case Pull() as pull:
-                await self._begin(visit, pull)
-            case Ready() as ready:
-                sending = visit.granted(ready.pull)
-                pages = sending.take(ready, self._staging.cache.layout.page_bytes)
-                self._tasks.create_task(self._send(visit.link, sending.offer, ready, pages))
+    async def _see_off(self, link: Link) -> None:
+        """The puller sees the difference in our hello too and hangs up; nothing that it still says is listened to."""
+        with suppress(KvTransferFailed, UndecodableMessage):
+            await link.read()
+
+    async def _handle(self, visit: Visit, message: object) -> None:
+        match message:
+            case Pull():
+                await self._begin(visit, message)
+            case Ready():
+                self._ready(visit, message)
             case Confirm(pull=number):
-                offer = visit.granted(number).offer
-                del visit.pulls[number]
-                if offer.settle(Outcome.PULLED):
-                    visit.link.post(Released(number))
-                else:
-                    visit.link.post(Refused(number, _refusal_after(offer)))
+                visit.link.post(visit.answer(number))
             case GiveUp(pull=number):
                 if number in visit.pulls:
-                    visit.pulls.pop(number).offer.settle(Outcome.FAILED)
-            case Hello():
-                raise ProtocolViolation("a second hello")
+                    visit.pulls.pop(number).give_up()
+            case Probe():
+                await self._probe(visit, message)
+            case Speed(bytes_per_s=bytes_per_s, latency_s=latency_s):
+                visit.link.meter.speed = LinkSpeed(bytes_per_s, latency_s)
+            case _:
+                raise ProtocolViolation(f"{type(message).__name__} has no place here")
 
-    async def _begin(self, visit: _Visit, pull: Pull) -> None:
-        if pull.pull in visit.pulls:
-            raise ProtocolViolation(f"pull {pull.pull} is in progress")
+    async def _begin(self, visit: Visit, pull: Pull) -> None:
+        visit.take_number(pull.pull)
+        link = visit.link
         try:
-            offer = self._offers.begin(pull.key, pull.secret, visit.puller, pull.want, visit.link.cut)
+            offer = self._offers.find(pull.key, pull.secret, visit.hello.incarnation, pull.want)
         except PullRefused as refusal:
-            visit.link.post(Refused(pull.pull, refusal.reason))
+            link.post(Refused(pull.pull, refusal.reason))
             return
-        message_bytes = min(self._hello.message_bytes, visit.hello.message_bytes)
-        plan = plan_messages(len(pull.want), self._staging.cache.layout.page_bytes, message_bytes)
-        visit.pulls[pull.pull] = _Sending(offer, pull.want, plan)
-        if not visit.link.has_endpoint:
-            await visit.link.open_endpoint(visit.hello.ucx_address)
-        visit.link.post(Granted(pull.pull))
+        feed = PartFeed(
+            self._staging.cache.layout,
+            offer,
+            pull.want,
+            speed=lambda: link.meter.speed,
+            max_part_bytes=self._max_part_bytes(visit),
+        )
+        serving = visit.pulls[pull.pull] = Serving(pull.pull, link, self._offers, offer, feed, self._staging)
+        serving.begin()
+        await visit.open_endpoint()
+        for lane in serving.lanes():
+            self._tasks.create_task(lane)
 
-    async def _send(self, link: Link, offer: Offer, ready: Ready, pages: tuple[int, ...]) -> None:
+    def _max_part_bytes(self, visit: Visit) -> int:
+        return min(self._staging.max_part_bytes, visit.hello.max_part_bytes)
+
+    def _ready(self, visit: Visit, ready: Ready) -> None:
+        probing = visit.probing
+        awaited = probing if probing is not None and probing.number == ready.pull else visit.pulls.get(ready.pull)
+        if awaited is None:
+            raise ProtocolViolation(f"pull {ready.pull} was not let in or has ended")
+        if not awaited.ready(ready):
+            self._tasks.create_task(self._send_void(visit.link, ready.tag))
+
+    async def _send_void(self, link: Link, tag: int) -> None:
         try:
-            async with self._staging.outgoing.lease() as buffer:
-                if offer.state is OfferState.PULLING:
-                    with offer.sending():
-                        part = buffer[: ready.num_bytes]
-                        await self._staging.gather(pages, part)
-                        await link.send(ready.tag, part)
-                    return
-            link.post(Refused(ready.pull, _refusal_after(offer)))
-            await link.send(ready.tag, VOID)
+            await link.send(tag, VOID)
         except KvTransferFailed:
-            await link.cut()  # `serve` sees the end of the connection and reports what was being pulled over it
+            await link.cut()
+
+    async def _probe(self, visit: Visit, probe: Probe) -> None:
+        visit.take_number(probe.pull)
+        if visit.probing is not None:
+            raise ProtocolViolation("two probes at once")
+        if probe.num_bytes > self._max_part_bytes(visit):
+            raise ProtocolViolation(f"a probe of {probe.num_bytes} bytes")
+        visit.probing = Probing(probe.pull, visit.link, self._staging)
+        await visit.open_endpoint()
+        self._tasks.create_task(self._run(visit, visit.probing, probe.num_bytes))
+
+    async def _run(self, visit: Visit, probing: Probing, num_bytes: int) -> None:
+        await probing.run(num_bytes)
+        visit.probing = None

@@ -5,33 +5,42 @@
       │── Hello: protocol, layout, incarnation, UCX address ──>│
       │<── Hello ──────────────────────────────────────────────│  either end hangs up if protocol or layout differ
       │                                                        │
+      │   once, when the two register: the self-test           │
+      │── Probe: so many bytes ───────────────────────────────>│
+      │<── Part of no pages ── then as below: Ready, bytes ───>│
+      │── Speed: what was measured ───────────────────────────>│  the source plans with it, and refines it as it sends
+      │                                                        │
       │   for each pull, many at once on one connection:       │
       │── Pull: key, secret, wanted page indexes ─────────────>│  ticket checked, else Refused(reason)
-      │<── Granted ────────────────────────────────────────────│
       │                                                        │
-      │   for each message of the plan, two at once:           │
-      │   lease a buffer, post a UCX receive under a new tag   │
-      │── Ready: message, tag, length ────────────────────────>│  lease a buffer, gather the pages into it
+      │   for each part, as soon as its KV is computed:        │  lease room in the outgoing arena
+      │<── Part: which pages and layers, format, length ───────│  pack the pages into it
+      │   lease room in the incoming arena                     │
+      │── Ready: a new tag; and a UCX receive under it ───────>│  when both are done
       │<══════════ UCX message under that tag: pages ══════════│
-      │   scatter into our pages                               │
+      │   unpack into our pages                                │
       │                                                        │
-      │── Confirm ────────────────────────────────────────────>│  the offer ends: PULLED
+      │── Confirm: all parts are in our arena ────────────────>│  the offer ends: PULLED
       │<── Released ───────────────────────────────────────────│  or Refused: it ended otherwise before
-      │
+      │                                                        │
       │── GiveUp, in place of Confirm ────────────────────────>│  the offer ends: FAILED
 
 What holds:
 
 - Only `Released` makes a pull a success. What came by UCX is worth nothing without it: a UCX send can succeed though
   nobody received it, and the source may have freed pages while they were on the wire.
+- The puller knows by itself when all has come: each wanted page and layer is announced exactly once, in a form no more
+  lossy than the ticket allows and of the length which that form has. A source that does otherwise is hung up on.
 - Each `Ready` is answered by exactly one UCX message of its tag, or by the end of the connection. If the offer ended
-  meanwhile the message is one byte long, and `Refused` says why. So a posted receive always completes, and no buffer
-  goes back to its pool while UCX might still write to it: ucxx has no call that cancels a single receive and says when
-  that is done.
+  meanwhile the message is one byte long, and `Refused` says why. So a posted receive always completes, and no memory
+  goes back to its arena while UCX might still write to it: ucxx has no call that cancels a single receive and says
+  when that is done.
 - A tag is used once in the life of a process: the next receive after one that was given up would get the old bytes.
 - What cannot be ended otherwise is ended by cutting the connection: the socket is aborted and the UCX endpoint closed,
-  which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream.
-- UCX never sees an address of someone who holds no ticket: the source makes its endpoint at the first grant.
+  which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream, and
+  one that stands still by a part that makes no progress, so that it keeps nobody's arena.
+- UCX never sees an address of someone whose pages are not laid out as ours: the source makes its endpoint for the first
+  pull that it lets in, or for the self-test, whose bytes are zeros.
 
 Why two channels: ucxx can only listen on all interfaces (its listener takes a port and no host), a receive that waits
 for control messages would keep UCX busy, and a stream that ends is the quickest news of a dead peer. The TCP listener
@@ -41,7 +50,7 @@ both `host` and `net_devices`.
 Which transport UCX picks: between CPU processes TCP, since shared memory does not report a dead peer; between CUDA
 processes of one host CUDA IPC, on each process's own GPU masked by CUDA_VISIBLE_DEVICES (the progress thread opens
 device 0). UCX_TLS in the environment restricts the choice; it must leave in `tcp` or an RDMA transport for the
-wire-up. UCX_PROTO_INFO=y prints what is used.
+wire-up. The self-test asks UCX what it chose.
 """
 
 # ucxx has no types.
@@ -49,22 +58,29 @@ wire-up. UCX_PROTO_INFO=y prints what is used.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import asyncio
+import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 import ucxx
 
+from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.control import PROTOCOL_VERSION, Hello
+from shared.transfer.host_facts import HostFacts, read_host_facts
 from shared.transfer.offers import Offers, check_pull
-from shared.transfer.port import Clock, OnEnd
+from shared.transfer.port import Clock, LinkReport, OnEnd, Pulled, Refusal
 from shared.transfer.puller import Puller
 from shared.transfer.source import Source
 from shared.transfer.staging import Staging
+from shared.transfer.transport import SHOW_PROTOCOLS
 from shared.wire.to_worker import KvTicket
+from shared.wire.wire_format import WireFormat
 
 PROGRESS_TIMEOUT_MS = 20
 """Longest sleep of UCX's progress thread. Events wake it; ucxx's own 1 ms costs an idle worker 2 to 9% of a core."""
@@ -90,7 +106,7 @@ class UcxContext:
     async def __aenter__(self) -> Self:
         # Without futures completed by a thread, each waiting receive would spin a core.
         ucxx.init(
-            options={"NET_DEVICES": self._net_devices},
+            options={"NET_DEVICES": self._net_devices, **SHOW_PROTOCOLS},
             env_takes_precedence=True,
             progress_mode="thread",
             enable_python_future=True,
@@ -108,6 +124,10 @@ class UcxContext:
         _worker().stop_request_notifier_thread()
         await asyncio.to_thread(ucxx.stop_notifier_thread)
         ucxx.reset()
+
+    def facts(self, device: torch.device) -> HostFacts:
+        """What peers are told of this process, whose KV is on `device`; UCX reads the same environment."""
+        return read_host_facts(device, os.environ, net_devices=self._net_devices)
 
     def new_tag(self) -> int:
         """A UCX tag that this process has not received under before."""
@@ -139,8 +159,9 @@ class UcxTransfer:
             protocol=PROTOCOL_VERSION,
             layout_fingerprint=staging.cache.layout.fingerprint,
             incarnation=incarnation,
-            message_bytes=staging.message_bytes,
+            max_part_bytes=staging.max_part_bytes,
             ucx_address=context.address,
+            host=context.facts(staging.cache.device),
         )
         self._cache = staging.cache
         self._host = host
@@ -148,7 +169,7 @@ class UcxTransfer:
         self._tasks = asyncio.TaskGroup()
         self._lifetime = AsyncExitStack()
         self._offers = Offers(staging.cache, incarnation, clock, self._tasks)
-        self._source = Source(hello, staging, self._offers, self._tasks, peer_timeout_s)
+        self._source = Source(hello, staging, self._offers, clock, self._tasks, peer_timeout_s)
         self._puller = Puller(hello, staging, context.new_tag, clock, self._tasks, peer_timeout_s)
 
     async def __aenter__(self) -> Self:
@@ -185,14 +206,35 @@ class UcxTransfer:
         puller: Incarnation,
         hold_s: float,
         on_end: OnEnd,
+        progress: KvProgress | None = None,
+        max_loss: WireFormat = WireFormat.NATIVE,
     ) -> KvTicket:
         return self._offers.add(
-            self.address, key, pages, num_tokens=num_tokens, secret=secret, puller=puller, hold_s=hold_s, on_end=on_end
+            self.address,
+            key,
+            pages,
+            num_tokens=num_tokens,
+            secret=secret,
+            puller=puller,
+            hold_s=hold_s,
+            on_end=on_end,
+            progress=progress,
+            max_loss=max_loss,
         )
 
     def withdraw(self, key: str) -> None:
         self._offers.withdraw(key)
 
-    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> None:
+    async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         check_pull(self._cache, ticket, want, into)
-        await self._puller.pull(ticket, want, into, timeout_s)
+        return await self._puller.pull(ticket, want, into, timeout_s)
+
+    async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
+        return await self._puller.connect(address, incarnation)
+
+    def links(self) -> tuple[LinkReport, ...]:
+        return self._puller.links()
+
+    @property
+    def refusals(self) -> Counter[Refusal]:
+        return self._offers.refusals

@@ -91,7 +91,7 @@ async def a_pair(world, num_pages=32, **options):
         for key in pair.offered:
             await pair.ends.wait(key)
         assert source.num_offers == 0
-        world.check_nothing_leaked()
+        await world.check_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_pulls_run_at_once_in_both_directions(world):
             assert torch.equal(cache_b.pages[32 + 3 * k : 35 + 3 * k], before_a[4 * k : 4 * k + 3])
             assert torch.equal(cache_a.pages[32 + 3 * k : 35 + 3 * k], before_b[4 * k : 4 * k + 3])
             assert await ends.wait(f"{k}-to-a") is await ends.wait(f"{k}-to-b") is Outcome.PULLED
-        world.check_nothing_leaked()
+        await world.check_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ async def test_a_source_that_closes_fails_the_pull_and_ends_its_offers(world):
         assert isinstance(results[0], KvTransferFailed) or ends.outcomes["pulling"] is Outcome.PULLED
         with pytest.raises(KvTransferFailed):
             await puller.pull(tickets[1], want=(0,), into=(0,), timeout_s=TIMEOUT_S)
-        world.check_nothing_leaked()
+        await world.check_nothing_leaked()
 
 
 async def test_a_puller_that_closes_fails_its_pulls_and_the_offer(world):
@@ -371,7 +371,7 @@ async def test_a_puller_that_closes_fails_its_pulls_and_the_offer(world):
         with pytest.raises(KvTransferFailed):
             await pull
         assert await ends.wait("k") is Outcome.FAILED
-        world.check_nothing_leaked()
+        await world.check_nothing_leaked()
 
 
 async def test_a_source_that_restarted_on_its_address_is_known_as_another(world):

@@ -7,22 +7,35 @@ import signal
 import struct
 import sys
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 from pydantic import TypeAdapter
 
+from shared.blocks import token_ids
 from shared.errors import KvTransferFailed
 from shared.request import Incarnation
-from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Confirm, Hello, Pull, Ready, to_frame
+from shared.transfer.control import (
+    MAX_CONTROL_BYTES,
+    PROTOCOL_VERSION,
+    Confirm,
+    Hello,
+    Probe,
+    Pull,
+    Ready,
+    Speed,
+    to_frame,
+)
+from shared.transfer.host_facts import HostFacts
 from shared.transfer.port import Outcome
 from shared.transfer.staging import Staging
 from shared.transfer.ucx import UcxContext, UcxTransfer
 from shared.wire.codec import encode
 from shared.wire.to_worker import KvTicket
-from tests.contract.transfer_worlds import SECRET, UcxWorld, a_cache
-from tests.contract.ucx_peer import NUM_PAGES, PAGES_PER_MESSAGE, SEED, a_large_cache
+from tests.contract.transfer_worlds import SECRET, UcxWorld, a_cache, arena_bytes, is_whole
+from tests.contract.ucx_peer import NUM_PAGES, PAGES_PER_PART, SEED, a_large_cache
 
 TIMEOUT_S = 30.0
 
@@ -32,13 +45,16 @@ class Here:
 
     def __init__(self, context, cache):
         self.cache = cache
-        self.staging = Staging(cache, {}, message_bytes=PAGES_PER_MESSAGE * cache.layout.page_bytes)
+        self.staging = Staging(cache, {}, arena_bytes=arena_bytes(PAGES_PER_PART * cache.layout.page_bytes))
         self.asked_twice = asyncio.Event()
         self._context = context
         self._new_tag = context.new_tag
         context.new_tag = self._count_tag
         self.transfer = UcxTransfer(
-            context, self.staging, incarnation=Incarnation("here"), clock=asyncio.get_running_loop().time
+            context,
+            self.staging,
+            incarnation=Incarnation("here"),
+            clock=asyncio.get_running_loop().time,
         )
         self.ended = asyncio.get_running_loop().create_future()
 
@@ -64,12 +80,12 @@ class Here:
 
     async def is_sending(self):
         async with asyncio.timeout(TIMEOUT_S):
-            while self.staging.outgoing.num_free == 2:
+            while self.staging.outgoing.num_free_bytes == self.staging.outgoing.num_bytes:
                 await asyncio.sleep(0)
 
-    async def all_buffers_back(self):
+    async def all_memory_back(self):
         async with asyncio.timeout(TIMEOUT_S):
-            while not self.staging.outgoing.num_free == self.staging.incoming.num_free == 2:
+            while not is_whole(self.staging):
                 await asyncio.sleep(0.01)
 
 
@@ -154,7 +170,7 @@ async def test_a_source_killed_in_the_middle_fails_the_pull_at_once():
         async with asyncio.timeout(TIMEOUT_S):
             with pytest.raises(KvTransferFailed):
                 await pull
-        await end.all_buffers_back()
+        await end.all_memory_back()
 
 
 async def test_a_puller_killed_in_the_middle_ends_the_hold():
@@ -164,7 +180,7 @@ async def test_a_puller_killed_in_the_middle_ends_the_hold():
         peer.process.kill()
         async with asyncio.timeout(TIMEOUT_S):
             assert await end.ended is Outcome.FAILED
-        await end.all_buffers_back()
+        await end.all_memory_back()
 
 
 async def test_a_puller_that_stands_still_is_cut_off_when_the_hold_ends():
@@ -174,7 +190,7 @@ async def test_a_puller_that_stands_still_is_cut_off_when_the_hold_ends():
         peer.process.send_signal(signal.SIGSTOP)
         async with asyncio.timeout(TIMEOUT_S):
             assert await end.ended is Outcome.EXPIRED
-        await end.all_buffers_back()
+        await end.all_memory_back()
 
 
 async def test_a_source_that_stands_still_fails_the_pull_at_its_deadline():
@@ -185,7 +201,7 @@ async def test_a_source_that_stands_still_fails_the_pull_at_its_deadline():
         async with asyncio.timeout(TIMEOUT_S):
             with pytest.raises(KvTransferFailed, match=r"within 1\.0 s"):
                 await pull
-        await end.all_buffers_back()
+        await end.all_memory_back()
 
 
 def a_hello(cache, **changes):
@@ -193,8 +209,9 @@ def a_hello(cache, **changes):
         "protocol": PROTOCOL_VERSION,
         "layout_fingerprint": cache.layout.fingerprint,
         "incarnation": Incarnation("stranger"),
-        "message_bytes": 2**30,
+        "max_part_bytes": 2**30,
         "ucx_address": b"not an address",
+        "host": HostFacts("boot", "host", "pid", "ipc", "net", "cpu"),
     }
     return to_frame(Hello(**fields | changes))
 
@@ -202,6 +219,8 @@ def a_hello(cache, **changes):
 def framed(body):
     return struct.pack("!I", len(body)) + body
 
+
+GONE = Pull(1, "gone", SECRET, token_ids((0,)))
 
 NONSENSE = {
     "not a hello": lambda hello: to_frame(Confirm(1)),
@@ -211,9 +230,14 @@ NONSENSE = {
     "half a message": lambda hello: hello()[:-5],
     "two hellos": lambda hello: hello() * 2,
     "a confirmation of nothing": lambda hello: hello() + to_frame(Confirm(1)),
-    "ready for nothing": lambda hello: hello() + to_frame(Ready(1, 0, 1, 5)),
-    "messages that hold no page": lambda hello: hello(message_bytes=1),
-    "an answer instead of a question": lambda hello: hello() + framed(b'{"type":"granted","pull":1}'),
+    "ready for nothing": lambda hello: hello() + to_frame(Ready(1, 0, 1)),
+    "a number used before": lambda hello: hello() + 2 * to_frame(GONE),
+    "number 0": lambda hello: hello() + to_frame(replace(GONE, pull=0)),
+    "parts that hold no layer": lambda hello: hello(max_part_bytes=1),
+    "a probe over the arena": lambda hello: hello() + to_frame(Probe(1, 2**40)),
+    "a probe of nothing": lambda hello: hello() + to_frame(Probe(1, 0)),
+    "no speed": lambda hello: hello() + to_frame(Speed(0.0, 0.0)),
+    "an answer instead of a question": lambda hello: hello() + framed(b'{"type":"released","pull":1}'),
     "another protocol, and on it goes": lambda hello: hello(protocol=99) + to_frame(Confirm(1)),
 }
 
@@ -250,23 +274,3 @@ async def test_nonsense_ends_the_connection_it_came_by_and_no_other():
             writer.transport.abort()
             await pull_something(name)
         assert set(source._source._links) == links
-
-
-async def test_a_message_with_another_plan_behind_it_ends_the_pull():
-    """The only way to get a source to send what the puller has no room for."""
-    world = UcxWorld()
-    cache = a_cache(seed=1)
-    ended = asyncio.get_running_loop().create_future()
-    async with world, world.transfer(cache, "source") as source:
-        source.offer(
-            "k", (1, 2), num_tokens=128, secret=SECRET, puller="stranger", hold_s=60.0, on_end=ended.set_result
-        )
-        host, port = source.address.split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(a_hello(cache, ucx_address=world._context.address))
-        writer.write(to_frame(Pull(1, "k", SECRET, (0, 1))) + to_frame(Ready(1, 0, 1, 1024)))
-        async with asyncio.timeout(TIMEOUT_S):
-            while await reader.read(2**16):
-                pass
-            assert await ended is Outcome.FAILED
-        writer.transport.abort()

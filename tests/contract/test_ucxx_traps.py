@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -12,6 +13,7 @@ import ucxx
 from ucxx.types import Tag
 
 from shared.errors import KvTransferFailed
+from shared.transfer import link_meter
 from shared.transfer.link import Link
 from shared.transfer.ucx import UcxContext
 
@@ -150,7 +152,7 @@ async def test_a_cancelled_send_looks_like_a_success_and_is_an_error_here():
         bare._ep.close_blocking(period=10**9)
         assert await asyncio.wait_for(send, TIMEOUT_S) is None
 
-        link = Link(None, _Writer())
+        link = Link(None, _Writer(), time.monotonic)
         await link.open_endpoint(context.address)
         send = asyncio.create_task(link.send(2, torch.zeros(LARGE_BYTES, dtype=torch.uint8)))
         await asyncio.sleep(0.05)
@@ -163,14 +165,36 @@ async def test_a_cancelled_send_looks_like_a_success_and_is_an_error_here():
 
 async def test_a_cut_link_completes_a_posted_receive():
     async with UcxContext() as context:
-        link = Link(None, _Writer())
+        link = Link(None, _Writer(), time.monotonic)
         await link.open_endpoint(context.address)
-        arrival = await link.post_receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8))
+        arrival = asyncio.create_task(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)))
         await asyncio.sleep(0.05)
         assert not arrival.done()
         await link.cut()
         with pytest.raises(KvTransferFailed):
             await asyncio.wait_for(arrival, TIMEOUT_S)
+
+
+async def test_a_receive_that_is_cancelled_cuts_the_link_first():
+    async with UcxContext() as context:
+        link = Link(None, _Writer(), time.monotonic)
+        await link.open_endpoint(context.address)
+        arrival = asyncio.create_task(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)))
+        await asyncio.sleep(0.05)
+        arrival.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(arrival, TIMEOUT_S)
+        assert link.is_cut
+
+
+async def test_a_receive_that_makes_no_progress_cuts_the_link(monkeypatch):
+    monkeypatch.setattr(link_meter, "STALL_S", 0.05)
+    async with UcxContext() as context:
+        link = Link(None, _Writer(), time.monotonic)
+        await link.open_endpoint(context.address)
+        with pytest.raises(KvTransferFailed, match="no progress"):
+            await asyncio.wait_for(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)), TIMEOUT_S)
+        assert link.is_cut
 
 
 async def test_its_listener_binds_every_interface_so_we_do_not_use_it():

@@ -1,7 +1,8 @@
 """Where the contract of `Transfer` is tried out: on the twin, and on real UCX."""
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from math import ceil
 
 import torch
 
@@ -9,7 +10,7 @@ from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
 from shared.request import Incarnation
 from shared.transfer.local import LocalNetwork, LocalTransfer
-from shared.transfer.staging import Staging
+from shared.transfer.staging import LARGEST_PART_SHARE, Staging
 from shared.transfer.ucx import UcxContext, UcxTransfer
 
 SECRET = bytes(range(16))
@@ -28,6 +29,11 @@ def a_cache(num_pages=32, *, seed=None, layout=None) -> PagedCache:
     if seed is not None:
         cache.pages.copy_(torch.rand(cache.pages.shape, generator=torch.Generator().manual_seed(seed)))
     return cache
+
+
+def arena_bytes(part_bytes: int) -> int:
+    """Of arenas whose largest part has `part_bytes`."""
+    return ceil(part_bytes / LARGEST_PART_SHARE)
 
 
 class LocalWorld:
@@ -61,7 +67,7 @@ class LocalWorld:
         yield
         self.network.delay_s = 0.0
 
-    def check_nothing_leaked(self):
+    async def check_nothing_leaked(self):
         assert not self.network.links
 
 
@@ -80,7 +86,7 @@ class UcxWorld:
         await self._context.__aexit__(*error)
 
     def transfer(self, cache, incarnation, *, pages_per_part=4, address="127.0.0.1:0"):
-        staging = Staging(cache, {}, message_bytes=pages_per_part * cache.layout.page_bytes)
+        staging = Staging(cache, {}, arena_bytes=arena_bytes(pages_per_part * cache.layout.page_bytes))
         transfer = UcxTransfer(
             self._context,
             staging,
@@ -95,13 +101,19 @@ class UcxWorld:
     async def held_back(self, source):
         """As `LocalWorld.held_back`: the source finds no buffer to send from."""
         outgoing = self._stagings[source].outgoing
-        async with AsyncExitStack() as leases:
-            for _ in range(outgoing.num_free):
-                await leases.enter_async_context(outgoing.lease())
+        async with outgoing.lease(outgoing.num_bytes):
             yield
 
-    def check_nothing_leaked(self):
-        for transfer, staging in self._stagings.items():
-            assert staging.outgoing.num_free == staging.incoming.num_free == 2
+    async def check_nothing_leaked(self):
+        async with asyncio.timeout(10):
+            while not all(map(is_whole, self._stagings.values())):
+                await asyncio.sleep(0.001)
+        for transfer in self._stagings:
             for connection in transfer._puller._connections.values():
                 assert not connection.pulls
+                assert not connection.probes
+
+
+def is_whole(staging) -> bool:
+    """Whether nothing of its arenas is lent."""
+    return all(arena.num_free_bytes == arena.num_bytes for arena in (staging.outgoing, staging.incoming))

@@ -11,10 +11,10 @@ from shared.transfer.staging import Staging
 from shared.transfer.ucx import UcxContext, UcxTransfer
 from shared.wire.codec import encode
 from shared.wire.to_worker import KvTicket
-from tests.contract.transfer_worlds import SECRET, a_cache, a_layout
+from tests.contract.transfer_worlds import SECRET, a_cache, a_layout, arena_bytes
 
 NUM_PAGES = 96
-PAGES_PER_MESSAGE = 16
+PAGES_PER_PART = 16
 SEED = 7
 
 
@@ -33,7 +33,7 @@ async def main():
     commands = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
     cache = a_large_cache(seed=SEED)
-    staging = Staging(cache, {}, message_bytes=PAGES_PER_MESSAGE * cache.layout.page_bytes)
+    staging = Staging(cache, {}, arena_bytes=arena_bytes(PAGES_PER_PART * cache.layout.page_bytes))
     async with (
         UcxContext() as context,
         UcxTransfer(context, staging, incarnation=Incarnation("peer"), clock=loop.time) as transfer,

@@ -1,26 +1,46 @@
 import asyncio
+import json
+from contextlib import suppress
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared.blocks import token_ids
 from shared.transfer.control import (
     MAX_CONTROL_BYTES,
     TO_PULLER_DECODER,
     TO_SOURCE_DECODER,
     Confirm,
     GiveUp,
-    Granted,
     Hello,
+    OversizedMessage,
+    Part,
+    Probe,
     Pull,
     Ready,
     Refused,
     Released,
+    Speed,
+    ToPuller,
+    ToSource,
     read_frame,
     to_frame,
 )
+from shared.transfer.host_facts import HostFacts
 from shared.transfer.port import Refusal
-from shared.wire.codec import UndecodableMessage
+from shared.wire.codec import UndecodableMessage, type_name
+from shared.wire.wire_format import WireFormat
 
-HELLO = Hello(protocol=1, layout_fingerprint="ab", incarnation="i", message_bytes=5, ucx_address=b"\x00\xff")
+HELLO = Hello(
+    protocol=2,
+    layout_fingerprint="ab",
+    incarnation="i",
+    max_part_bytes=5,
+    ucx_address=b"\x00\xff",
+    host=HostFacts("boot", "host", "pid", "ipc", "net", "cuda", gpu_uuid="GPU-1", rdma_devices=("mlx5_0",)),
+)
 
 
 async def frames(*chunks):
@@ -35,12 +55,17 @@ async def frames(*chunks):
     ("decoder", "message"),
     [
         (TO_SOURCE_DECODER, HELLO),
-        (TO_SOURCE_DECODER, Pull(pull=1, key="k", secret=b"\x00" * 16, want=(4, 1))),
-        (TO_SOURCE_DECODER, Ready(pull=1, index=0, tag=2**64 - 1, num_bytes=7)),
+        (TO_SOURCE_DECODER, Pull(pull=1, key="k", secret=b"\x00" * 16, want=token_ids((4, 1)))),
+        (TO_SOURCE_DECODER, Ready(pull=1, index=0, tag=2**64 - 1)),
         (TO_SOURCE_DECODER, Confirm(pull=1)),
         (TO_SOURCE_DECODER, GiveUp(pull=1)),
         (TO_PULLER_DECODER, HELLO),
-        (TO_PULLER_DECODER, Granted(pull=1)),
+        (TO_SOURCE_DECODER, Probe(pull=3, num_bytes=4096)),
+        (TO_SOURCE_DECODER, Speed(bytes_per_s=2.5e11, latency_s=5e-5)),
+        (
+            TO_PULLER_DECODER,
+            Part(pull=1, index=2, start=3, end=4, first_layer=0, end_layer=8, format=WireFormat.INT4, num_bytes=9),
+        ),
         (TO_PULLER_DECODER, Refused(pull=1, reason=Refusal.EXPIRED)),
         (TO_PULLER_DECODER, Released(pull=1)),
     ],
@@ -58,11 +83,17 @@ async def test_a_message_arrives_as_it_was_sent(decoder, message):
         b"",
         b"no json",
         b"[]",
-        b'{"type": "granted", "pull": 1}',
+        b'{"type": "released", "pull": 1}',
+        b'{"type": "confirm", "pull": -1}',
         b'{"type": "pull", "pull": 1}',
-        b'{"type": "ready", "pull": 1, "index": 0, "tag": -1, "num_bytes": 5}',
-        b'{"type": "ready", "pull": 1, "index": 0, "tag": 18446744073709551616, "num_bytes": 5}',
-        b'{"type": "pull", "pull": 1, "key": "k", "secret": "\xff", "want": []}',
+        b'{"type": "ready", "pull": 1, "index": 0, "tag": -1}',
+        b'{"type": "ready", "pull": 1, "index": 0, "tag": 18446744073709551616}',
+        b'{"type": "pull", "pull": 1, "key": "k", "secret": "\xff", "want": ""}',
+        b'{"type": "pull", "pull": 1, "key": "k", "secret": "", "want": [0]}',
+        b'{"type": "pull", "pull": 1, "key": "k", "secret": "", "want": "AAA="}',
+        b'{"type": "probe", "pull": 1, "num_bytes": 0}',
+        b'{"type": "speed", "bytes_per_s": 0, "latency_s": 0}',
+        b'{"type": "speed", "bytes_per_s": 1e999, "latency_s": 0}',
     ],
 )
 def test_what_no_puller_sends_is_named(body):
@@ -71,12 +102,38 @@ def test_what_no_puller_sends_is_named(body):
 
 
 async def test_a_frame_over_the_limit_is_refused_before_it_is_read():
-    with pytest.raises(UndecodableMessage, match="over the limit"):
+    with pytest.raises(OversizedMessage, match="over the limit"):
         await read_frame(await frames((MAX_CONTROL_BYTES + 1).to_bytes(4, "big")))
     with pytest.raises(ValueError, match="over the limit"):
-        to_frame(Pull(pull=1, key="k" * MAX_CONTROL_BYTES, secret=b"", want=()))
+        to_frame(Pull(pull=1, key="k" * MAX_CONTROL_BYTES, secret=b"", want=token_ids(())))
 
 
 async def test_a_stream_that_ends_in_a_frame_says_so():
     with pytest.raises(asyncio.IncompleteReadError):
         await read_frame(await frames(to_frame(HELLO)[:-1]))
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_a_stranger_are_a_message_or_are_named(body):
+    for decoder in (TO_SOURCE_DECODER, TO_PULLER_DECODER):
+        with suppress(UndecodableMessage):
+            decoder.decode(body)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = sorted(
+    {name for message in (*get_args(ToSource), *get_args(ToPuller)) for name in message.__dataclass_fields__}
+)
+TYPES = sorted({type_name(message) for message in (*get_args(ToSource), *get_args(ToPuller))})
+
+
+@given(st.sampled_from(TYPES), st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_fields_of_a_stranger_are_a_message_or_are_named(kind, fields):
+    body = json.dumps({"v": 1, "type": kind, **fields}).encode()
+    for decoder in (TO_SOURCE_DECODER, TO_PULLER_DECODER):
+        with suppress(UndecodableMessage):
+            decoder.decode(body)

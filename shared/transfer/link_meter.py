@@ -1,0 +1,66 @@
+"""How fast a link is, and how long one may wait for it."""
+
+from collections.abc import Callable
+
+from shared.transfer.plan import LinkSpeed
+
+STALL_S = 5.0
+"""A peer that makes no progress for so long, beyond what the link's speed explains, is taken for dead."""
+
+SHARE = 4.0
+"""How many times slower than measured a link may be before that is no longer the link's fault: others use it too."""
+
+UNMEASURED_BYTES_PER_S = 1e6
+"""What a link that was not measured is trusted to do at the least."""
+
+MIN_SAMPLE_S = 0.02
+"""What was sent in less says more of buffers on the way than of the link."""
+
+MAX_SAMPLE_S = 0.5
+"""A link that is never idle gives a sample this often."""
+
+NEW_SAMPLE_SHARE = 0.25
+"""Weight of a new sample against all before it."""
+
+
+class LinkMeter:
+    """Of one end of one link.
+
+    The sender's end learns: bytes that were sent while anything was on the wire, over the time in which anything was.
+
+    Attributes:
+        speed: measured by the self-test, refined by what was sent; None before the test.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.speed: LinkSpeed | None = None
+        self._clock = clock
+        self._in_flight_bytes = 0
+        self._busy_since_s = 0.0
+        self._sent_bytes = 0
+
+    def begin(self, num_bytes: int) -> None:
+        """So many bytes are on the wire from now on."""
+        if self._in_flight_bytes == 0:
+            self._busy_since_s, self._sent_bytes = self._clock(), 0
+        self._in_flight_bytes += num_bytes
+
+    def end(self, num_bytes: int) -> None:
+        """They no longer are."""
+        self._in_flight_bytes -= num_bytes
+        self._sent_bytes += num_bytes
+
+    def learn(self) -> None:
+        """After a send: refine the speed, if enough was sent since the last time."""
+        now_s = self._clock()
+        busy_s = now_s - self._busy_since_s
+        if self.speed is None or busy_s < (MAX_SAMPLE_S if self._in_flight_bytes else MIN_SAMPLE_S):
+            return
+        known, sample = self.speed.bytes_per_s, self._sent_bytes / busy_s
+        self.speed = LinkSpeed(known + NEW_SAMPLE_SHARE * (sample - known), self.speed.latency_s)
+        self._busy_since_s, self._sent_bytes = now_s, 0
+
+    def patience_s(self, num_bytes: int = 0) -> float:
+        """How long to wait for what is in flight and `num_bytes` more."""
+        bytes_per_s = UNMEASURED_BYTES_PER_S if self.speed is None else self.speed.bytes_per_s
+        return STALL_S + SHARE * (self._in_flight_bytes + num_bytes) / bytes_per_s
