@@ -48,8 +48,8 @@ def _no_cuda_ipc(ours: HostFacts, theirs: HostFacts, transport: str, peer_access
             return f"KV moves by {transport}: UCX_TLS={facts.ucx_tls} leaves CUDA IPC out; add cuda_ipc or unset it"
     if ours.pid_namespace != theirs.pid_namespace:
         return (
-            f"KV moves by {transport}: the workers have PID namespaces of their own, where UCX takes two processes of "
-            f"one number for the same one; run both containers with pid: host, or one in the PID namespace of the other"
+            f"KV moves by {transport}: the workers have PID namespaces of their own, between which CUDA shares no "
+            f"memory; run both containers with pid: host, or one in the PID namespace of the other"
         )
     if ours.ipc_namespace != theirs.ipc_namespace:
         return (
