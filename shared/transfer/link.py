@@ -71,7 +71,7 @@ class Link:
     def read_transport(self, device_type: str) -> str:
         """By what large messages arrive in memory of this kind of device; see `shared.transfer.transport`."""
         self.check()
-        return read_transport(self._endpoint._ep, memory="cuda" if device_type == "cuda" else "host")  # noqa: SLF001
+        return read_transport(self._endpoint, memory="cuda" if device_type == "cuda" else "host")
 
     def post(self, message: ControlMessage) -> None:
         """Send a control message; does not wait.
