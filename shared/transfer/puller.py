@@ -19,6 +19,7 @@ from shared.transfer.control import (
     Speed,
 )
 from shared.transfer.diagnosis import diagnose, unreachable
+from shared.transfer.host_facts import can_access_peer
 from shared.transfer.link import Link
 from shared.transfer.port import Clock, LinkReport, Pulled
 from shared.transfer.pulling import Pulling
@@ -229,13 +230,15 @@ class Puller:
         speed = await measure(lambda num_bytes: self._probe(connection, num_bytes), max_bytes)
         link.meter.speed = speed
         link.post(Speed(speed.bytes_per_s, speed.latency_s))
-        transport = link.read_transport(self._staging.cache.device.type)
+        device = self._staging.cache.device
+        transport = link.read_transport(device.type)
+        peer_access = can_access_peer(device, hello.host.gpu_uuid)
         connection.report = LinkReport(
             connection.report.address,
             hello.incarnation,
             transport,
             speed,
-            warning=diagnose(self._hello.host, hello.host, transport),
+            warning=diagnose(self._hello.host, hello.host, transport, peer_access=peer_access),
         )
 
     async def _probe(self, connection: Connection, num_bytes: int) -> float:
@@ -243,13 +246,14 @@ class Puller:
         link, number = connection.link, next(connection.numbers)
         announced = connection.probes[number] = asyncio.get_running_loop().create_future()
         try:
+            link.post(Probe(number, num_bytes))
+            watchdog = link.cut_after(link.meter.patience_s(num_bytes))
+            try:
+                await announced
+            finally:
+                watchdog.cancel()
+            # As with parts, space here is taken after that at the source: else the two could wait for each other.
             async with self._staging.incoming.lease(num_bytes) as space:
-                link.post(Probe(number, num_bytes))
-                watchdog = link.cut_after(link.meter.patience_s(num_bytes))
-                try:
-                    await announced
-                finally:
-                    watchdog.cancel()
                 tag, began_s = self._new_tag(), self._clock()
                 link.post(Ready(number, 0, tag))
                 await link.receive(tag, space)
