@@ -5,12 +5,15 @@ import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ANSWER_TIMEOUT_S = 120.0
+LAST_WORDS_S = 10.0
+"""How long a child that fails may take to say why."""
+
 MAX_LINE_BYTES = 2**26
 """Thousands of tickets are one line."""
 
@@ -46,6 +49,8 @@ class Child:
             await self._process.stdin.drain()
             line = await self._process.stdout.readline()
         if not line:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), LAST_WORDS_S)
             raise RuntimeError(f"a process of the measurement ended over {do!r}")
         return json.loads(line)
 
