@@ -3,8 +3,8 @@
 1. Prompts one after the other: each is prefilled on one worker and pulled by the other, which counts bytes and seconds.
 2. Prompts of many lengths at once through the edge, greedy: their tokens are compared with the lone engine's
    (`benchmarks.lone_engine`), up to ties in bf16.
-3. Afterwards all KV pages must be free, no prompt may have been computed twice, and between GPUs the protocol lines
-   that UCX prints must name `cuda_ipc`.
+3. Afterwards all KV pages must be free, no prompt may have been computed twice, and between GPUs the link must go by
+   `cuda_ipc`.
 
 Exit status 1 if something of that does not hold; `problems` in the output says what.
 """
@@ -75,35 +75,6 @@ def cut_prompts(ids: Sequence[int], lengths: Iterable[int]) -> list[list[int]]:
     return prompts
 
 
-def protocol_rows(log: str) -> list[str]:
-    """The distinct rows about CUDA memory of the tables that UCX prints with UCX_PROTO_INFO=y.
-
-    A table has a head of two cells and a row of three cells for each range of message sizes:
-
-        | ucp_context_0 intra-node cfg#2 | rendezvous data fetch into cuda/GPU0 from cuda/GPU0 |
-        |                         0..inf | zero-copy read from remote        | cuda_ipc/cuda   |
-    """
-    rows: dict[str, None] = {}
-    head = ""
-    for line in log.splitlines():
-        cells = [cell.strip() for cell in line.partition("|")[2].rstrip(" |").split("|")]
-        if len(cells) == 2:
-            head = cells[1]
-        elif len(cells) == 3 and "cuda" in head + line:
-            rows[f"{head}: {' | '.join(cells)}"] = None
-    return list(rows)
-
-
-def show_protocols(folder: Path) -> dict[str, str]:
-    """Environment of a process whose UCX writes what `read_protocols` reads."""
-    return {"UCX_PROTO_INFO": "y", "UCX_LOG_FILE": f"{folder}/ucx-%p.log"}
-
-
-def read_protocols(folder: Path) -> list[str]:
-    """`protocol_rows` of all processes that wrote to `folder`."""
-    return protocol_rows("\n".join(log.read_text() for log in sorted(folder.glob("ucx-*.log"))))
-
-
 async def ask(http: httpx.AsyncClient, edge: str, model: str, prompt: Sequence[int], new_tokens: int) -> list[str]:
     """Texts of the tokens of one greedy answer."""
     body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
@@ -123,6 +94,13 @@ async def metrics(http: httpx.AsyncClient, address: str) -> dict[str, float]:
         for sample in family.samples
         if not sample.name.endswith("_bucket")
     }
+
+
+async def links_of(http: httpx.AsyncClient, address: str) -> list[dict[str, Any]]:
+    """What a worker says of its links, see docs/links.md."""
+    answer = await http.get(f"{address}/health")
+    answer.raise_for_status()
+    return answer.json()["links"]
 
 
 async def single_pulls(http: httpx.AsyncClient, stack: Stack, model: str, plan: Plan, ids: Sequence[int]) -> list[Any]:
@@ -175,7 +153,6 @@ async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids
         max_restarts=0,
         kafka_port=None,
         redis_port=None,
-        env=show_protocols(run_dir),
     )
     began_s = time.monotonic()
     model = plan.model.name
@@ -190,13 +167,14 @@ async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids
         answers = await asyncio.gather(*(ask(http, edge, model, prompt, plan.new_tokens) for prompt in prompts))
         answered_s = time.monotonic() - asked_s
         workers = await workers_at_rest(http, stack)
+        links = await links_of(http, stack.addresses("decode")[0])
     return {
         "ready_s": round(ready_s, 1),
         "first_pull": pulls[0],
         "pulls": pulls[1:],
         "answered_s": round(answered_s, 2),
         "workers": workers,
-        "protocols": read_protocols(run_dir),
+        "links": links,
         "answers": answers,
     }
 
@@ -237,8 +215,9 @@ def problems(plan: Plan, served: Mapping[str, Any], compared: Mapping[str, Any])
             found.append(f"{worker} holds pages still: {counts}")
         if counts["baton_local_prefills_total"]:
             found.append(f"{worker} computed {counts['baton_local_prefills_total']} prompts because a pull failed")
-    if plan.device == "cuda" and not any("cuda_ipc" in row for row in served["protocols"]):
-        found.append("no protocol line of the workers names cuda_ipc")
+    transports = [link.get("transport") for link in served["links"]]
+    if plan.device == "cuda" and transports != ["cuda_ipc"]:
+        found.append(f"the decode worker's links go by {transports}, not by one cuda_ipc")
     rate = median_rate(served["pulls"])
     if rate < plan.min_gb_per_s:
         found.append(f"the median pull ran at {rate} GB/s, not {plan.min_gb_per_s}")

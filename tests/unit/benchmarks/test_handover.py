@@ -1,24 +1,6 @@
 from pathlib import Path
 
-from benchmarks.handover import Plan, cut_prompts, problems, protocol_rows
-
-LOG = """{"event":"ready"}
-[1795373028.33] [vm:31404:0]   +--------------------------------+---------------------------------------------------+
-[1795373028.33] [vm:31404:0]   | ucp_context_0 intra-node cfg#0 | tagged message by ucp_tag_send* from host memory  |
-[1795373028.33] [vm:31404:0]   +--------------------------------+------------------------------------------+--------+
-[1795373028.33] [vm:31404:0]   |                              0 | eager short                              | tcp/lo |
-[1795373028.33] [vm:31404:0]   +--------------------------------+------------------------------------------+--------+
-[1795373028.34] [vm:31404:0]   | ucp_context_0 intra-node cfg#1 | rendezvous data fetch into cuda/GPU0 from cuda/GPU0 |
-[1795373028.34] [vm:31404:0]   |                         0..inf | zero-copy read from remote        | cuda_ipc/cuda |
-[1795373028.34] [vm:31404:0]   | ucp_context_0 intra-node cfg#1 | rendezvous data fetch into cuda/GPU0 from cuda/GPU0 |
-[1795373028.34] [vm:31404:0]   |                         0..inf | zero-copy read from remote        | cuda_ipc/cuda |
-"""
-
-
-def test_only_rows_about_cuda_are_kept_once_with_their_table():
-    assert protocol_rows(LOG) == [
-        "rendezvous data fetch into cuda/GPU0 from cuda/GPU0: 0..inf | zero-copy read from remote | cuda_ipc/cuda"
-    ]
+from benchmarks.handover import Plan, cut_prompts, problems
 
 
 def test_no_two_prompts_begin_alike():
@@ -50,7 +32,7 @@ def served(**changes):
     }
     return {
         "workers": {"prefill": worker, "decode": worker | changes},
-        "protocols": protocol_rows(LOG),
+        "links": [{"peer": "prefill-0", "transport": "cuda_ipc"}],
         "pulls": [{"gb_per_s": 120.0}],
     }
 
@@ -61,7 +43,7 @@ def test_all_is_well():
 
 def test_each_thing_that_does_not_hold_is_named():
     without_ipc = served(baton_kv_pages_free=8, baton_local_prefills_total=2) | {
-        "protocols": [],
+        "links": [{"peer": "prefill-0", "warning": "no answer"}],
         "pulls": [{"gb_per_s": 3.0}],
     }
     told = "\n".join(problems(a_plan(), without_ipc, {"wrong": [{"index": 3}], "tokens": 0}))
