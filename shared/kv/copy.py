@@ -96,13 +96,3 @@ class PageCopier:
             raise ValueError(
                 f"{layers.num_layers} layers of {num_pages} pages in {fmt} do not fill a run of {run.numel()} bytes"
             )
-
-
-def gather_pages(cache: PagedCache, pages: Sequence[int], out: torch.Tensor) -> None:
-    """`PageCopier.pack` of whole native pages."""
-    PageCopier(cache, len(pages)).pack(pages, LayerSpan(0, cache.layout.num_layers), WireFormat.NATIVE, out)
-
-
-def scatter_pages(cache: PagedCache, source: torch.Tensor, pages: Sequence[int]) -> None:
-    """`PageCopier.unpack` of whole native pages."""
-    PageCopier(cache, len(pages)).unpack(source, pages, LayerSpan(0, cache.layout.num_layers), WireFormat.NATIVE)
