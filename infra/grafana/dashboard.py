@@ -374,8 +374,8 @@ HOPS = Row(
         Panel(
             title="Stages of a request, p99",
             description="The same for the slowest in a hundred. placed → prefilling: waiting for the prefill worker. "
-            "first_token → transferring: waiting for the decode worker. transferring → decoding: KV and the "
-            "first step there.",
+            "first_token → transferring: the token on its way to the decode worker. transferring → decoding: what is "
+            "left of the KV, and the first step there.",
             queries=stages(0.99),
             unit=Unit.SECONDS,
             stacked=True,

@@ -58,15 +58,16 @@ class HandOff:
         first, later: the gap behind token 1; all later gaps.
         places: gaps by their place.
         extra: by request, the first gap less the median of its later ones: what disaggregation costs it.
-        waiting, pulling: the part before the KV was pulled, and from there into a decode batch, by the server's stamps.
+        handing_on, rest: until token 1 has reached the decode worker, and from there to token 2 (what is left of the
+            KV arrives, a batch runs), by the server's stamps.
     """
 
     first: Distribution
     later: Distribution
     places: tuple[GapAt, ...]
     extra: Summary | None
-    waiting: Summary | None
-    pulling: Summary | None
+    handing_on: Summary | None
+    rest: Summary | None
 
 
 def distributions_of(records: Iterable[Record], slo: Slo) -> dict[str, Distribution]:
@@ -121,8 +122,8 @@ def hand_off_of(records: Iterable[Record]) -> HandOff:
         later=distribution("later", (gap for record in streamed for gap in record.gaps_s[1:])),
         places=tuple(GapAt(place, summary) for place, summary in enumerate(by_place, start=1) if summary is not None),
         extra=summarise(r.gaps_s[0] - median(r.gaps_s[1:]) for r in streamed if len(r.gaps_s) > 1),
-        waiting=summarise(_between(record, Event.FIRST_TOKEN, Event.TRANSFERRING) for record in done),
-        pulling=summarise(_between(record, Event.TRANSFERRING, Event.DECODING) for record in done),
+        handing_on=summarise(_between(record, Event.FIRST_TOKEN, Event.TRANSFERRING) for record in done),
+        rest=summarise(_between(record, Event.TRANSFERRING, Event.DECODING) for record in done),
     )
 
 

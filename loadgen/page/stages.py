@@ -25,7 +25,7 @@ class StageKind(StrEnum):
     HOP = "hop"
     QUEUE = "queue"
     PREFILL = "prefill"
-    PAGES = "pages"
+    HANDING_ON = "handing-on"
     TRANSFER = "transfer"
     DECODE = "decode"
     UNKNOWN_WAIT = "unknown-wait"
@@ -39,8 +39,8 @@ KINDS: dict[str, tuple[StageKind, str]] = {
     Event.ADMITTED: (StageKind.HOP, "waits for room, is placed on workers"),
     Event.PLACED: (StageKind.QUEUE, "waits for the prefill worker"),
     Event.PREFILLING: (StageKind.PREFILL, "its prompt is computed"),
-    Event.FIRST_TOKEN: (StageKind.PAGES, "waits for the decode worker to begin"),
-    Event.TRANSFERRING: (StageKind.TRANSFER, "its KV is pulled, it joins a batch"),
+    Event.FIRST_TOKEN: (StageKind.HANDING_ON, "its first token goes to the decode worker"),
+    Event.TRANSFERRING: (StageKind.TRANSFER, "what is left of its KV arrives, it joins a batch"),
     Event.DECODING: (StageKind.DECODE, "its tokens are made"),
     Event.FINISHED: (StageKind.HOP, "on its way back to the client"),
     FIRST_PIECE: (StageKind.UNKNOWN_STREAM, "its tokens come"),

@@ -47,6 +47,6 @@ def test_the_hand_off_is_the_first_gap_less_the_usual_one_of_the_same_request():
 
 def test_stamps_split_the_hand_off():
     found = hand_off_of([answered(0, rng=Random(1))])
-    assert found.waiting.median == pytest.approx(0.1, abs=1e-5)
-    assert found.pulling.median == pytest.approx(0.15, abs=1e-5)
-    assert hand_off_of([answered(0, rng=Random(1), stamped=False)]).waiting is None
+    assert found.handing_on.median == pytest.approx(0.1, abs=1e-5)
+    assert found.rest.median == pytest.approx(0.15, abs=1e-5)
+    assert hand_off_of([answered(0, rng=Random(1), stamped=False)]).handing_on is None

@@ -42,7 +42,7 @@ def test_shares_are_of_the_whole_time():
     kinds = {stage.name: stage.kind for stage in found.shares}
     assert next(iter(kinds)) == "intended → sent"
     assert kinds["placed → prefilling"] is StageKind.QUEUE
-    assert kinds["first_token → transferring"] is StageKind.PAGES
+    assert kinds["first_token → transferring"] is StageKind.HANDING_ON
 
 
 def test_without_stamps_there_are_the_clients_own_moments():
