@@ -27,6 +27,7 @@ from shared.transfer.link import VOID, Link
 from shared.transfer.offers import Offers, PullRefused
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome, Refusal
+from shared.transfer.progress_thread import ProgressThread
 from shared.transfer.serving import Probing, Serving
 from shared.transfer.staging import Staging
 from shared.wire.codec import UndecodableMessage
@@ -41,7 +42,8 @@ class Visit:
 
     Attributes:
         pulls: let in and not confirmed or given up, by number.
-        probing: the probe under way; one at a time.
+        probing: the probe that the puller is not ready for yet; one at a time. (It may have the message of the one
+            before while our send of it has not ended.)
         last_number: of a pull or probe; each is higher than the one before.
     """
 
@@ -94,6 +96,7 @@ class Source:
         staging: Staging,
         offers: Offers,
         clock: Callable[[], float],
+        progress: ProgressThread | None,
         tasks: asyncio.TaskGroup,
         peer_timeout_s: float,
     ) -> None:
@@ -101,6 +104,7 @@ class Source:
         self._staging = staging
         self._offers = offers
         self._clock = clock
+        self._progress = progress
         self._tasks = tasks
         self._peer_timeout_s = peer_timeout_s
         self._links: set[Link] = set()
@@ -116,7 +120,7 @@ class Source:
         if self._closed:
             writer.transport.abort()
             return
-        link = Link(reader, writer, self._clock)
+        link = Link(reader, writer, self._clock, self._progress)
         self._links.add(link)
         self._tasks.create_task(self._serve(link))
 
@@ -203,6 +207,7 @@ class Source:
         serving = visit.pulls[pull.pull] = Serving(pull.pull, link, self._offers, offer, feed, self._staging)
         serving.begin()
         await visit.open_endpoint()
+        link.hurry()
         for lane in serving.lanes():
             self._tasks.create_task(lane)
 
@@ -211,7 +216,10 @@ class Source:
 
     def _ready(self, visit: Visit, ready: Ready) -> None:
         probing = visit.probing
-        awaited = probing if probing is not None and probing.number == ready.pull else visit.pulls.get(ready.pull)
+        if probing is not None and probing.number == ready.pull:
+            awaited, visit.probing = probing, None
+        else:
+            awaited = visit.pulls.get(ready.pull)
         if awaited is None:
             raise ProtocolViolation(f"pull {ready.pull} was not let in or has ended")
         if not awaited.ready(ready):
@@ -231,8 +239,4 @@ class Source:
             raise ProtocolViolation(f"a probe of {probe.num_bytes} bytes")
         visit.probing = Probing(probe.pull, visit.link, self._staging)
         await visit.open_endpoint()
-        self._tasks.create_task(self._run(visit, visit.probing, probe.num_bytes))
-
-    async def _run(self, visit: Visit, probing: Probing, num_bytes: int) -> None:
-        await probing.run(num_bytes)
-        visit.probing = None
+        self._tasks.create_task(visit.probing.run(probe.num_bytes))
