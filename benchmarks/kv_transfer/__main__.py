@@ -15,7 +15,7 @@ from benchmarks.engine.machine import commit, machine, process_age_s
 from benchmarks.kv_transfer.pair import Child, children
 from benchmarks.kv_transfer.plan import FULL, TRIAL, Plan
 from benchmarks.kv_transfer.report import lines, pull_row, slowdown
-from benchmarks.kv_transfer.trace import Event, phases_ms, summary, timeline
+from benchmarks.kv_transfer.trace import AFTERWARDS_S, Event, phases_ms, summary, timeline
 
 PARTS = ("pulls", "idle", "formats", "interference")
 ENDS = ("source", "puller")
@@ -50,14 +50,15 @@ class Transfers:
 
     async def _traced(self, num_pages: int) -> dict[str, Any]:
         """Phases of some more pulls, and all that happened in the one of median length."""
-        tickets = await self._offer(num_pages, self._plan.num_traced)
+        # One more: at the first, whoever waits for a message does so in a method that is not watched yet.
+        tickets = await self._offer(num_pages, 1 + self._plan.num_traced)
         for child in (self._source, self._puller):
             await child.ask("watch")
-        spans = await self._puller.ask("pull", tickets=tickets)
+        _, *spans = await self._puller.ask("pull", tickets=tickets, pause_s=2 * AFTERWARDS_S)
         events = [Event(**event) for child in (self._source, self._puller) for event in await child.ask("watched")]
         phases = [phases_ms(events, *span) for span in spans]
-        middle = sorted(spans, key=lambda span: span[1] - span[0])[len(spans) // 2] if spans else None
-        return {"phases_ms": summary(phases), "timeline": timeline(events, *middle) if middle else []}
+        middle = sorted(spans, key=lambda span: span[1] - span[0])[len(spans) // 2]
+        return {"phases_ms": summary(phases), "timeline": timeline(events, *middle)}
 
     async def together(self) -> dict[str, Any]:
         """Several short pulls that begin at once."""

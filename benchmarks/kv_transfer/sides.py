@@ -101,9 +101,13 @@ class Puller:
         report = await self._transfer.connect(address, Incarnation("source"))
         return asdict(report) | {"took_ms": 1e3 * (time.perf_counter() - began_s)}
 
-    async def pull(self, *, tickets: list[Any]) -> list[tuple[float, float]]:
+    async def pull(self, *, tickets: list[Any], pause_s: float = 0.0) -> list[tuple[float, float]]:
         """One after another; when each began and ended, by the machine's monotonic clock."""
-        return [await self._pull(ticket, seed) for seed, ticket in enumerate(TICKETS.validate_python(tickets))]
+        spans: list[tuple[float, float]] = []
+        for seed, ticket in enumerate(TICKETS.validate_python(tickets)):
+            spans.append(await self._pull(ticket, seed))
+            await asyncio.sleep(pause_s)
+        return spans
 
     async def pull_and_compare(self, *, tickets: list[Any], seeds: Sequence[int]) -> bool:
         """One after another, into pages that were emptied; whether all came as they were sent."""
