@@ -201,7 +201,7 @@ async def lone_engine(plan: Plan, prompts: Sequence[Sequence[int]], answers: lis
     out, _ = await process.communicate(json.dumps(asdict(task)).encode())
     if process.returncode != 0:
         raise RuntimeError(f"the lone engine ended with exit status {process.returncode}")
-    return json.loads(out)
+    return json.loads(out.splitlines()[-1])  # the lines before it are the engine's log
 
 
 def problems(plan: Plan, served: Mapping[str, Any], compared: Mapping[str, Any]) -> list[str]:
