@@ -84,9 +84,7 @@ async def run(end: str, device: str, num_pages: int, shape: str | None = None, b
         await staging.warm_up()
         async with (
             UcxContext() as context,
-            UcxTransfer(
-                context, staging, incarnation=Incarnation(end), clock=asyncio.get_running_loop().time
-            ) as transfer,
+            UcxTransfer(context, staging, incarnation=Incarnation(end), clock=time.monotonic) as transfer,
         ):
             for member in (Source if end == "source" else Puller)(pages, transfer), Process(end, pages):
                 commands |= {name: getattr(member, name) for name in vars(type(member)) if not name.startswith("_")}

@@ -155,7 +155,7 @@ async def serve_worker(
             context,
             staging,
             incarnation=incarnation,
-            clock=asyncio.get_running_loop().time,
+            clock=time.monotonic,  # the loop's own counts whole milliseconds: too coarse to measure a link
             host=settings.transfer_host,
             port=settings.transfer_port,
         ) as transfer,
