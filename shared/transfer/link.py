@@ -17,6 +17,7 @@ from ucxx.types import Tag
 from shared.errors import KvTransferFailed
 from shared.transfer.control import MAX_CONTROL_BYTES, ControlMessage, read_frame, to_frame
 from shared.transfer.link_meter import LinkMeter
+from shared.transfer.progress_thread import SPIN_S, ProgressThread
 from shared.transfer.staging import to_completion
 from shared.transfer.transport import read_transport
 
@@ -38,11 +39,19 @@ class Link:
         cut_because: why it was cut, where this end knows.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        clock: Callable[[], float],
+        progress: ProgressThread | None,
+    ) -> None:
+        """`progress`: what to hurry where bytes move fast; None on the CPU, where spinning takes from who computes."""
         self.meter = LinkMeter(clock)
         self.cut_because = "the connection is cut"
         self._reader = reader
         self._writer = writer
+        self._progress = progress
         self._endpoint: Any = None
         self._cutting: asyncio.Task[None] | None = None
 
@@ -112,10 +121,16 @@ class Link:
         self.check()
         await self._move(self._endpoint.recv, tag, part)
 
+    def hurry(self, num_bytes: int = 0) -> None:
+        """So many bytes are on their way or will be at once: UCX shall not sleep meanwhile, if that is not long."""
+        if self._progress is not None and self.meter.expected_s(num_bytes) <= SPIN_S:
+            self._progress.hurry()
+
     async def _move(self, move: Callable[..., Any], tag: int, part: torch.Tensor) -> None:
         num_bytes = part.numel()
         watchdog = self.cut_after(self.meter.patience_s(num_bytes))
         self.meter.begin(num_bytes)
+        self.hurry()
         try:
             await move(_exported(part), tag=Tag(tag), force_tag=True)
         except UCX_ERRORS as error:

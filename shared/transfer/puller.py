@@ -22,6 +22,7 @@ from shared.transfer.diagnosis import diagnose, unreachable
 from shared.transfer.host_facts import can_access_peer
 from shared.transfer.link import Link
 from shared.transfer.port import Clock, LinkReport, Pulled
+from shared.transfer.progress_thread import ProgressThread
 from shared.transfer.pulling import Pulling
 from shared.transfer.self_test import measure
 from shared.transfer.staging import Staging, to_completion
@@ -92,6 +93,7 @@ class Puller:
         staging: Staging,
         new_tag: Callable[[], int],
         clock: Clock,
+        progress: ProgressThread | None,
         tasks: asyncio.TaskGroup,
         peer_timeout_s: float,
     ) -> None:
@@ -99,6 +101,7 @@ class Puller:
         self._staging = staging
         self._new_tag = new_tag
         self._clock = clock
+        self._progress = progress
         self._tasks = tasks
         self._peer_timeout_s = peer_timeout_s
         self._connections: dict[str, Connection] = {}
@@ -145,6 +148,7 @@ class Puller:
         )
         try:
             pulling.start()
+            connection.link.hurry()
             async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
                 await pulling.over.wait()
         except TimeoutError:
@@ -185,7 +189,7 @@ class Puller:
         host, _, port = address.rpartition(":")
         try:
             async with asyncio.timeout(self._peer_timeout_s):
-                link = Link(*await asyncio.open_connection(host, int(port)), self._clock)
+                link = Link(*await asyncio.open_connection(host, int(port)), self._clock, self._progress)
                 try:
                     hello = await self._greet(address, incarnation, link)
                     await link.open_endpoint(hello.ucx_address)

@@ -75,15 +75,13 @@ from shared.transfer.control import PROTOCOL_VERSION, Hello
 from shared.transfer.host_facts import HostFacts, read_host_facts
 from shared.transfer.offers import Offers, check_pull
 from shared.transfer.port import Clock, LinkReport, OnEnd, Pulled, Refusal
+from shared.transfer.progress_thread import ProgressThread
 from shared.transfer.puller import Puller
 from shared.transfer.source import Source
 from shared.transfer.staging import Staging
 from shared.transfer.transport import SHOW_PROTOCOLS
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
-
-PROGRESS_TIMEOUT_MS = 20
-"""Longest sleep of UCX's progress thread. Events wake it; ucxx's own 1 ms costs an idle worker 2 to 9% of a core."""
 
 PEER_TIMEOUT_S = 5.0
 """How long connecting and the exchange of Hello may take."""
@@ -94,9 +92,11 @@ class UcxContext:
 
     Attributes:
         address: this process's UCX worker address.
+        progress: its progress thread.
     """
 
     address: bytes
+    progress: ProgressThread
 
     def __init__(self, net_devices: str = "lo") -> None:
         """`net_devices`: as UCX_NET_DEVICES, which stands above it where it is set: where UCX may listen."""
@@ -111,15 +111,14 @@ class UcxContext:
             progress_mode="thread",
             enable_python_future=True,
         )
-        worker = _worker()
-        worker.stop_progress_thread()
-        worker.start_progress_thread(polling_mode=False, epoll_timeout=PROGRESS_TIMEOUT_MS)
+        self.progress = ProgressThread(_worker())
         self.address = ucxx.get_worker_address().tobytes()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.progress.stop()
         # The process would hang at its exit if the notifier thread still ran; waking it first saves it a second.
         _worker().stop_request_notifier_thread()
         await asyncio.to_thread(ucxx.stop_notifier_thread)
@@ -169,8 +168,9 @@ class UcxTransfer:
         self._tasks = asyncio.TaskGroup()
         self._lifetime = AsyncExitStack()
         self._offers = Offers(staging.cache, incarnation, clock, self._tasks)
-        self._source = Source(hello, staging, self._offers, clock, self._tasks, peer_timeout_s)
-        self._puller = Puller(hello, staging, context.new_tag, clock, self._tasks, peer_timeout_s)
+        progress = context.progress if staging.cache.device.type == "cuda" else None
+        self._source = Source(hello, staging, self._offers, clock, progress, self._tasks, peer_timeout_s)
+        self._puller = Puller(hello, staging, context.new_tag, clock, progress, self._tasks, peer_timeout_s)
 
     async def __aenter__(self) -> Self:
         # Left bottom up: no new peers, then no connections, then nothing is in flight and the offers can end.

@@ -15,6 +15,7 @@ from ucxx.types import Tag
 from shared.errors import KvTransferFailed
 from shared.transfer import link_meter
 from shared.transfer.link import Link
+from shared.transfer.progress_thread import SPIN_S
 from shared.transfer.ucx import UcxContext
 
 TIMEOUT_S = 30.0
@@ -152,7 +153,7 @@ async def test_a_cancelled_send_looks_like_a_success_and_is_an_error_here():
         bare._ep.close_blocking(period=10**9)
         assert await asyncio.wait_for(send, TIMEOUT_S) is None
 
-        link = Link(None, _Writer(), time.monotonic)
+        link = Link(None, _Writer(), time.monotonic, None)
         await link.open_endpoint(context.address)
         send = asyncio.create_task(link.send(2, torch.zeros(LARGE_BYTES, dtype=torch.uint8)))
         await asyncio.sleep(0.05)
@@ -165,7 +166,7 @@ async def test_a_cancelled_send_looks_like_a_success_and_is_an_error_here():
 
 async def test_a_cut_link_completes_a_posted_receive():
     async with UcxContext() as context:
-        link = Link(None, _Writer(), time.monotonic)
+        link = Link(None, _Writer(), time.monotonic, None)
         await link.open_endpoint(context.address)
         arrival = asyncio.create_task(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)))
         await asyncio.sleep(0.05)
@@ -177,7 +178,7 @@ async def test_a_cut_link_completes_a_posted_receive():
 
 async def test_a_receive_that_is_cancelled_cuts_the_link_first():
     async with UcxContext() as context:
-        link = Link(None, _Writer(), time.monotonic)
+        link = Link(None, _Writer(), time.monotonic, None)
         await link.open_endpoint(context.address)
         arrival = asyncio.create_task(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)))
         await asyncio.sleep(0.05)
@@ -190,7 +191,7 @@ async def test_a_receive_that_is_cancelled_cuts_the_link_first():
 async def test_a_receive_that_makes_no_progress_cuts_the_link(monkeypatch):
     monkeypatch.setattr(link_meter, "STALL_S", 0.05)
     async with UcxContext() as context:
-        link = Link(None, _Writer(), time.monotonic)
+        link = Link(None, _Writer(), time.monotonic, None)
         await link.open_endpoint(context.address)
         with pytest.raises(KvTransferFailed, match="no progress"):
             await asyncio.wait_for(link.receive(context.new_tag(), torch.zeros(8, dtype=torch.uint8)), TIMEOUT_S)
@@ -227,3 +228,27 @@ async def test_device_memory_travels_without_a_copy_to_the_host():
         await asyncio.wait_for(receive, TIMEOUT_S)
         assert torch.equal(source, target)
         await close(sender, receiver)
+
+
+def test_messages_in_flight_outlast_changes_of_the_threads_mode():
+    async def change_for_ever(progress):
+        while True:
+            progress.hurry()
+            await asyncio.sleep(1.5 * SPIN_S)
+
+    async def scenario():
+        async with UcxContext() as context:
+            sender, receiver = await endpoints(context)
+            changing = asyncio.create_task(change_for_ever(context.progress))
+            for number in range(1, 41):
+                sent = np.full(2**22, number, np.uint8)
+                received = np.zeros_like(sent)
+                arrival = asyncio.create_task(receiver.recv(received, tag=Tag(number), force_tag=True))
+                await asyncio.sleep(0.3 * SPIN_S)
+                async with asyncio.timeout(TIMEOUT_S):
+                    await asyncio.gather(arrival, sender.send(sent, tag=Tag(number), force_tag=True))
+                assert np.array_equal(received, sent)
+            changing.cancel()
+            await close(sender, receiver)
+
+    asyncio.run(scenario())

@@ -9,7 +9,9 @@ async def test_a_puller_that_comes_while_the_source_closes_is_hung_up_on():
     aborted = []
     writer = SimpleNamespace(transport=SimpleNamespace(abort=lambda: aborted.append(True)))
     async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
-        source = Source(hello=None, staging=None, offers=None, clock=None, tasks=tasks, peer_timeout_s=60)
+        source = Source(
+            hello=None, staging=None, offers=None, clock=None, progress=None, tasks=tasks, peer_timeout_s=60
+        )
         await source.close()
         source.accept(asyncio.StreamReader(), writer)
         await asyncio.sleep(0)
