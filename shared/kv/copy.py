@@ -24,7 +24,11 @@ class Copies(Protocol):
 
 
 class PageCopier:
-    """Copies of one cache: by torch on the CPU, by Triton's kernels on CUDA."""
+    """Copies of one cache: by torch on the CPU, where they have ended on return; on CUDA by Triton's kernels.
+
+    There they are queued on the current stream, and one thread at a time may call. Nothing waits for the device, unless
+    `copy_kernels.MAX_QUEUED` copies are queued: then the call waits until the oldest has ended.
+    """
 
     def __init__(self, cache: PagedCache, max_pages: int) -> None:
         """At most `max_pages` pages are copied at once."""

@@ -62,7 +62,7 @@ class Tuning:
 
 
 class TritonCopies:
-    """See `shared.kv.copy.PageCopier`. Copies are queued on the current stream; one thread at a time may call."""
+    """See `shared.kv.copy.PageCopier`. On CPU tensors it runs under Triton's interpreter alone."""
 
     def __init__(self, cache: PagedCache, max_pages: int, tuning: Tuning | None = None) -> None:
         layout = cache.layout
