@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from services.stream_out import results
-from services.stream_out.results import result_of
+from services.stream_out.results import result_of, usage_of
 from shared.policy.fold import ChoiceState, End, RequestState
 from shared.request import FinishReason, RequestId
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_stream_out import View
+from shared.wire.wire_format import WireFormat
 from tests.fake_tokeniser import fake_tokeniser
 
 TOKENISER = fake_tokeniser()
@@ -44,3 +45,11 @@ def test_an_answer_too_large_to_be_written_ends_as_failed_rather_than_never(monk
 def test_what_stopped_a_choice_is_told(chat, stop_reason):
     (choice,) = result_of(a_request("abc", stop_reason, chat), TOKENISER).response["choices"]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop_reason)
+
+
+def test_usage_tells_the_most_lossy_form_of_all_choices():
+    request = a_request("abc")
+    request.choices[1] = dataclasses.replace(request.choices[0], wire_format=WireFormat.INT8)
+    assert usage_of(request).wire_format is WireFormat.INT8
+    details = result_of(request, TOKENISER).response["usage"]["prompt_tokens_details"]
+    assert details["kv_wire_format"] == "int8"

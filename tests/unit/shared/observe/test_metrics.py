@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from shared.observe.metrics import HOLD_OUTCOMES, IngestMetrics, WorkerMetrics
 from shared.transfer.port import Outcome
+from shared.wire.wire_format import WireFormat
 
 
 @pytest.fixture
@@ -26,3 +27,13 @@ def test_reasons_to_ignore_and_to_refuse_begin_at_0(registry):
     assert registry.get_sample_value("baton_ignored_records_total", ignored) == 0
     for code in ("invalid_request_error", "context_length_exceeded", "model_not_found", "internal_error"):
         assert registry.get_sample_value("baton_rejected_total", {"code": code}) == 0
+
+
+def test_pulls_are_counted_by_form_from_0(registry):
+    metrics = WorkerMetrics(registry, "m")
+    metrics.observe_pull(WireFormat.INT8, seconds=0.1, kv_bytes=100, wire_bytes=52)
+    for wire_format, count, num_bytes in ((WireFormat.NATIVE, 0, 0), (WireFormat.INT8, 1, 52), (WireFormat.INT4, 0, 0)):
+        labels = {"model_name": "m", "format": wire_format}
+        assert registry.get_sample_value("baton_kv_transfers_total", labels) == count
+        assert registry.get_sample_value("baton_kv_wire_bytes_total", labels) == num_bytes
+    assert registry.get_sample_value("baton_kv_pull_bytes_total", {"model_name": "m"}) == 100

@@ -11,6 +11,7 @@ from shared.policy.fold import Ended, Finished, Grew, Opened, PartitionFold, Vac
 from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_stream_out import Attach, Cut, Detach, Frame, FrameEntry, Open, View
+from shared.wire.wire_format import WireFormat
 
 REQUEST = RequestId("r")
 PREFILL = WorkerRef(0, Incarnation("p"))
@@ -272,3 +273,35 @@ def test_the_same_open_twice_is_one():
 def test_a_finish_that_ends_before_what_is_known_is_stale():
     state, _ = fold_all(an_open("a"), a_frame("a", 0, [1, 2, 3]), a_frame("a", 0, [1], FinishReason.STOP))
     assert not state.finished
+
+
+def a_lossy_frame(placement, index, ids, wire_format):
+    entry = FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), wire_format=wire_format)
+    return Frame(DECODE, (entry,), made_s=0.0)
+
+
+def test_a_choice_remembers_the_most_lossy_form_of_all_its_placements():
+    """What follows tokens that were computed from lossy KV follows from lossy KV."""
+    state, _ = fold_all(
+        an_open("a"),
+        a_frame("a", 0, [7]),
+        a_lossy_frame("a", 1, [8], WireFormat.INT4),
+        a_cut(2),
+        a_lossy_frame("a", 2, [9], WireFormat.INT4),
+        an_open("b", epoch=2),
+        a_lossy_frame("b", 2, [9], WireFormat.INT8),
+    )
+    assert state.choice(0).wire_format is WireFormat.INT4
+    state, _ = fold_all(an_open("a"), a_frame("a", 0, [7]), a_lossy_frame("elsewhere", 1, [8], WireFormat.INT8))
+    assert state.choice(0).wire_format is WireFormat.NATIVE
+
+
+def test_a_failure_of_decode_waits_for_the_first_token_and_is_void_if_that_was_the_last():
+    """Decode may refuse a ticket while prefill still computes: its failure has the index behind the first token."""
+    failure = a_frame("a", 1, [], FinishReason.FAILED)
+    state, changes = fold_all(an_open("a"), failure, a_frame("a", 0, [7]))
+    assert kinds(changes) == [Opened, Grew, Ended, Finished]
+    assert state.choice(0).end.finish is FinishReason.FAILED
+    state, changes = fold_all(an_open("a"), failure, a_frame("a", 0, [7], FinishReason.STOP))
+    assert state.choice(0).end.finish is FinishReason.STOP
+    assert kinds(changes) == [Opened, Grew, Ended, Finished]

@@ -8,6 +8,7 @@ from shared.errors import ContextTooLong, Overloaded
 from shared.request import FinishReason
 from shared.wire import openai_answers as answers
 from shared.wire.openai_answers import AnswerChoice, AnswerHead, Candidate, TokenLine, Usage
+from shared.wire.wire_format import WireFormat
 
 HEAD = AnswerHead("request-1", 1_700_000_000, "smol")
 STREAMING = AnswerHead("request-1", 1_700_000_000, "smol", null_usage=True)
@@ -131,3 +132,10 @@ def test_error_body():
 def test_every_end_is_a_finish_reason_or_an_error():
     assert answers.FINISH_REASONS.keys() | answers.ENDS_AS_ERROR == set(FinishReason)
     assert FinishReason.CANCELLED in answers.ENDS_AS_ERROR
+
+
+def test_usage_names_the_wire_format_of_kv_that_is_not_exact():
+    exact = answers.usage_body(Usage(10, 3, 4))
+    assert exact["prompt_tokens_details"] == {"cached_tokens": 4}
+    lossy = answers.usage_body(Usage(10, 3, 4, WireFormat.INT8))
+    assert lossy["prompt_tokens_details"] == {"cached_tokens": 4, "kv_wire_format": "int8"}
