@@ -59,6 +59,7 @@ class PartFeed:
         self.num_parts = 0
         self._layout = layout
         self._offer = offer
+        self._progress = offer.progress
         self._want = want
         self._speed = speed
         self._max_part_bytes = max_part_bytes
@@ -96,16 +97,16 @@ class PartFeed:
         )
 
     def _tokens_in(self, index: int) -> int:
-        return min(PAGE_TOKENS, self._offer.progress.num_tokens - index * PAGE_TOKENS)
+        return min(PAGE_TOKENS, self._progress.num_tokens - index * PAGE_TOKENS)
 
     async def _computed(self, chunk: Chunk, num_layers: int) -> None:
-        progress = self._offer.progress
+        progress = self._progress
         while not progress.is_over and chunk.layers.num_done() < num_layers:  # noqa: ASYNC110 - see POLL_S
             await asyncio.sleep(POLL_S)
 
     async def _plan_more(self) -> None:
         """Plan what is there now, or else what is being computed; nothing if nothing is left or wanted."""
-        progress = self._offer.progress
+        progress = self._progress
         while not self._planned and self._num_planned < len(self._want):
             chunk = await progress.chunk(self._num_chunks)
             if progress.stopped.is_set():
@@ -116,7 +117,7 @@ class PartFeed:
                 self._plan_to(chunk.end, chunk)
 
     def _num_tokens_there(self) -> int:
-        progress = self._offer.progress
+        progress = self._progress
         chunks = progress.chunks
         if progress.completed.is_set() or not chunks:
             return progress.num_tokens
@@ -137,7 +138,7 @@ class PartFeed:
             self._format = choose_format(
                 self._layout,
                 num_pages=len(self._want),
-                compute_left_s=self._offer.progress.compute_left_s,
+                compute_left_s=self._progress.compute_left_s,
                 link=speed,
                 max_loss=self._offer.max_loss,
             )
@@ -160,11 +161,11 @@ class PartFeed:
     ) -> tuple[LayerSpan, ...]:
         if chunk is None:
             return (LayerSpan(0, self._layout.num_layers),)
-        compute_s = self._offer.progress.compute_s(chunk.end - chunk.start)
+        compute_s = self._progress.compute_s(chunk.end - chunk.start)
         return choose_layer_groups(self._layout, num_pages=num_pages, compute_left_s=compute_s, link=speed, fmt=fmt)
 
     def _end_of_run(self, num_tokens: int) -> int:
-        if num_tokens >= self._offer.progress.num_tokens:
+        if num_tokens >= self._progress.num_tokens:
             return len(self._want)
         num_pages = num_tokens // PAGE_TOKENS
         end = self._num_planned

@@ -19,7 +19,7 @@ from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.offers import Offer, Offers, PullRefused, check_pull
+from shared.transfer.offers import Offer, Offers, PullRefused, check_pull, is_allowed
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Clock, LinkReport, OnEnd, Outcome, Pulled, Refusal
 from shared.wire.to_worker import KvTicket
@@ -234,7 +234,7 @@ class LocalTransfer:
         offer.begin(link.cut, lambda: None)
         network.links.add(link)
         try:
-            pulled = await self._receive(link, offer, want, into)
+            pulled = await self._receive(link, offer, ticket, want, into)
             if not offer.settle(Outcome.PULLED):
                 raise self._stopped(link, offer)
         finally:
@@ -246,7 +246,9 @@ class LocalTransfer:
         refusal = link.source.offers.refused(offer.refusal_after)
         return KvTransferFailed(f"{link.source.address} refused {offer.key}: {refusal}")
 
-    async def _receive(self, link: Link, offer: Offer, want: Sequence[int], into: Sequence[int]) -> Pulled:
+    async def _receive(
+        self, link: Link, offer: Offer, ticket: KvTicket, want: Sequence[int], into: Sequence[int]
+    ) -> Pulled:
         source = link.source
         feed = PartFeed(
             source.cache.layout,
@@ -257,8 +259,10 @@ class LocalTransfer:
         )
         pulled = Pulled(WireFormat.NATIVE, 0)
         while not (link.fails and feed.num_parts) and (load := await feed.next()) is not None:
-            packed = await self._carry(link, offer, load)
             part = load.part
+            if not is_allowed(ticket, load.format, want[part.start : part.end]):
+                raise KvTransferFailed(f"{load.format} is more lossy than the ticket allows")
+            packed = await self._carry(link, offer, load)
             self.copier.unpack(packed, into[part.start : part.end], part.layers, load.format)
             pulled = pulled.plus(load.format, load.num_bytes)
         if link.fails:

@@ -15,7 +15,7 @@ is there or the offer is settled, whichever is first.
 import asyncio
 import hmac
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
@@ -23,6 +23,7 @@ from shared.blocks import pages_for
 from shared.errors import BatonError, LayoutMismatch
 from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import KvProgress
+from shared.kv.wire_format import page_formats
 from shared.request import Incarnation
 from shared.transfer.port import Clock, OnEnd, Outcome, Refusal
 from shared.wire.to_worker import KvTicket
@@ -337,3 +338,8 @@ def check_pull(cache: PagedCache, ticket: KvTicket, want: Sequence[int], into: S
     if len(set(want)) != len(want) or any(not 0 <= index < num_pages for index in want):
         raise ValueError(f"wanted pages are distinct indexes below {num_pages}")
     check_pages(cache, into)
+
+
+def is_allowed(ticket: KvTicket, fmt: WireFormat, indexes: Iterable[int]) -> bool:
+    """Whether these pages of the prompt may come in `fmt`."""
+    return all(fmt.loss <= page_formats(ticket.max_loss, index).loss for index in indexes)

@@ -8,10 +8,11 @@ import torch
 
 from shared.blocks import token_ids
 from shared.errors import KvTransferFailed
-from shared.kv.wire_format import LayerSpan, packed_bytes, page_formats
+from shared.kv.wire_format import LayerSpan, packed_bytes
 from shared.transfer.control import Confirm, GiveUp, Part, ProtocolViolation, Pull, Ready
 from shared.transfer.cover import Cover
 from shared.transfer.link import Link
+from shared.transfer.offers import is_allowed
 from shared.transfer.port import Pulled
 from shared.transfer.staging import Staging
 from shared.wire.to_worker import KvTicket
@@ -104,9 +105,8 @@ class Pulling:
             self._cover.add(part.start, part.end, layers)
         except ValueError as error:
             raise ProtocolViolation(f"a part that was not asked for: {error}") from error
-        for index in self._want[part.start : part.end]:
-            if part.format.loss > page_formats(self._ticket.max_loss, index).loss:
-                raise ProtocolViolation(f"{part.format} is more lossy than the ticket allows")
+        if not is_allowed(self._ticket, part.format, self._want[part.start : part.end]):
+            raise ProtocolViolation(f"{part.format} is more lossy than the ticket allows")
         num_bytes = packed_bytes(self._layout, part.format, part.end - part.start, layers.num_layers)
         if part.num_bytes != num_bytes or num_bytes > self._staging.max_part_bytes:
             raise ProtocolViolation(f"a part of {part.num_bytes} bytes, where {num_bytes} would do")

@@ -1,7 +1,6 @@
 """What every `Transfer` does, the twin and the real one."""
 
 import asyncio
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,89 +8,15 @@ import torch
 
 from shared.blocks import PAGE_TOKENS
 from shared.errors import KvTransferFailed, LayoutMismatch
-from shared.transfer.port import Outcome
+from shared.transfer.port import Outcome, Pulled, Refusal
+from shared.wire.wire_format import WireFormat
+from tests.contract.transfer_pair import TIMEOUT_S, Ends, a_pair
 from tests.contract.transfer_worlds import SECRET, LocalWorld, UcxWorld, a_cache, a_layout
-
-TIMEOUT_S = 20.0
 
 
 @pytest.fixture(params=[LocalWorld, UcxWorld], ids=["local", "ucx"])
 def world(request):
     return request.param()
-
-
-class Ends:
-    """Collects how offers ended."""
-
-    def __init__(self):
-        self.outcomes = {}
-        self._changed = asyncio.Event()
-
-    def of(self, key):
-        def on_end(outcome):
-            assert key not in self.outcomes, "an offer ends once"
-            self.outcomes[key] = outcome
-            self._changed.set()
-
-        return on_end
-
-    async def wait(self, key):
-        async with asyncio.timeout(TIMEOUT_S):
-            while key not in self.outcomes:
-                self._changed.clear()
-                await self._changed.wait()
-        return self.outcomes[key]
-
-
-class Pair:
-    """A source with random pages and a puller with empty ones."""
-
-    def __init__(self, world, source, source_cache, puller, puller_cache):
-        self.world = world
-        self.source = source
-        self.source_cache = source_cache
-        self.puller = puller
-        self.puller_cache = puller_cache
-        self.ends = Ends()
-        self.offered = []
-
-    def offer(self, key="k", pages=(3, 4, 5, 20, 7), *, hold_s=60.0, puller="puller", num_tokens=None):
-        self.offered.append(key)
-        return self.source.offer(
-            key,
-            pages,
-            num_tokens=num_tokens or len(pages) * PAGE_TOKENS,
-            secret=SECRET,
-            puller=puller,
-            hold_s=hold_s,
-            on_end=self.ends.of(key),
-        )
-
-    async def pull(self, ticket, want=(0,), into=(0,), timeout_s=TIMEOUT_S):
-        await self.puller.pull(ticket, want=want, into=into, timeout_s=timeout_s)
-
-    def check_arrived(self, offered, want, into):
-        """The wanted pages are there and all others are untouched."""
-        expected = torch.zeros_like(self.puller_cache.pages)
-        for index, page in zip(want, into, strict=True):
-            expected[page] = self.source_cache.pages[offered[index]]
-        assert torch.equal(self.puller_cache.pages, expected)
-
-
-@asynccontextmanager
-async def a_pair(world, num_pages=32, **options):
-    source_cache, puller_cache = a_cache(num_pages, seed=1), a_cache(num_pages)
-    async with (
-        world,
-        world.transfer(source_cache, "source", **options) as source,
-        world.transfer(puller_cache, "puller", **options) as puller,
-    ):
-        pair = Pair(world, source, source_cache, puller, puller_cache)
-        yield pair
-        for key in pair.offered:
-            await pair.ends.wait(key)
-        assert source.num_offers == 0
-        await world.check_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +32,8 @@ async def a_pair(world, num_pages=32, **options):
 )
 async def test_exactly_the_wanted_pages_arrive(world, want, into):
     async with a_pair(world) as pair:
-        await pair.pull(pair.offer(pages=(3, 4, 5, 20, 7)), want, into)
+        pulled = await pair.pull(pair.offer(pages=(3, 4, 5, 20, 7)), want, into)
+        assert pulled == Pulled(WireFormat.NATIVE, len(want) * pair.source_cache.layout.page_bytes)
         pair.check_arrived((3, 4, 5, 20, 7), want, into)
         assert await pair.ends.wait("k") is Outcome.PULLED
 
@@ -159,21 +85,22 @@ async def test_pulls_run_at_once_in_both_directions(world):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "refusals"),
     [
-        ({"secret": bytes(16)}, "secret"),
-        ({"secret": SECRET + b"x"}, "secret"),
-        ({"key": "other"}, "no such offer"),
-        ({"source": "an-earlier-start"}, "restarted"),
+        ({"secret": bytes(16)}, "secret", {Refusal.WRONG_SECRET: 1}),
+        ({"secret": SECRET + b"x"}, "secret", {Refusal.WRONG_SECRET: 1}),
+        ({"key": "other"}, "no such offer", {Refusal.UNKNOWN_KEY: 1}),
+        ({"source": "an-earlier-start"}, "restarted", {}),
     ],
 )
-async def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(world, change, reason):
+async def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(world, change, reason, refusals):
     async with a_pair(world) as pair:
         ticket = pair.offer()
         with pytest.raises(KvTransferFailed, match=reason):
             await pair.pull(replace(ticket, **change))
         pair.check_arrived((), (), ())
         assert pair.ends.outcomes == {}
+        assert pair.source.refusals == refusals
         await pair.pull(ticket)
         pair.check_arrived((3,), (0,), (0,))
 
@@ -183,6 +110,7 @@ async def test_another_worker_is_refused_though_it_has_the_ticket(world):
         ticket = pair.offer(puller="somebody-else")
         with pytest.raises(KvTransferFailed, match="another worker"):
             await pair.pull(ticket)
+        assert pair.source.refusals == {Refusal.WRONG_PULLER: 1}
         pair.check_arrived((), (), ())
         pair.source.withdraw("k")
         assert await pair.ends.wait("k") is Outcome.WITHDRAWN
@@ -193,6 +121,7 @@ async def test_pages_beyond_the_offer_are_refused_by_the_source(world):
         ticket = pair.offer()
         with pytest.raises(KvTransferFailed, match="outside the offer"):
             await pair.pull(replace(ticket, num_tokens=100 * PAGE_TOKENS), (5,))
+        assert pair.source.refusals == {Refusal.WRONG_PAGES: 1}
         await pair.pull(ticket)
 
 
@@ -239,6 +168,7 @@ async def test_another_layout_is_refused_by_the_ticket_and_at_connect(world):
             with pytest.raises(LayoutMismatch):
                 await puller.pull(shown, want=(0,), into=(0,), timeout_s=TIMEOUT_S)
         assert ends.outcomes == {}
+        assert source.refusals == {Refusal.WRONG_LAYOUT: 1}
 
 
 async def test_a_hold_that_ran_out_is_refused(world):
@@ -247,6 +177,7 @@ async def test_a_hold_that_ran_out_is_refused(world):
         assert await pair.ends.wait("k") is Outcome.EXPIRED
         with pytest.raises(KvTransferFailed, match="expired"):
             await pair.pull(ticket)
+        assert pair.source.refusals == {Refusal.EXPIRED: 1}
         pair.check_arrived((), (), ())
 
 
@@ -281,6 +212,7 @@ async def test_an_offer_withdrawn_during_the_pull_ends_it_and_no_other(world):
         with pytest.raises(KvTransferFailed, match="withdrawn"):
             await pull
         await other
+        assert pair.source.refusals == {Refusal.WITHDRAWN: 1}
         assert torch.equal(pair.puller_cache.pages[8:10], pair.source_cache.pages[8:10])
         assert await pair.ends.wait("k") is Outcome.WITHDRAWN
         assert await pair.ends.wait("other") is Outcome.PULLED
@@ -293,13 +225,14 @@ async def test_a_ticket_is_good_for_one_pull(world):
         assert await pair.ends.wait("k") is Outcome.PULLED
         with pytest.raises(KvTransferFailed, match="pulled before"):
             await pair.pull(ticket)
+        assert pair.source.refusals == {Refusal.ALREADY_PULLED: 1}
 
 
 async def test_of_two_pulls_at_once_with_one_ticket_one_gets_the_pages(world):
     async with a_pair(world) as pair:
         ticket = pair.offer()
         results = await asyncio.gather(pair.pull(ticket), pair.pull(ticket), return_exceptions=True)
-        assert sorted(type(result) for result in results if result is not None) == [KvTransferFailed]
+        assert {type(result) for result in results} == {Pulled, KvTransferFailed}
 
 
 async def test_a_cancelled_pull_ends_the_offer_and_writes_nothing_later(world):
@@ -393,6 +326,18 @@ async def test_a_source_that_restarted_on_its_address_is_known_as_another(world)
             with pytest.raises(KvTransferFailed, match="restarted"):
                 await puller.pull(old, want=(0,), into=(0,), timeout_s=TIMEOUT_S)
             await puller.pull(new, want=(0,), into=(0,), timeout_s=TIMEOUT_S)
+
+
+async def test_a_source_that_restarted_is_connected_to_again(world):
+    async with world, world.transfer(a_cache(), "puller") as puller:
+        async with world.transfer(a_cache(), "first") as first:
+            address = first.address
+            assert (await puller.connect(address, "first")).incarnation == "first"
+        async with world.transfer(a_cache(), "second", address=address):
+            with pytest.raises(KvTransferFailed, match="restarted"):
+                await puller.connect(address, "first")
+            assert (await puller.connect(address, "second")).incarnation == "second"
+            assert [link.incarnation for link in puller.links()] == ["second"]
 
 
 async def test_a_thousand_small_pulls_leak_nothing(world):
