@@ -115,6 +115,19 @@ def test_decode_learns_what_is_computed_when_it_is():
     run(scene)
 
 
+def test_the_frame_that_a_client_waits_for_goes_before_all_that_the_transfer_wants():
+    async def scene(stage):
+        stage.role.take(some_work())
+        await stage.step()
+        (_, _, rest) = stage.context.transfer.offers[KEY]
+        told = []
+        rest["progress"].complete = lambda: told.append(len(stage.context.frames.entries))
+        await stage.compute()
+        assert told == [1]
+
+    run(scene)
+
+
 def test_the_token_waits_for_the_ticket_that_decode_needs_first():
     async def scene(stage):
         stage.context.handoff.gate.shut()
@@ -332,6 +345,20 @@ class Chance:
 def random_work(rng, key):
     ids = tuple(rng.randrange(3, 900) for _ in range(rng.choice((1, 64, 130))))
     return some_work(ids + rng.choice(((), (END_AT, 0))), placement=key, max_tokens=rng.choice((1, 2, 9)))
+
+
+def test_a_stop_that_overtakes_the_news_of_the_first_chunk_leaves_no_ticket():
+    async def scene(stage):
+        stage.role.take(some_work())
+        stage.engine.step()  # tells of the chunk; the loop has not heard it yet
+        stage.role.take(Stop(KEY, PREFILL))
+        await settled()
+        await stage.compute()
+        assert not stage.context.handoff.sent
+        assert not stage.context.transfer.offers
+        assert num_used(stage.engine) == 0
+
+    run(scene)
 
 
 @pytest.mark.parametrize("seed", range(30))
