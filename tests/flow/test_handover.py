@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from shared.blocks import token_ids
+from shared.blocks import pages_for, token_ids
 from shared.engine.fake import END_AT, fake_answer, fake_engine
 from shared.request import FinishReason, SamplingParams
 from shared.state.port import Role
@@ -82,6 +82,25 @@ async def test_the_pull_begins_while_prefill_computes():
         assert local_prefills(system) == 0
         await system.quiet()
         await all_credits_are_back(system)
+
+
+async def test_most_kv_has_arrived_when_the_first_token_is_made():
+    async with a_system(make_engine=slow_engine, decodes=1) as system:
+        arrived = []
+        copier = system.workers[-1].transfer.copier
+        unpack = copier.unpack
+
+        def unpack_and_tell(source, pages, *rest):
+            arrived.append((len(pages), num_made(system, job)))
+            unpack(source, pages, *rest)
+
+        copier.unpack = unpack_and_tell
+        job = await system.submit(a_body(PROMPT, NUM_NEW))
+        assert answer(await system.ended(job)) == expected()
+        num_pages = pages_for(len(PROMPT))
+        assert sum(count for count, _ in arrived) == num_pages
+        assert sum(count for count, made in arrived if not made) > num_pages / 2
+        await system.quiet()
 
 
 @pytest.mark.parametrize(
