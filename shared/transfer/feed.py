@@ -5,6 +5,7 @@ soon as the chunk has computed it; so a page that two chunks fill goes with the 
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from shared.transfer.offers import Offer
 from shared.transfer.plan import LinkSpeed, Part, choose_format, choose_layer_groups, cut_parts
 from shared.wire.wire_format import WireFormat
 
-POLL_S = 0.5e-3
-"""How often a batch is asked how many layers it has done. CUDA tells only when asked."""
+POLL_SHARE = 0.01
+MIN_POLL_S = 1e-3
+"""A chunk is asked how many layers it has done after so much of the time that it takes: CUDA tells only when asked, and
+who asks takes the interpreter from the engine. uvloop counts in milliseconds: to sleep for less is not to sleep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,12 @@ class PartFeed:
                 await self._plan_more()
             if not self._planned:
                 return None
-            part, fmt, chunk = self._planned.popleft()
+            part, fmt, chunk = self._planned[0]
             if chunk is not None:
                 await self._computed(chunk, part.layers.end)
             if self._offer.outcome is not None:
                 return None
+            self._planned.popleft()
             return self._load(part, fmt)
 
     def _load(self, part: Part, fmt: WireFormat) -> Load:
@@ -101,8 +105,10 @@ class PartFeed:
 
     async def _computed(self, chunk: Chunk, num_layers: int) -> None:
         progress = self._progress
-        while not progress.is_over and chunk.layers.num_done() < num_layers:  # noqa: ASYNC110 - see POLL_S
-            await asyncio.sleep(POLL_S)
+        tokens_per_s = progress.tokens_per_s or math.inf
+        poll_s = max(MIN_POLL_S, POLL_SHARE * (chunk.end - chunk.start) / tokens_per_s)
+        while not progress.is_over and chunk.layers.num_done() < num_layers:  # noqa: ASYNC110 - see MIN_POLL_S
+            await asyncio.sleep(poll_s)
 
     async def _plan_more(self) -> None:
         """Plan what is there now, or else what is being computed; nothing if nothing is left or wanted."""

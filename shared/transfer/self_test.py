@@ -21,12 +21,13 @@ Exchange = Callable[[int], Awaitable[float]]
 async def measure(exchange: Exchange, max_bytes: int) -> LinkSpeed:
     """The speed of a link that carries messages of `max_bytes` at the most.
 
-    The largest message travels twice: the first time pays for what happens once, such as opening the memory of a peer.
+    Each size travels twice: the first time pays for what happens once, such as opening the memory of a peer.
     """
     latency_s = min([await exchange(min(LATENCY_BYTES, max_bytes)) for _ in range(NUM_LATENCIES)])
-    num_bytes = min(SIZES[0], max_bytes)
+    num_bytes, took_s = 0, 0.0
     for num_bytes in [size for size in SIZES if size <= max_bytes] or [max_bytes]:
-        if await exchange(num_bytes) >= LONG_ENOUGH_S:
+        await exchange(num_bytes)
+        took_s = await exchange(num_bytes)
+        if took_s >= LONG_ENOUGH_S:
             break
-    took_s = await exchange(num_bytes)
     return LinkSpeed(bytes_per_s=num_bytes / max(took_s - latency_s, took_s / 2), latency_s=latency_s)
