@@ -3,14 +3,14 @@
 The whole stack with SmolLM2 on the CPU: Kafka, Redis, ingest and the edge on this machine, the prefill and the decode
 worker in two hosts (`infra.two_hosts`) whose link alone carries KV. Prompts come one after the other, all different.
 
-1. The link is unlimited: KV costs next to nothing, so the time to the second token is the bound, and the time to the
-   first one says how long a prefill takes.
-2. The link is limited so that native KV would take 1.5 times the prefill, and INT8 is allowed; then 3 times and INT4.
-   Native goes over each link as well, in turns with the other.
-3. The link is unlimited again: a machine that others use changes its speed, and the bound is the median of both.
+1. The link is unlimited: what lies between the first and the second token is then a decode step and messages.
+2. Then, for INT8 and for INT4: some prompts of which one token is wanted say how long a prefill takes. The link is
+   limited so that native KV would take 1.5 or 3 times that, and the decode worker is started anew, as workers measure
+   the link when they meet. Now requests of three kinds take turns: one token (no KV travels), native, and the lossy
+   form allowed. The bound is the first token of those of one token and the gap of the unlimited link.
 
-Each time both workers are started anew, as they measure the link when they meet. What crossed the link is counted by
-its device. Exit status 1 if a lossy form is over 1.25 times the bound, or was not used.
+What crossed the link is counted by its device. Exit status 1 if a lossy form is over 1.25 times the bound, or was not
+always used.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +57,6 @@ TENANTS = (NATIVE, "int8", "int4")
 """The edge's tenants are named after the most lossy form that ingest allows them."""
 
 TENANT_HEADER = "x-baton-tenant"
-NEW_TOKENS = 4
 NUM_PAGES = 512
 REQUEST_TIMEOUT_S = 120.0
 SERVICE = {service.name: service for service in SERVICES}
@@ -70,7 +69,7 @@ class Plan:
 
     Attributes:
         prompt_tokens: length of each prompt.
-        requests: measured ones of each kind; one more of each goes before them.
+        requests: measured ones of each kind over each link; one more of each goes before them.
         factors: native KV's time on the link over the prefill's, by the lossy form that is allowed there.
     """
 
@@ -86,32 +85,15 @@ class Answer:
     """What one request took.
 
     Attributes:
-        first_s, second_s: from its sending to its first and second token.
+        first_s, last_s: from its sending to its first and last token.
         wire_bytes: what the prefill worker's host put on the link meanwhile, headers included.
         wire_format: in which its KV came, as the answer's usage says.
     """
 
     first_s: float
-    second_s: float
+    last_s: float
     wire_bytes: int
     wire_format: str
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one pair of workers did over one link.
-
-    Attributes:
-        answers: by tenant, the first of each being the one that warms up.
-        metrics: the decode worker's, about KV.
-    """
-
-    bits_per_s: float
-    answers: Mapping[str, Sequence[Answer]]
-    metrics: Mapping[str, float]
-
-    def measured(self, tenant: str) -> list[Answer]:
-        return list(self.answers[tenant][1:])
 
 
 def kv_bytes(config: Mapping[str, Any], dtype: str, num_tokens: int) -> int:
@@ -132,28 +114,37 @@ def link_rate(num_bytes: int, seconds: float) -> float:
     return num_bytes * 8 / seconds * FRAME_BYTES / FRAME_PAYLOAD_BYTES
 
 
-def times_of(answers: Sequence[Answer], native_bytes: int) -> dict[str, Any]:
-    """What a report says of requests of one kind."""
+def median_of(answers: Sequence[Answer], value: Callable[[Answer], float]) -> float:
+    """Of all but the first, which brings what happens once; rounded to milliseconds."""
+    return round(statistics.median(value(answer) for answer in answers[1:]), 3)
+
+
+def times_of(answers: Sequence[Answer], native_bytes: int, bound_s: float) -> dict[str, Any]:
+    """What a report says of requests of two tokens of one kind."""
+    second_s = median_of(answers, lambda answer: answer.last_s)
+    wire_bytes = median_of(answers, lambda answer: answer.wire_bytes)
     return {
-        "first_token_s": round(statistics.median(answer.first_s for answer in answers), 3),
-        "second_token_s": round(statistics.median(answer.second_s for answer in answers), 3),
-        "second_token_each_s": [round(answer.second_s, 3) for answer in answers],
-        "wire_bytes": round(statistics.median(answer.wire_bytes for answer in answers)),
-        "wire_share_of_native": round(statistics.median(answer.wire_bytes for answer in answers) / native_bytes, 3),
-        "wire_formats": [answer.wire_format for answer in answers],
+        "ratio_to_bound": round(second_s / bound_s, 3),
+        "second_token_s": second_s,
+        "first_token_s": median_of(answers, lambda answer: answer.first_s),
+        "first_to_second_s": median_of(answers, lambda answer: answer.last_s - answer.first_s),
+        "second_token_each_s": [round(answer.last_s, 3) for answer in answers[1:]],
+        "wire_bytes": round(wire_bytes),
+        "wire_share_of_native": round(wire_bytes / native_bytes, 3),
+        "wire_formats": [answer.wire_format for answer in answers[1:]],
+        "first_request_second_token_s": round(answers[0].last_s, 3),
     }
 
 
-def problems(cases: Sequence[Mapping[str, Any]], bound_s: float) -> list[str]:
+def problems(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """What does not hold, in words."""
     found: list[str] = []
     for case in cases:
         lossy = case["max_loss"]
-        times = case[lossy]
-        if NATIVE in times["wire_formats"]:
+        if NATIVE in case[lossy]["wire_formats"]:
             found.append(f"{lossy} was allowed at {case['factor']} times the prefill and not always used")
-        if times["second_token_s"] > MAX_RATIO * bound_s:
-            found.append(f"{lossy}: second token after {times['second_token_s']} s, the bound is {bound_s} s")
+        if case[lossy]["ratio_to_bound"] > MAX_RATIO:
+            found.append(f"{lossy}: the second token takes {case[lossy]['ratio_to_bound']} times the bound")
     return found
 
 
@@ -206,8 +197,8 @@ class Serving:
     def __init__(self, plan: Plan, hosts: TwoHosts, run_dir: Path, http: httpx.AsyncClient, rng: random.Random) -> None:
         self.hosts = hosts
         self.edge = ""
-        self.decode = ""
         self._plan = plan
+        self._prompts = iter(prompts_of(plan))
         self._logs = run_dir / "logs"
         self._data = run_dir / "data"
         self._http = http
@@ -244,19 +235,17 @@ class Serving:
             yield
 
     @asynccontextmanager
-    async def workers(self) -> AsyncIterator[None]:
-        """One of each kind, prefill in host A."""
-        prefill, decode = (
-            worker_in(host, *self._spec(name)) for name, host in (("prefill", self.hosts.a), ("decode", self.hosts.b))
-        )
-        async with self._running(prefill), self._running(decode):
-            self.decode = decode.address
-            yield
+    async def worker(self, service: str, host: Host) -> AsyncIterator[str]:
+        """A worker in `host`; gives its HTTP address."""
+        spec = worker_in(host, *self._spec(service))
+        async with self._running(spec):
+            yield spec.address
 
-    async def ask(self, prompt: Sequence[int], tenant: str) -> Answer:
-        """One greedy answer, streamed. Raises RuntimeError where it has no second token."""
-        body = {"model": self._plan.model.name, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
-        body |= {"ignore_eos": True, "logprobs": 0, "stream": True, "stream_options": {"include_usage": True}}
+    async def ask(self, num_tokens: int, tenant: str = NATIVE) -> Answer:
+        """One greedy answer to the next prompt, streamed. Raises RuntimeError where it is not `num_tokens` long."""
+        body = {"model": self._plan.model.name, "prompt": next(self._prompts), "max_tokens": num_tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "logprobs": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         sent = self.hosts.link.sent_bytes(self.hosts.a)
         began_s = time.monotonic()
         came_s: list[float] = []
@@ -266,15 +255,18 @@ class Serving:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 event = event_of(line)
-                came_s += [time.monotonic() - began_s] * num_tokens(event)
+                came_s += [time.monotonic() - began_s] * tokens_in(event)
                 wire_format = wire_format_of(event) or wire_format
-        if len(came_s) != NEW_TOKENS:
-            raise RuntimeError(f"an answer had {len(came_s)} tokens, not {NEW_TOKENS}")
-        return Answer(came_s[0], came_s[1], self.hosts.link.sent_bytes(self.hosts.a) - sent, wire_format)
+        if len(came_s) != num_tokens:
+            raise RuntimeError(f"an answer had {len(came_s)} tokens, not {num_tokens}")
+        wire_bytes = self.hosts.link.sent_bytes(self.hosts.a) - sent
+        answer = Answer(came_s[0], came_s[-1], wire_bytes, wire_format)
+        _say(f"  {tenant}, {num_tokens} tokens: {answer}")
+        return answer
 
-    async def kv_metrics(self) -> dict[str, float]:
+    async def kv_metrics(self, decode: str) -> dict[str, float]:
         """What the decode worker says of its pulls, by name and labels."""
-        answer = await self._http.get(f"{self.decode}/metrics")
+        answer = await self._http.get(f"{decode}/metrics")
         answer.raise_for_status()
         return {
             " ".join((sample.name, *(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name"))): sample.value
@@ -300,7 +292,7 @@ def event_of(line: str) -> Mapping[str, Any]:
     return json.loads(data) if name == "data" and data != "[DONE]" else {}
 
 
-def num_tokens(event: Mapping[str, Any]) -> int:
+def tokens_in(event: Mapping[str, Any]) -> int:
     """Tokens in an event of a completion with logprobs."""
     return sum(len(choice["logprobs"]["tokens"]) for choice in event.get("choices", ()) if choice.get("logprobs"))
 
@@ -316,73 +308,59 @@ async def measure(plan: Plan, run_dir: Path, rng: random.Random) -> dict[str, An
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as http:
         with two_hosts(rng) as hosts:
             serving = Serving(plan, hosts, run_dir, http, rng)
-            prompts = iter(prompts_of(plan))
-            async with serving.standing():
-                before = await over_link(serving, plan, prompts, math.inf, [NATIVE])
-                prefill_s = statistics.median(answer.first_s for answer in before.measured(NATIVE))
-                limited = {
-                    lossy: await over_link(
-                        serving, plan, prompts, link_rate(native_bytes, factor * prefill_s), [NATIVE, lossy]
-                    )
-                    for lossy, factor in plan.factors.items()
-                }
-                after = await over_link(serving, plan, prompts, math.inf, [NATIVE])
-    bound = times_of(before.measured(NATIVE) + after.measured(NATIVE), native_bytes)
-    bound_s = bound["second_token_s"]
-    cases = [
-        {
-            "factor": plan.factors[lossy],
-            "max_loss": lossy,
-            "link_mbit_per_s": round(run.bits_per_s / 1e6, 1),
-            **{tenant: compared(run, tenant, native_bytes, bound_s) for tenant in (NATIVE, lossy)},
-            "decode_metrics": run.metrics,
-        }
-        for lossy, run in limited.items()
-    ]
+            async with serving.standing(), serving.worker("prefill", hosts.a):
+                async with serving.worker("decode", hosts.b):
+                    unlimited = [await serving.ask(2) for _ in range(1 + plan.requests)]
+                    gap_s = median_of(unlimited, lambda answer: answer.last_s - answer.first_s)
+                    prefill_s = await prefill_time(serving, plan)
+                cases: list[dict[str, Any]] = []
+                for lossy, factor in plan.factors.items():
+                    bits_per_s = link_rate(native_bytes, factor * prefill_s)
+                    _say(f"a link of {bits_per_s / 1e6:.1f} Mb/s")
+                    hosts.link.limit(bits_per_s)
+                    async with serving.worker("decode", hosts.b) as decode:
+                        measured = await over_link(serving, plan, lossy, native_bytes, gap_s)
+                        metrics = await serving.kv_metrics(decode)
+                        cases.append(
+                            {"factor": factor, "max_loss": lossy, "link_mbit_per_s": round(bits_per_s / 1e6, 1)}
+                            | {"prefill_s": prefill_s, **measured, "decode_metrics": metrics}
+                        )
+                        prefill_s = await prefill_time(serving, plan)
     return {
-        "problems": problems(cases, bound_s),
+        "problems": problems(cases),
         "prompt_tokens": plan.prompt_tokens,
         "requests": plan.requests,
         "dtype": plan.dtype,
-        "prefill_s": round(prefill_s, 3),
         "native_kv_bytes": native_bytes,
-        "bound": bound,
+        "unlimited_first_to_second_s": gap_s,
         "cases": cases,
         "machine": machine("cpu"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def prompts_of(plan: Plan) -> list[list[int]]:
-    """As many as all links need, no two of which begin alike."""
+def prompts_of(plan: Plan) -> Iterator[list[int]]:
+    """As many as will be asked for, no two of which begin alike."""
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXTS)
-    number = (1 + plan.requests) * (2 + 2 * len(plan.factors))
-    return cut_prompts(list(Tokeniser.load(plan.model).encode(text)), [plan.prompt_tokens] * number)
+    number = (1 + plan.requests) * (2 + 4 * len(plan.factors))
+    return iter(cut_prompts(list(Tokeniser.load(plan.model).encode(text)), [plan.prompt_tokens] * number))
 
 
-async def over_link(
-    serving: Serving, plan: Plan, prompts: Iterator[list[int]], bits_per_s: float, tenants: Sequence[str]
-) -> Run:
-    """New workers, then requests of all tenants in turns."""
-    _say(f"a link of {bits_per_s / 1e6:.1f} Mb/s")
-    serving.hosts.link.limit(bits_per_s)
-    answers: dict[str, list[Answer]] = {tenant: [] for tenant in tenants}
-    async with serving.workers():
-        for _ in range(1 + plan.requests):
-            for tenant in tenants:
-                answers[tenant].append(await serving.ask(next(prompts), tenant))
-                _say(f"  {tenant}: {answers[tenant][-1]}")
-        return Run(bits_per_s, answers, await serving.kv_metrics())
+async def prefill_time(serving: Serving, plan: Plan) -> float:
+    """Seconds to the first token of a prompt whose KV stays where it is."""
+    return median_of([await serving.ask(1) for _ in range(1 + plan.requests)], lambda answer: answer.first_s)
 
 
-def compared(run: Run, tenant: str, native_bytes: int, bound_s: float) -> dict[str, Any]:
-    """Times of one tenant beside the bound; the first request brings what happens once."""
-    times = times_of(run.measured(tenant), native_bytes)
-    return {
-        "ratio_to_bound": round(times["second_token_s"] / bound_s, 3),
-        **times,
-        "first_request_second_token_s": round(run.answers[tenant][0].second_s, 3),
-    }
+async def over_link(serving: Serving, plan: Plan, lossy: str, native_bytes: int, gap_s: float) -> dict[str, Any]:
+    """Requests of one token, native and lossy in turns, beside their bound."""
+    alone: list[Answer] = []
+    answers: dict[str, list[Answer]] = {NATIVE: [], lossy: []}
+    for _ in range(1 + plan.requests):
+        alone.append(await serving.ask(1))
+        for tenant, each in answers.items():
+            each.append(await serving.ask(2, tenant))
+    bound_s = round(median_of(alone, lambda answer: answer.first_s) + gap_s, 3)
+    return {"bound_s": bound_s} | {tenant: times_of(each, native_bytes, bound_s) for tenant, each in answers.items()}
 
 
 def _say(text: str) -> None:
