@@ -18,6 +18,9 @@ from shared.transfer.offers import Offer
 from shared.transfer.plan import LinkSpeed, Part, choose_format, choose_layer_groups, cut_parts
 from shared.wire.wire_format import WireFormat
 
+MAX_POLL_S = 0.02
+"""An offer that is settled meanwhile is noticed in this time."""
+
 POLL_SHARE = 0.01
 MIN_POLL_S = 1e-3
 """A chunk is asked how many layers it has done after so much of the time that it takes: CUDA tells only when asked, and
@@ -106,7 +109,7 @@ class PartFeed:
     async def _computed(self, chunk: Chunk, num_layers: int) -> None:
         progress = self._progress
         tokens_per_s = progress.tokens_per_s or math.inf
-        poll_s = max(MIN_POLL_S, POLL_SHARE * (chunk.end - chunk.start) / tokens_per_s)
+        poll_s = max(MIN_POLL_S, min(MAX_POLL_S, POLL_SHARE * (chunk.end - chunk.start) / tokens_per_s))
         while not progress.is_over and chunk.layers.num_done() < num_layers:  # noqa: ASYNC110 - see MIN_POLL_S
             await asyncio.sleep(poll_s)
 
