@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS
-from shared.kv.copy_kernels import TritonCopies
+from shared.kv.copy_kernels import Queued, TritonCopies
 from shared.kv.copy_reference import TorchCopies
 from shared.kv.paged_cache import PagedCache
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
@@ -18,9 +18,11 @@ class Copies(Protocol):
 
     def warm_up(self) -> None: ...
 
-    def pack(self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int) -> None: ...
+    def pack(
+        self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int
+    ) -> Queued | None: ...
 
-    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None: ...
+    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> Queued | None: ...
 
 
 class PageCopier:
@@ -48,8 +50,8 @@ class PageCopier:
         out: Tensor,
         *,
         last_tokens: int = PAGE_TOKENS,
-    ) -> None:
-        """Write `layers` of `pages`, in the order given, to `out` in the form `fmt`.
+    ) -> Queued | None:
+        """Write `layers` of `pages`, in the order given, to `out` in the form `fmt`; None if that is done on return.
 
         Where a lossy format meets NaN or infinity, what is coded together with it comes out as NaN.
 
@@ -66,10 +68,10 @@ class PageCopier:
         self._check(pages, layers, fmt, out)
         if not 1 <= last_tokens <= PAGE_TOKENS:
             raise ValueError(f"a last page of {last_tokens} tokens is none")
-        self._copies.pack(pages, layers, fmt, out, last_tokens)
+        return self._copies.pack(pages, layers, fmt, out, last_tokens)
 
-    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None:
-        """Write what `pack` has made to `layers` of `pages`; other layers and pages are left alone.
+    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> Queued | None:
+        """Write what `pack` has made to `layers` of `pages`, leaving others alone; None if that is done on return.
 
         Args:
             source: uint8 `[packed_bytes]`, contiguous, on the cache's device.
@@ -82,7 +84,7 @@ class PageCopier:
         if len(set(pages)) != len(pages):
             raise ValueError("a page is named twice as the destination of a copy")
         self._check(pages, layers, fmt, source)
-        self._copies.unpack(source, pages, layers, fmt)
+        return self._copies.unpack(source, pages, layers, fmt)
 
     def _check(self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, run: Tensor) -> None:
         layout, num_pages = self._cache.layout, len(pages)

@@ -13,7 +13,7 @@ for the steps that run beside it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -41,23 +41,32 @@ WHOLE = tl.constexpr(float(1 << 23))
 """From here float32 holds whole numbers alone: adding it rounds, and leaves the number in the lowest bits."""
 
 
+class Queued(Protocol):
+    """A copy on the device."""
+
+    def query(self) -> bool:
+        """Whether it has ended. (Once `MAX_QUEUED` later copies were queued, whether the last of those has.)"""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the copies are cut up.
 
     Attributes:
-        programs: at most so many of one kernel.
+        copy_programs, lossy_programs: at most so many of one kernel. An H200 has 132 processors.
         copy_bytes: of one load of the native copy; a power of two.
         copy_warps, pack_warps, unpack_warps: of one program.
         pack_stages, unpack_stages: units in hand at once, the next ones on their way to shared memory.
     """
 
-    programs: int = 1056
-    copy_bytes: int = 16384
+    copy_programs: int = 132
+    lossy_programs: int = 528
+    copy_bytes: int = 32768
     copy_warps: int = 4
-    pack_warps: int = 4
+    pack_warps: int = 2
     pack_stages: int = 2
-    unpack_warps: int = 4
+    unpack_warps: int = 2
     unpack_stages: int = 2
 
 
@@ -68,7 +77,6 @@ class TritonCopies:
         layout = cache.layout
         tuning = tuning or Tuning()
         self._pages = cache.pages
-        self._max_programs = tuning.programs
         self._numbers = _PageNumbers(max_pages, cache.device)
         # Halved until it divides what a layer takes, so that no block crosses the end of a span.
         block_bytes = min(tuning.copy_bytes, layout.layer_bytes & -layout.layer_bytes)
@@ -76,6 +84,7 @@ class TritonCopies:
             _Launch(
                 _copy_kernel,
                 layout.layer_bytes // block_bytes,
+                tuning.copy_programs,
                 {
                     "NUM_LAYERS": layout.num_layers,
                     "LAYER_WORDS": layout.layer_bytes // 4,
@@ -88,7 +97,9 @@ class TritonCopies:
         )
         self._pack, self._unpack = (
             {
-                fmt: _Launch(kernel, layout.num_kv_heads, {**_record_constants(layout, fmt), **cut})
+                fmt: _Launch(
+                    kernel, layout.num_kv_heads, tuning.lossy_programs, {**_record_constants(layout, fmt), **cut}
+                )
                 for fmt in (WireFormat.INT8, WireFormat.INT4)
             }
             for kernel, cut in (
@@ -105,25 +116,26 @@ class TritonCopies:
             self.pack((), layers, fmt, run, PAGE_TOKENS)
             self.unpack(run, (), layers, fmt)
 
-    def pack(self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int) -> None:
+    def pack(
+        self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int
+    ) -> "Queued | None":
         if fmt is WireFormat.NATIVE:
-            self._launch(self._gather, pages, layers, out)
-        else:
-            self._launch(self._pack[fmt], pages, layers, out, last_tokens)
+            return self._launch(self._gather, pages, layers, out)
+        return self._launch(self._pack[fmt], pages, layers, out, last_tokens)
 
-    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None:
-        self._launch(self._scatter if fmt is WireFormat.NATIVE else self._unpack[fmt], pages, layers, source)
+    def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> "Queued | None":
+        return self._launch(self._scatter if fmt is WireFormat.NATIVE else self._unpack[fmt], pages, layers, source)
 
-    def _launch(self, launch: "_Launch", pages: Sequence[int], layers: LayerSpan, run: Tensor, *more: int) -> None:
+    def _launch(
+        self, launch: "_Launch", pages: Sequence[int], layers: LayerSpan, run: Tensor, *more: int
+    ) -> "Queued | None":
         if run.data_ptr() % ALIGNMENT:
             raise ValueError(f"a run begins at no multiple of {ALIGNMENT} bytes")
         num_units = len(pages) * layers.num_layers * launch.units_per_layer
-        programs = max(1, min(num_units, self._max_programs))
+        programs = max(1, min(num_units, launch.max_programs))
         numbers = self._numbers.send(pages)
-        launch.kernel[(programs,)](
-            self._pages, run, numbers, len(pages), layers.first, layers.num_layers, *more, **launch.constants
-        )
-        self._numbers.sent_are_in_use()
+        launch.start(programs, self._pages, run, numbers, len(pages), layers.first, layers.num_layers, *more)
+        return self._numbers.sent_are_in_use()
 
 
 def _record_constants(layout: KvLayout, fmt: WireFormat) -> dict[str, Any]:
@@ -144,13 +156,23 @@ def _record_constants(layout: KvLayout, fmt: WireFormat) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
 class _Launch:
     """A kernel with what never changes; its programs share out `units_per_layer` units of each layer of each page."""
 
-    kernel: Any
-    units_per_layer: int
-    constants: dict[str, Any]
+    def __init__(self, kernel: Any, units_per_layer: int, max_programs: int, constants: dict[str, Any]) -> None:
+        self.units_per_layer = units_per_layer
+        self.max_programs = max_programs
+        self._kernel = kernel
+        self._constants = constants
+        self._last_arguments = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self._compiled: Any = None
+
+    def start(self, programs: int, *arguments: Any) -> None:
+        """Only the first launch finds out which variant its arguments ask for: all others ask for the same."""
+        if self._compiled is None:
+            self._compiled = self._kernel[(programs,)](*arguments, **self._constants)
+        else:
+            self._compiled[(programs, 1, 1)](*arguments, *self._last_arguments)
 
 
 class _PageNumbers:
@@ -176,11 +198,13 @@ class _PageNumbers:
         self._to[turn].copy_(self._from[turn], non_blocking=True)
         return self._to[turn]
 
-    def sent_are_in_use(self) -> None:
-        """Until what the current stream has been given by now has ended."""
-        if self._ended is not None:
-            self._ended[self._turn].record()
+    def sent_are_in_use(self) -> "Queued | None":
+        """Until what the current stream has been given by now has ended, which the result tells; None: it has."""
+        ended = None if self._ended is None else self._ended[self._turn]
+        if ended is not None:
+            ended.record()
         self._turn = (self._turn + 1) % MAX_QUEUED
+        return ended
 
 
 @triton.jit(do_not_specialize=["num_pages", "first_layer", "num_layers"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import ucxx
+from ucxx._lib.arr import Array
 from ucxx.exceptions import UCXError
 from ucxx.types import Tag
 
@@ -26,6 +27,12 @@ CLOSE_TIMEOUT_NS = 10**9
 
 UCX_ERRORS = (UCXError, AttributeError)
 """What a request raises when it ends badly; the second because ucxx takes a closing endpoint apart under its feet."""
+
+UCS_OK = 0
+"""Status of a request that has ended well."""
+
+WATCH_S = 1e-3
+"""What should take no longer is watched at every turn of the event loop, for twice as long."""
 
 VOID = torch.zeros(1, dtype=torch.uint8)
 """What is sent in place of pages that are no longer held."""
@@ -48,6 +55,7 @@ class Link:
     ) -> None:
         """`progress`: what to hurry where bytes move fast; None on the CPU, where spinning takes from who computes."""
         self.meter = LinkMeter(clock)
+        self._clock = clock
         self.cut_because = "the connection is cut"
         self._reader = reader
         self._writer = writer
@@ -119,12 +127,26 @@ class Link:
     async def receive(self, tag: int, part: torch.Tensor) -> None:
         """Receive bytes by UCX; however this ends, UCX no longer writes to `part`. Errors as of `send`."""
         self.check()
-        await self._move(self._endpoint.recv, tag, part)
+        await self._move(self._receive, tag, part)
 
     def hurry(self, num_bytes: int = 0) -> None:
         """So many bytes are on their way or will be at once: UCX shall not sleep meanwhile, if that is not long."""
         if self._progress is not None and self.meter.expected_s(num_bytes) <= SPIN_S:
             self._progress.hurry()
+
+    async def _receive(self, buffer: Any, *, tag: Any, force_tag: bool) -> None:
+        """As ucxx's `recv`, but that the end of a short one is seen at once: ucxx tells of it by way of a thread that
+        needs the interpreter's lock, some 0.1 ms later."""
+        if self._progress is None or self.meter.expected_s() > WATCH_S:
+            await self._endpoint.recv(buffer, tag=tag, force_tag=force_tag)
+            return
+        endpoint = self._endpoint._ep  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - nothing public has requests
+        request = endpoint.tag_recv(Array(buffer), tag)
+        until_s = self._clock() + 2 * WATCH_S
+        while not request.completed and self._clock() < until_s:  # noqa: ASYNC110 - ucxx has no event for it
+            await asyncio.sleep(0)
+        if request.status != UCS_OK:
+            await request.wait()
 
     async def _move(self, move: Callable[..., Any], tag: int, part: torch.Tensor) -> None:
         num_bytes = part.numel()

@@ -129,11 +129,13 @@ class Puller:
         """See `Transfer.pull`."""
         deadline_s = self._clock() + timeout_s
         too_late = KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s")
-        try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self._connection_to(ticket.address, ticket.source)
-        except TimeoutError as error:
-            raise too_late from error
+        connection = self._open_connection_to(ticket.address, ticket.source)
+        if connection is None:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    connection = await self._connection_to(ticket.address, ticket.source)
+            except TimeoutError as error:
+                raise too_late from error
         number = next(connection.numbers)
         pulling = connection.pulls[number] = Pulling(
             number,
@@ -164,15 +166,22 @@ class Puller:
             raise pulling.error
         return pulling.pulled
 
+    def _open_connection_to(self, address: str, incarnation: Incarnation) -> Connection | None:
+        connection = self._connections.get(address)
+        if connection is None or connection.link.is_cut or connection.hello.incarnation != incarnation:
+            return None
+        return connection
+
     async def _connection_to(self, address: str, incarnation: Incarnation) -> Connection:
         """The connection to `incarnation` at `address`, made if there is none.
 
         One to another incarnation there stays what it is unless the one asked for answers now: either may be the older.
         """
         async with self._connecting.setdefault(address, asyncio.Lock()):
+            made_meanwhile = self._open_connection_to(address, incarnation)
+            if made_meanwhile is not None:
+                return made_meanwhile
             old = self._connections.get(address)
-            if old is not None and not old.link.is_cut and old.hello.incarnation == incarnation:
-                return old
             connection = await self._connect(address, incarnation)
             self._connections[address] = connection
             self._tasks.create_task(self._follow(address, connection), name=f"answers of {address}")

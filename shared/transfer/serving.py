@@ -16,8 +16,8 @@ from shared.transfer.port import Outcome
 from shared.transfer.staging import Staging
 from shared.wire.wire_format import WireFormat
 
-NUM_LANES = 2
-"""Parts of one pull on their way at once: one is packed while the other is on the wire."""
+NUM_LANES = 3
+"""Parts of one pull on their way at once: one is packed while two are on the wire, of which the second waits there."""
 
 
 class Announcements:
@@ -148,7 +148,7 @@ class Probing:
     async def run(self, num_bytes: int) -> None:
         try:
             async with self._staging.outgoing.lease(num_bytes) as space:
-                await asyncio.to_thread(_clear, space)
+                await self._staging.clear(space)
                 tag = await self._announcements.tag(self._announcements.announce(self._announcement(num_bytes)))
                 if tag is not None:
                     await self._link.send(tag, space)
@@ -165,10 +165,3 @@ class Probing:
     def stop(self) -> None:
         """The puller is gone."""
         self._announcements.stop()
-
-
-def _clear(space: torch.Tensor) -> None:
-    """UCX knows nothing of CUDA's streams, so the zeros are there when this returns."""
-    space.zero_()
-    if space.is_cuda:
-        torch.cuda.current_stream(space.device).synchronize()

@@ -13,6 +13,7 @@ import torch
 from shared.blocks import PAGE_TOKENS
 from shared.errors import StartupError
 from shared.kv.copy import PageCopier
+from shared.kv.copy_kernels import Queued
 from shared.kv.paged_cache import PagedCache
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
 
@@ -20,8 +21,8 @@ ARENA_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 """Default size of an arena, by the kind of device. Between GPUs a message costs about as much time as 20 MiB more of
 it, so that parts should be large; on the CPU the link, not the message, is what takes long."""
 
-LARGEST_PART_SHARE = 7 / 16
-"""Of an arena: two of the largest parts, one copied while the other is on the wire, and a small one."""
+LARGEST_PART_SHARE = 1 / 4
+"""Of an arena: room for the parts that one pull has on their way at once, and one of another pull."""
 
 ALIGNMENT = 512
 """Bytes, of what an arena lends."""
@@ -105,6 +106,9 @@ class Arena:
     async def _take(self, num_bytes: int) -> range:
         if not 1 <= num_bytes <= self.num_bytes:
             raise ValueError(f"{num_bytes} bytes are wanted of an arena of {self.num_bytes}")
+        if not self._wishes and (place := self._find(_aligned(num_bytes))) is not None:
+            insort(self._lent, place, key=_start)
+            return place
         granted: asyncio.Future[range] = asyncio.get_running_loop().create_future()
         self._wishes.append((_aligned(num_bytes), granted))
         self._grant()
@@ -186,8 +190,14 @@ class Staging:
         self._copier = PageCopier(cache, min(cache.num_pages, max_part_bytes // smallest_bytes))
 
     async def warm_up(self) -> None:
-        """Do all that only the first copies need: load kernels, allocate. Page 0 is brought to itself."""
-        await to_completion(self._copied(self._copier.warm_up))
+        """Do all that only the first copies need: load kernels, allocate. Page 0 is brought to itself.
+
+        On CUDA what the calling thread launches, the event loop's, is from now on in a stream of its own, beside the
+        engine's: to enter a stream for each copy takes as long as to launch it.
+        """
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+        await self._copied(self._copier.warm_up)
         layer = LayerSpan(0, 1)
         async with self.outgoing.lease(packed_bytes(self.cache.layout, WireFormat.NATIVE, 1, 1)) as part:
             await self.pack((0,), layer, WireFormat.NATIVE, part)
@@ -203,27 +213,38 @@ class Staging:
         last_tokens: int = PAGE_TOKENS,
     ) -> None:
         """`PageCopier.pack` beside the event loop. What is packed must have been written by work that has completed."""
-        await to_completion(self._copied(self._copier.pack, pages, layers, fmt, out, last_tokens=last_tokens))
+        await self._copied(self._copier.pack, pages, layers, fmt, out, last_tokens=last_tokens)
 
     async def unpack(self, source: torch.Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> None:
         """`PageCopier.unpack` beside the event loop; afterwards every stream sees the pages."""
-        await to_completion(self._copied(self._copier.unpack, source, pages, layers, fmt))
+        await self._copied(self._copier.unpack, source, pages, layers, fmt)
 
     async def clear(self, space: torch.Tensor) -> None:
         """Fill leased memory with zeros, beside the event loop."""
-        await to_completion(self._copied(space.zero_))
+        await self._copied(self._clear, space)
 
-    async def _copied(self, copy: Callable[..., object], *arguments: Any, **named: Any) -> None:
-        """UCX and the engine know nothing of our stream, so the copy has ended when this returns."""
+    def _clear(self, space: torch.Tensor) -> Queued | None:
+        space.zero_()
         if self._stream is None:
-            await asyncio.to_thread(copy, *arguments, **named)
+            return None
+        done = torch.cuda.Event()
+        done.record()
+        return done
+
+    async def _copied(self, copy: Callable[..., Queued | None], *arguments: Any, **named: Any) -> None:
+        """UCX and the engine know nothing of our stream, so the copy has ended when this returns, cancelled or not."""
+        if self._stream is None:
+            await to_completion(asyncio.to_thread(copy, *arguments, **named))
             return
-        with torch.cuda.stream(self._stream):
-            copy(*arguments, **named)
-            done = torch.cuda.Event()
-            done.record()
+        queued = copy(*arguments, **named)
         # Asked between the loop's turns: a thread that waits for it is woken as late as the copy is long.
+        cancellation: asyncio.CancelledError | None = None
         for look in count():
-            if done.query():
-                return
-            await asyncio.sleep(0 if look < NUM_QUICK_LOOKS else SLOW_LOOK_S)
+            if queued is None or queued.query():
+                break
+            try:
+                await asyncio.sleep(0 if look < NUM_QUICK_LOOKS else SLOW_LOOK_S)
+            except asyncio.CancelledError as error:
+                cancellation = error
+        if cancellation is not None:
+            raise cancellation

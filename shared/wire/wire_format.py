@@ -13,4 +13,7 @@ class WireFormat(StrEnum):
     @property
     def loss(self) -> int:
         """Rank by loss; 0 is exact."""
-        return tuple(WireFormat).index(self)
+        return _BY_LOSS.index(self)
+
+
+_BY_LOSS = tuple(WireFormat)
