@@ -28,15 +28,17 @@ class Copies(Protocol):
 class PageCopier:
     """Copies of one cache: by torch on the CPU, where they have ended on return; on CUDA by Triton's kernels.
 
-    There they are queued on the current stream, and one thread at a time may call. Nothing waits for the device, unless
-    `copy_kernels.MAX_QUEUED` copies are queued: then the call waits until the oldest has ended.
+    There they are queued on `stream`, or on the current one, and one thread at a time may call. Nothing waits for the
+    device, unless `copy_kernels.MAX_QUEUED` copies are queued: then the call waits until the oldest has ended.
     """
 
-    def __init__(self, cache: PagedCache, max_pages: int) -> None:
-        """At most `max_pages` pages are copied at once."""
+    def __init__(self, cache: PagedCache, max_pages: int, stream: torch.cuda.Stream | None = None) -> None:
+        """At most `max_pages` pages are copied at once. Whoever gives a `stream` warms up before anything else."""
         self._cache = cache
         self._max_pages = max_pages
-        self._copies: Copies = TritonCopies(cache, max_pages) if cache.device.type == "cuda" else TorchCopies(cache)
+        self._copies: Copies = (
+            TritonCopies(cache, max_pages, stream) if cache.device.type == "cuda" else TorchCopies(cache)
+        )
 
     def warm_up(self) -> None:
         """Compile every kernel; no page changes. Afterwards nothing is compiled or allocated."""

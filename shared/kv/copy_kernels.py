@@ -73,10 +73,17 @@ class Tuning:
 class TritonCopies:
     """See `shared.kv.copy.PageCopier`. On CPU tensors it runs under Triton's interpreter alone."""
 
-    def __init__(self, cache: PagedCache, max_pages: int, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        max_pages: int,
+        stream: torch.cuda.Stream | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
         layout = cache.layout
         tuning = tuning or Tuning()
         self._pages = cache.pages
+        self._stream = stream
         self._numbers = _PageNumbers(max_pages, cache.device)
         # Halved until it divides what a layer takes, so that no block crosses the end of a span.
         block_bytes = min(tuning.copy_bytes, layout.layer_bytes & -layout.layer_bytes)
@@ -110,6 +117,10 @@ class TritonCopies:
 
     def warm_up(self) -> None:
         """Launches every kernel for no pages."""
+        with torch.cuda.stream(self._stream):
+            self._launch_all()
+
+    def _launch_all(self) -> None:
         run = self._pages.view(-1).view(torch.uint8)  # any memory will do
         layers = LayerSpan(0, 1)
         for fmt in WireFormat:
@@ -133,9 +144,10 @@ class TritonCopies:
             raise ValueError(f"a run begins at no multiple of {ALIGNMENT} bytes")
         num_units = len(pages) * layers.num_layers * launch.units_per_layer
         programs = max(1, min(num_units, launch.max_programs))
-        numbers = self._numbers.send(pages)
-        launch.start(programs, self._pages, run, numbers, len(pages), layers.first, layers.num_layers, *more)
-        return self._numbers.sent_are_in_use()
+        numbers = self._numbers.put(pages)
+        arguments = (self._pages, run, numbers, len(pages), layers.first, layers.num_layers, *more)
+        launch.start(programs, self._stream, arguments)
+        return self._numbers.are_in_use(self._stream)
 
 
 def _record_constants(layout: KvLayout, fmt: WireFormat) -> dict[str, Any]:
@@ -167,42 +179,43 @@ class _Launch:
         self._last_arguments = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self._compiled: Any = None
 
-    def start(self, programs: int, *arguments: Any) -> None:
-        """Only the first launch finds out which variant its arguments ask for: all others ask for the same."""
+    def start(self, programs: int, stream: torch.cuda.Stream | None, arguments: tuple[Any, ...]) -> None:
+        """Only the first launch, on the current stream, finds out which variant its arguments ask for: all others ask
+        for the same."""
         if self._compiled is None:
             self._compiled = self._kernel[(programs,)](*arguments, **self._constants)
         else:
-            self._compiled[(programs, 1, 1)](*arguments, *self._last_arguments)
+            handle = None if stream is None else stream.cuda_stream
+            self._compiled[(programs, 1, 1)](*arguments, *self._last_arguments, stream=handle)
 
 
 class _PageNumbers:
-    """Page numbers on their way to the device: pinned memory, device memory and an event for each copy in the queue."""
+    """Page numbers for the device, which reads them from the host's memory: few bytes, so that to bring them over first
+    would take longer. A row and an event for each copy in the queue."""
 
     def __init__(self, max_pages: int, device: torch.device) -> None:
         width = -(-max(1, max_pages) // NUMBERS_STEP) * NUMBERS_STEP
         is_cuda = device.type == "cuda"
-        self._pinned = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, pin_memory=is_cuda)
-        on_device = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, device=device)
-        self._rows = self._pinned.numpy()
-        self._from, self._to = self._pinned.unbind(), on_device.unbind()
+        pinned = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, pin_memory=is_cuda)
+        self._words = pinned.numpy()
+        self._rows = pinned.unbind()
         # Under Triton's interpreter a copy has ended when it returns.
         self._ended = [torch.cuda.Event() for _ in range(MAX_QUEUED)] if is_cuda else None
         self._turn = 0
 
-    def send(self, pages: Sequence[int]) -> Tensor:
-        """The numbers int32 on the device, from the current stream's point of view."""
+    def put(self, pages: Sequence[int]) -> Tensor:
+        """The numbers as int32."""
         turn = self._turn
         if self._ended is not None:
             self._ended[turn].synchronize()
-        self._rows[turn, : len(pages)] = pages
-        self._to[turn].copy_(self._from[turn], non_blocking=True)
-        return self._to[turn]
+        self._words[turn, : len(pages)] = pages
+        return self._rows[turn]
 
-    def sent_are_in_use(self) -> "Queued | None":
-        """Until what the current stream has been given by now has ended, which the result tells; None: it has."""
+    def are_in_use(self, stream: torch.cuda.Stream | None) -> "Queued | None":
+        """Until what `stream` has been given by now has ended, which the result tells; None: it has."""
         ended = None if self._ended is None else self._ended[self._turn]
         if ended is not None:
-            ended.record()
+            ended.record(stream)
         self._turn = (self._turn + 1) % MAX_QUEUED
         return ended
 

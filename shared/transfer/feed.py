@@ -76,6 +76,11 @@ class PartFeed:
         self._num_chunks = 0  # looked at
         self._num_chunks_done = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all was handed out."""
+        return not self._planned and self._num_planned == len(self._want)
+
     async def next(self) -> Load | None:
         """The next load, once its KV is computed; None if all was handed out or the offer is settled."""
         async with self._turn:

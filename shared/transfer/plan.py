@@ -39,13 +39,6 @@ SLACK_SHARE = 0.1
 FAIR_PART_S = 0.05
 """How long a part may keep the link from other pulls. Parts that fit their arena stay below it on a fast link."""
 
-MIN_RAMPED_BYTES = 192 * 2**20
-RAMP = (5, 5, 1)
-"""From so many bytes on, pages that go whole, in parts as large as may be, are shared out like this: to the first part,
-to each in between, and to the last. Nothing is on the wire while the last part is unpacked, so that one is small: a
-copy inside a GPU is about five times as fast as NVLink. The first is packed while the two ends agree on it. A message
-costs about as much as 20 MiB more: a short run would gain nothing."""
-
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
@@ -150,9 +143,7 @@ def cut_parts(
     for group in groups:
         page_bytes = packed_bytes(layout, fmt, 1, group.num_layers)
         if page_bytes <= fair_bytes:
-            fast = group.num_layers == layout.num_layers and fair_bytes == max_part_bytes
-            ramped = fast and (end - start) * page_bytes >= MIN_RAMPED_BYTES
-            sizes = (_ramped if ramped else _equal)(end - start, fair_bytes // page_bytes)
+            sizes = _equal(end - start, fair_bytes // page_bytes)
             parts += [Part(first, last, group) for first, last in pairwise(accumulate(sizes, initial=start))]
         else:
             max_layers = max(1, fair_bytes // packed_bytes(layout, fmt, 1, 1))
@@ -197,12 +188,3 @@ def _equal(count: int, at_most: int) -> list[int]:
     """`count` things in as few shares of `at_most` as will do, of nearly equal size."""
     number = -(-count // at_most)
     return [(index + 1) * count // number - index * count // number for index in range(number)]
-
-
-def _ramped(count: int, at_most: int) -> list[int]:
-    """As `_equal`, but in the proportions of `RAMP`."""
-    first, middle, last = RAMP
-    total = -(-count * middle // at_most)
-    shares = [first, *([middle] * max(0, -(-(total - first - last) // middle))), last]
-    ends = [count * end // sum(shares) for end in accumulate(shares, initial=0)]
-    return [end - start for start, end in pairwise(ends) if end > start]

@@ -1,9 +1,7 @@
 """One pull as its source serves it: parts packed, announced, and sent when the puller is ready for them."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -81,12 +79,12 @@ class Serving:
         self._wanted = True
 
     def begin(self) -> None:
-        """Let the puller in; what it is sent comes by the lanes."""
+        """Let the puller in."""
         self.offer.begin(self._link.cut, self._settled)
 
-    def lanes(self) -> Iterator[Coroutine[Any, Any, None]]:
-        """What to run, all at once."""
-        return (self._lane() for _ in range(NUM_LANES))
+    def send_by(self, tasks: asyncio.TaskGroup) -> None:
+        """Send what the feed gives, in up to `NUM_LANES` tasks."""
+        tasks.create_task(self._lane(tasks, NUM_LANES - 1))
 
     def ready(self, ready: Ready) -> bool:
         """See `Announcements.ready`."""
@@ -104,9 +102,12 @@ class Serving:
             with suppress(KvTransferFailed):  # a link that is cut says as much
                 self._link.post(Refused(self._number, refusal.reason))
 
-    async def _lane(self) -> None:
+    async def _lane(self, tasks: asyncio.TaskGroup, num_more: int) -> None:
         try:
             while (load := await self._feed.next()) is not None:
+                if num_more and not self._feed.is_empty:
+                    tasks.create_task(self._lane(tasks, num_more - 1))
+                num_more = 0
                 async with self._staging.outgoing.lease(load.num_bytes) as space:
                     if self.offer.outcome is not None:
                         return

@@ -208,8 +208,7 @@ class Source:
         serving.begin()
         await visit.open_endpoint()
         link.hurry()
-        for lane in serving.lanes():
-            self._tasks.create_task(lane)
+        serving.send_by(self._tasks)
 
     def _max_part_bytes(self, visit: Visit) -> int:
         return min(self._staging.max_part_bytes, visit.hello.max_part_bytes)

@@ -187,16 +187,10 @@ class Staging:
         self.outgoing = Arena(arena_bytes, cache.device)
         self.incoming = Arena(arena_bytes, cache.device)
         smallest_bytes = min(packed_bytes(cache.layout, fmt, 1, 1) for fmt in WireFormat)
-        self._copier = PageCopier(cache, min(cache.num_pages, max_part_bytes // smallest_bytes))
+        self._copier = PageCopier(cache, min(cache.num_pages, max_part_bytes // smallest_bytes), self._stream)
 
     async def warm_up(self) -> None:
-        """Do all that only the first copies need: load kernels, allocate. Page 0 is brought to itself.
-
-        On CUDA what the calling thread launches, the event loop's, is from now on in a stream of its own, beside the
-        engine's: to enter a stream for each copy takes as long as to launch it.
-        """
-        if self._stream is not None:
-            torch.cuda.set_stream(self._stream)
+        """Do all that only the first copies need: load kernels, allocate. Page 0 is brought to itself."""
         await self._copied(self._copier.warm_up)
         layer = LayerSpan(0, 1)
         async with self.outgoing.lease(packed_bytes(self.cache.layout, WireFormat.NATIVE, 1, 1)) as part:
@@ -224,12 +218,9 @@ class Staging:
         await self._copied(self._clear, space)
 
     def _clear(self, space: torch.Tensor) -> Queued | None:
-        space.zero_()
-        if self._stream is None:
-            return None
-        done = torch.cuda.Event()
-        done.record()
-        return done
+        with torch.cuda.stream(self._stream):
+            space.zero_()
+            return None if self._stream is None else self._stream.record_event()
 
     async def _copied(self, copy: Callable[..., Queued | None], *arguments: Any, **named: Any) -> None:
         """UCX and the engine know nothing of our stream, so the copy has ended when this returns, cancelled or not."""

@@ -59,6 +59,7 @@ wire-up. The self-test asks UCX what it chose.
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -111,7 +112,7 @@ class UcxContext:
             progress_mode="thread",
             enable_python_future=True,
         )
-        self.progress = ProgressThread(_worker())
+        self.progress = ProgressThread(_worker(), time.monotonic)
         self.address = ucxx.get_worker_address().tobytes()
         return self
 

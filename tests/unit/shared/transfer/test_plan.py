@@ -34,7 +34,7 @@ NVLINK = LinkSpeed(360e9, 0.2e-3)
 ETHERNET = LinkSpeed(25e9 / 8, 50e-6)
 SLOW = LinkSpeed(50e6 / 8, 2e-3)
 
-MAX_PART_BYTES = 448 * MIB
+MAX_PART_BYTES = 256 * MIB
 
 layouts = st.builds(
     KvLayout,
@@ -89,7 +89,7 @@ def test_the_groups_chosen_are_the_best_of_all_by_simulation(layout, num_pages, 
     small_s = max(MIN_GAIN_S, MIN_GAIN_SHARE * compute_s)
     one, best, chosen = ends_s[(LayerSpan(0, layout.num_layers),)], min(ends_s.values()), ends_s[groups]
     assert chosen <= one
-    assert chosen <= best * (1 + 1e-9) or (chosen == one and one - best < small_s)
+    assert chosen <= best * (1 + 1e-9) or (chosen == one and one - best < small_s + 1e-9)
     if len(groups) > 1:
         assert one - chosen >= small_s * (1 - 1e-9)
 
@@ -228,7 +228,7 @@ def test_no_part_is_over_the_limit_nor_keeps_a_slow_link_for_long(cut):
 
 
 @given(st.integers(1, 3000), st.integers(1, 1000))
-def test_a_fast_link_gets_few_parts_and_the_last_is_small(num_pages, pages_a_part):
+def test_a_fast_link_gets_few_parts_of_equal_size(num_pages, pages_a_part):
     max_part_bytes = pages_a_part * LLAMA_8B.page_bytes
     parts = cut_parts(
         LLAMA_8B,
@@ -243,13 +243,8 @@ def test_a_fast_link_gets_few_parts_and_the_last_is_small(num_pages, pages_a_par
     fewest = -(-num_pages // pages_a_part)
     assert sum(sizes) == num_pages
     assert 0 < min(sizes) <= max(sizes) <= pages_a_part
-    if num_pages < 24:
-        assert len(parts) == fewest
-        assert max(sizes) - min(sizes) <= 1
-    else:
-        assert fewest <= len(parts) <= fewest + 1
-        assert sizes[-1] <= max(sizes) / 5 + 1
-        assert max(sizes[:-1]) - min(sizes[:-1]) <= 1
+    assert len(parts) == fewest
+    assert max(sizes) - min(sizes) <= 1
 
 
 def llama_parts(num_pages, link, groups=WHOLE):
@@ -265,10 +260,10 @@ def llama_parts(num_pages, link, groups=WHOLE):
 
 
 def test_llama_8b_over_nvlink():
-    # Pages of 8 MiB. 1,024 tokens are one part of 128 MiB; 4,096 are 424 + 88 MiB, 5 to 1.
+    # Pages of 8 MiB: 1,024 tokens are one part of 128 MiB.
     assert llama_parts(16, NVLINK) == (Part(0, 16, LayerSpan(0, 32)),)
-    assert [part.num_pages for part in llama_parts(64, NVLINK)] == [53, 11]
-    assert [part.num_pages for part in llama_parts(256, NVLINK)] == [49, 49, 49, 49, 50, 10]
+    assert [part.num_pages for part in llama_parts(64, NVLINK)] == [32, 32]
+    assert [part.num_pages for part in llama_parts(256, NVLINK)] == [32] * 8
 
 
 def test_llama_8b_over_ethernet():

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from shared.transfer.progress_thread import SPIN_S, ProgressThread
+from shared.transfer.progress_thread import AWAKE_S, SPIN_S, ProgressThread
 from tests.virtual_loop import VirtualLoop
 
 
@@ -23,6 +23,17 @@ class FakeWorker:
         self.modes.append(polling_mode)
 
 
+class Ticks:
+    """A clock that moves when it is looked at."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        self.now_s += AWAKE_S / 10
+        return self.now_s
+
+
 @pytest.fixture
 def run():
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -32,7 +43,7 @@ def run():
 def test_it_sleeps_until_asked_to_hurry_and_again_some_time_after(run):
     async def scenario():
         worker = FakeWorker()
-        thread = ProgressThread(worker)
+        thread = ProgressThread(worker, Ticks())
         assert worker.modes == [False]
         thread.hurry()
         assert (thread.spins, worker.modes) == (True, [False, True])
@@ -45,7 +56,7 @@ def test_it_sleeps_until_asked_to_hurry_and_again_some_time_after(run):
 def test_it_changes_its_mode_once_however_often_it_is_asked(run):
     async def scenario():
         worker = FakeWorker()
-        thread = ProgressThread(worker)
+        thread = ProgressThread(worker, Ticks())
         for _ in range(10):
             thread.hurry()
             await asyncio.sleep(0.9 * SPIN_S)
@@ -60,10 +71,26 @@ def test_it_changes_its_mode_once_however_often_it_is_asked(run):
 def test_once_stopped_it_leaves_its_worker_alone(run):
     async def scenario():
         worker = FakeWorker()
-        thread = ProgressThread(worker)
+        thread = ProgressThread(worker, Ticks())
         thread.hurry()
         thread.stop()
         await asyncio.sleep(10 * SPIN_S)
         assert worker.modes == [False, True]
+
+    run(scenario())
+
+
+def test_the_loop_stays_awake_for_a_while_and_no_longer(run):
+    async def scenario():
+        clock = Ticks()
+        thread = ProgressThread(FakeWorker(), clock)
+        thread.hurry()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 2
+        thread.hurry()
+        await asyncio.sleep(SPIN_S)
+        assert len(asyncio.all_tasks()) == 1
+        assert clock.now_s < 2.5 * AWAKE_S
 
     run(scenario())
