@@ -177,11 +177,11 @@ class Template:
                 out.write(text)
                 out.flush()
 
-    async def start(self, role, incarnation, heard):
+    async def start(self, role, incarnation, heard, *, hurries):
         """A new worker, which is up; `heard` gets what it says."""
         board = self._folder / f"board-{self._num_boards}"
         self._num_boards += 1
-        spec = Spec(role, incarnation, SLOTS[role], str(self._folder / "socket"), str(board))
+        spec = Spec(role, incarnation, SLOTS[role], str(self._folder / "socket"), str(board), hurries)
         process = Process(spec, Board.create(board))
         self._waiting[incarnation] = (process, heard)
         self._process.stdin.write(json.dumps(asdict(spec)).encode() + b"\n")
@@ -315,9 +315,10 @@ class HandOver:
 class Team:
     """One prefill and one decode worker with what is between them."""
 
-    def __init__(self, template, name):
+    def __init__(self, template, name, *, hurries):
         self._template = template
         self._name = name
+        self._hurries = hurries
         self._num_started = 0
         self._tasks = set()
         self.hand_overs = {}
@@ -353,7 +354,9 @@ class Team:
     async def _start(self, role):
         self._num_started += 1
         incarnation = f"{self._name}-{role}-{self._num_started}"
-        return await self._template.start(role, incarnation, lambda said: self._hear(incarnation, said))
+        return await self._template.start(
+            role, incarnation, lambda said: self._hear(incarnation, said), hurries=self._hurries
+        )
 
     @property
     def processes(self):

@@ -18,7 +18,7 @@ from shared.engine.port import EngineLimits
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.weights import load_checkpoint
 from tests.engine_driver import Driver, greedy, request
-from tests.faults.worker import MAX_CONTEXT, Spec, claim_slow_links, reference, work_as
+from tests.faults.worker import MAX_CONTEXT, Spec, reference, work_as
 from tests.tiny_checkpoints import VOCAB_SIZE
 
 NUM_PROMPTS = 8
@@ -48,7 +48,6 @@ def lone_references(checkpoint):
 def main():
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    claim_slow_links()
     checkpoint = load_checkpoint(Path(sys.argv[1]), "float32", torch.device("cpu"))
     references = lone_references(checkpoint)
     answers = {ids.hex(): each.answer for ids, each in references.items()}

@@ -104,9 +104,11 @@ class Run:
             f"states struck: {dict(self.states)}; faults: {dict(self.faults)}"
         )
 
-    async def work(self, name, queue):
+    async def work(self, name, queue, *, hurries):
         """One team's share."""
-        team = Team(self.template, name)
+        if not queue:
+            return
+        team = Team(self.template, name, hurries=hurries)
         await team.start()
         try:
             while queue:
@@ -291,10 +293,13 @@ async def test_no_fault_corrupts_leaks_or_hangs(tmp_path, capsys):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", CHECKPOINT)
     async with template.running(checkpoint):
         run = Run(template)
-        queue = [Trial(FIRST_TRIAL + number) for number in range(NUM_TRIALS)]
+        queues = ([], [])  # of workers that hurry, and of others
+        for number in range(FIRST_TRIAL, FIRST_TRIAL + NUM_TRIALS):
+            queues[number % 2].append(Trial(number))
         async with asyncio.TaskGroup() as teams:
-            for number in range(min(NUM_TEAMS, len(queue))):
-                teams.create_task(run.work(f"team{number}", queue))
+            for number in range(NUM_TEAMS):
+                hurries = number % 2 == 0
+                teams.create_task(run.work(f"team{number}", queues[number % 2], hurries=hurries))
     with capsys.disabled():
         sys.stdout.write(f"\n{run.summary()}\n")
     if NUM_TRIALS >= 40:

@@ -1,0 +1,194 @@
+"""What nobody may have, over real UCX: refused, the puller told why, and counted in the metric that workers show."""
+
+import asyncio
+import struct
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from shared.blocks import token_ids
+from shared.errors import KvTransferFailed, LayoutMismatch
+from shared.request import Incarnation
+from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Hello, Probe, Pull, to_frame
+from shared.transfer.host_facts import HostFacts
+from shared.transfer.port import Outcome, Refusal
+from shared.worker.link_metrics import LinkMetrics
+from tests.contract.transfer_pair import TIMEOUT_S, a_pair
+from tests.contract.transfer_worlds import SECRET, UcxWorld, a_cache, a_layout
+
+
+def counted(source):
+    """What the metric of this source says, without those that are 0."""
+    registry = CollectorRegistry()
+    registry.register(LinkMetrics(tuple, lambda: 0, lambda: source.refusals))
+    samples = {reason: registry.get_sample_value("baton_kv_refusals_total", {"reason": reason}) for reason in REASONS}
+    return {reason: count for reason, count in samples.items() if count}
+
+
+REASONS = [refusal.name.lower() for refusal in Refusal]
+
+
+@asynccontextmanager
+async def refused_once(reason):
+    """A pair that refuses for this reason inside, and after it hands over as ever; nobody's pages have changed."""
+    async with a_pair(UcxWorld()) as pair:
+        yield pair
+        async with asyncio.timeout(TIMEOUT_S):
+            while not counted(pair.source):
+                await asyncio.sleep(0.001)
+        assert counted(pair.source) == {reason: 1}
+        pair.check_arrived((), (), ())
+        await pair.pull(pair.offer("next"))
+        pair.check_arrived((3,), (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"secret": bytes(16)}, "wrong_secret"),
+        ({"secret": SECRET[:-1]}, "wrong_secret"),
+        ({"secret": b""}, "wrong_secret"),
+        ({"key": "another"}, "unknown_key"),
+    ],
+)
+async def test_a_wrong_ticket(change, reason):
+    async with refused_once(reason) as pair:
+        ticket = pair.offer()
+        with pytest.raises(KvTransferFailed, match=Refusal[reason.upper()].value):
+            await pair.pull(replace(ticket, **change))
+        assert pair.ends.outcomes == {}
+        pair.source.withdraw("k")
+
+
+async def test_the_ticket_of_somebody_else():
+    async with refused_once("wrong_puller") as pair:
+        with pytest.raises(KvTransferFailed, match="another worker"):
+            await pair.pull(pair.offer(puller="somebody-else"))
+        assert pair.ends.outcomes == {}
+        pair.source.withdraw("k")
+
+
+async def test_a_ticket_shown_again():
+    async with refused_once("already_pulled") as pair:
+        ticket = pair.offer()
+        await pair.pull(ticket, (), ())
+        assert await pair.ends.wait("k") is Outcome.PULLED
+        with pytest.raises(KvTransferFailed, match="pulled before"):
+            await pair.pull(ticket)
+
+
+async def test_a_ticket_shown_twice_at_once():
+    async with a_pair(UcxWorld()) as pair:
+        ticket = pair.offer()
+        results = await asyncio.gather(*(pair.pull(ticket) for _ in range(5)), return_exceptions=True)
+        assert sum(not isinstance(result, KvTransferFailed) for result in results) == 1
+        assert counted(pair.source) == {"already_pulled": 4}
+
+
+async def test_an_expired_ticket():
+    async with refused_once("expired") as pair:
+        ticket = pair.offer(hold_s=0.02)
+        assert await pair.ends.wait("k") is Outcome.EXPIRED
+        with pytest.raises(KvTransferFailed, match="expired"):
+            await pair.pull(ticket)
+
+
+async def test_a_ticket_that_was_taken_back():
+    async with refused_once("withdrawn") as pair:
+        ticket = pair.offer()
+        pair.source.withdraw("k")
+        with pytest.raises(KvTransferFailed, match="withdrawn"):
+            await pair.pull(ticket)
+
+
+async def test_a_ticket_for_other_pages_goes_nowhere():
+    """Its fingerprint is not the puller's: the source is not asked."""
+    async with a_pair(UcxWorld()) as pair:
+        ticket = pair.offer()
+        with pytest.raises(LayoutMismatch):
+            await pair.pull(replace(ticket, layout_fingerprint="another"))
+        assert pair.puller.links() == ()
+        await pair.pull(ticket)
+        assert counted(pair.source) == {}
+
+
+async def test_a_puller_with_other_pages():
+    """Its ticket is forged to its own fingerprint."""
+    async with refused_once("wrong_layout") as pair:
+        other = a_cache(layout=a_layout("another model"))
+        ticket = pair.offer()
+        forged = replace(ticket, layout_fingerprint=other.layout.fingerprint)
+        async with pair.world.transfer(other, "other") as stranger:
+            with pytest.raises(LayoutMismatch):
+                await stranger.pull(forged, want=(0,), into=(0,), timeout_s=TIMEOUT_S)
+        assert not other.pages.any()
+        pair.source.withdraw("k")
+
+
+async def test_pages_that_are_not_on_offer():
+    async with refused_once("wrong_pages") as pair:
+        ticket = pair.offer(pages=(1, 2))
+        with pytest.raises(KvTransferFailed, match="outside the offer"):
+            await pair.pull(replace(ticket, num_tokens=20 * 64), (0, 2), (0, 1))
+        pair.source.withdraw("k")
+
+
+async def say(source, *messages):
+    """What a stranger with the right layout sends; returns when the source has hung up."""
+    hello = Hello(
+        protocol=PROTOCOL_VERSION,
+        layout_fingerprint=a_layout().fingerprint,
+        incarnation=Incarnation("stranger"),
+        max_part_bytes=2**30,
+        ucx_address=b"not an address",
+        host=HostFacts("boot", "host", "pid", "ipc", "net", "cpu"),
+    )
+    host, _, port = source.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        with suppress(OSError):
+            writer.write(to_frame(hello) + b"".join(messages))
+            async with asyncio.timeout(TIMEOUT_S):
+                while await reader.read(2**16):
+                    pass
+    finally:
+        writer.transport.abort()
+
+
+A_PULL = Pull(1, "k", SECRET, token_ids((0,)))
+
+OVERSIZED = {
+    "a message over the limit": (struct.pack("!I", MAX_CONTROL_BYTES + 1), "oversized"),
+    "a message of 4 GiB": (b"\xff" * 4, "oversized"),
+    "more of the arena than there is": (to_frame(Probe(1, 2**50)), "protocol"),
+    "no message": (struct.pack("!I", 5) + b"what?", "protocol"),
+    "a number used before": (to_frame(replace(A_PULL, key="no such")) * 2, "protocol"),
+}
+
+
+@pytest.mark.parametrize("name", OVERSIZED)
+async def test_an_oversized_request(name):
+    async with a_pair(UcxWorld()) as pair:
+        ticket = pair.offer()
+        request, reason = OVERSIZED[name]
+        await say(pair.source, request)
+        assert counted(pair.source)[reason] == 1
+        assert pair.ends.outcomes == {}
+        await pair.pull(ticket)
+        pair.check_arrived((3,), (0,), (0,))
+
+
+async def test_as_many_pages_as_a_message_holds():
+    """Wanted pages that fit the message and not the offer are refused as such, before anything is read or lent."""
+    async with a_pair(UcxWorld()) as pair:
+        ticket = pair.offer(puller="stranger")
+        many = to_frame(replace(A_PULL, want=token_ids(range(190_000))))
+        assert len(many) > MAX_CONTROL_BYTES * 0.9
+        twice = to_frame(replace(A_PULL, pull=2, want=token_ids([0] * 100_000)))
+        beyond = struct.pack("!I", MAX_CONTROL_BYTES + 1)
+        await say(pair.source, many, twice, beyond)
+        assert counted(pair.source) == {"wrong_pages": 2, "oversized": 1}
+        assert pair.ends.outcomes == {}
+        pair.source.withdraw(ticket.key)
