@@ -151,6 +151,8 @@ class Intake:
         first, last = reservation.num_cached_pages, len(reservation.pages)
         arrival.pull_limit = asyncio.timeout(self._pull_timeout_s if arrival.first_token.done() else None)
         try:
+            if work.ticket.num_tokens != len(work.ids):
+                raise KvTransferFailed(f"the ticket is for {work.ticket.num_tokens} ids, there are {len(work.ids)}")
             async with arrival.pull_limit:
                 pulled = await context.transfer.pull(
                     work.ticket,

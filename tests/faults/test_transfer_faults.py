@@ -129,7 +129,7 @@ class Run:
         team.begin()
         for process in team.processes:
             process.tell(do="pace", layer_s=rng.choice((0.0, 0.004, 0.01)))
-        if rng.random() < 0.5:
+        if rng.random() < 0.7:
             await self._connect(team)
         num_hand_overs = rng.randrange(1, 4)
         role, phase = rng.choice(POINTS[trial.point] or ((None, None),))
@@ -169,7 +169,7 @@ class Run:
                     f"{name}.{slot}",
                     ids,
                     answer,
-                    max_loss=rng.choice((WireFormat.NATIVE, WireFormat.NATIVE, WireFormat.INT8)),
+                    max_loss=rng.choice((WireFormat.NATIVE, WireFormat.INT8)),
                     salt=rng.choice(("", f"{name}.{slot}", f"{name}.{slot}")),
                     deadline_s=REQUEST_S,
                     ticket_delay_s=rng.choice(TICKET_DELAYS_S),

@@ -148,6 +148,17 @@ class Scene:
 
     async def play(self):
         self.workers = {name: await Worker(self, name).up() for name in SLOTS}
+        try:
+            await self._play()
+        finally:
+            for worker in self.workers.values():
+                worker.task.cancel()
+            await asyncio.wait({worker.task for worker in (*self.workers.values(), *self.gone)})
+        for worker in (*self.workers.values(), *self.gone):
+            worker.task.result()
+        assert not self.network.links
+
+    async def _play(self):
         strikes = asyncio.create_task(self._strike_all())
         for number in range(self.rng.randrange(2, 6)):
             self._submit(f"k{number}")
@@ -158,10 +169,6 @@ class Scene:
         self._submit("proof", token_ids(range(3, 203)))
         await self._settle()
         assert self.workers["prefill"].transfer.offers._ended["proof"].outcome is Outcome.PULLED
-        for worker in self.workers.values():
-            worker.task.cancel()
-        await asyncio.gather(*(worker.task for worker in [*self.workers.values(), *self.gone]))
-        assert not self.network.links
 
     def _submit(self, key, ids=None):
         ids = ids or token_ids(self.rng.randrange(3, 990) for _ in range(self.rng.randrange(1, 260)))

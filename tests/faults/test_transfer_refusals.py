@@ -8,15 +8,20 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.decode.role import DecodeRole
 from shared.blocks import token_ids
+from shared.engine.fake import fake_engine
 from shared.errors import KvTransferFailed, LayoutMismatch
-from shared.request import Incarnation
+from shared.request import Incarnation, PlacementId, RequestId
 from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Hello, Probe, Pull, to_frame
 from shared.transfer.host_facts import HostFacts
 from shared.transfer.port import Outcome, Refusal
+from shared.wire.to_worker import Assignment, DecodeWork, FirstToken
 from shared.worker.link_metrics import LinkMetrics
 from tests.contract.transfer_pair import TIMEOUT_S, a_pair
 from tests.contract.transfer_worlds import SECRET, UcxWorld, a_cache, a_layout
+from tests.engine_driver import greedy
+from tests.unit.services.worker_context import DECODE, InlineEngine, a_context, until
 
 
 def counted(source):
@@ -132,6 +137,22 @@ async def test_pages_that_are_not_on_offer():
         ticket = pair.offer(pages=(1, 2))
         with pytest.raises(KvTransferFailed, match="outside the offer"):
             await pair.pull(replace(ticket, num_tokens=20 * 64), (0, 2), (0, 1))
+        pair.source.withdraw("k")
+
+
+async def test_a_ticket_for_other_ids_than_it_came_with_costs_decode_a_prefill_and_no_more():
+    async with a_pair(UcxWorld()) as pair:
+        engine = fake_engine()
+        async with a_context(InlineEngine(engine), me=DECODE, transfer=pair.puller) as context:
+            role = DecodeRole(context, pull_timeout_s=TIMEOUT_S)
+            ids, placement = token_ids(range(3, 203)), PlacementId("k")
+            ticket = replace(pair.offer(), num_tokens=65)
+            assignment = Assignment(RequestId("r"), 0, 1, placement, len(ids), greedy(5), deadline_s=1e12)
+            role.take(DecodeWork(assignment, ids, DECODE, ticket))
+            role.take(FirstToken(placement, DECODE, token_id=7))
+            await until(engine.has_work)
+            assert engine.stats().num_importing == 0
+            assert context.metrics.local_prefills._value.get() == 1
         pair.source.withdraw("k")
 
 
