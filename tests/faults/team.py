@@ -92,7 +92,8 @@ class Process:
             if writer is not None:
                 writer.transport.abort()
         if self.pid and not self.is_dead:
-            self.kill()
+            with suppress(ProcessLookupError):
+                self.kill()
 
     async def up(self):
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -111,7 +112,7 @@ class Process:
                 said = json.loads(line)
                 match said["said"]:
                     case "up":
-                        self.pid, self.address = said["pid"], said["address"]
+                        self.address = said["address"]
                         self._up.set()
                     case "report":
                         self._answers["report"].put_nowait(said["wrong"])
@@ -132,7 +133,7 @@ class Template:
 
     def __init__(self, folder):
         self._folder = folder
-        self._waiting = {}
+        self._processes = {}
         self._tasks = set()
         self._num_boards = 0
         self.answers = {}
@@ -161,8 +162,13 @@ class Template:
                     bytes.fromhex(ids): answer for ids, answer in json.loads(references.read_text()).items()
                 }
                 yield self
+            except Exception as error:
+                error.add_note((self._folder / "workers.log").read_text()[-10_000:])
+                raise
             finally:
                 server.close()
+                for process, _ in self._processes.values():
+                    process.end()
                 self._process.kill()
                 await self._process.wait()
                 if self._drain is not None:
@@ -183,16 +189,16 @@ class Template:
         self._num_boards += 1
         spec = Spec(role, incarnation, SLOTS[role], str(self._folder / "socket"), str(board), hurries)
         process = Process(spec, Board.create(board))
-        self._waiting[incarnation] = (process, heard)
+        self._processes[incarnation] = (process, heard)
         self._process.stdin.write(json.dumps(asdict(spec)).encode() + b"\n")
         await process.up()
-        del self._waiting[incarnation]
         return process
 
     async def _welcome(self, reader, writer):
         self._tasks.add(asyncio.current_task())
         hello = json.loads(await reader.readline())
-        process, heard = self._waiting[hello["incarnation"]]
+        process, heard = self._processes[hello["incarnation"]]
+        process.pid = hello["pid"]
         if hello["channel"] == "gate":
             await process.follow_gate(reader, writer)
         else:

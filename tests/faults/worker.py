@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import time
+import traceback
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,10 +181,11 @@ class Worker:
 
     async def run(self) -> None:
         spec, loop = self._spec, asyncio.get_running_loop()
+        hello = {"incarnation": spec.incarnation, "pid": os.getpid()}
         self._gate.connect(spec.socket)
-        self._gate.sendall(json.dumps({"incarnation": spec.incarnation, "channel": "gate"}).encode() + b"\n")
+        self._gate.sendall(json.dumps({**hello, "channel": "gate"}).encode() + b"\n")
         reader, self._writer = await asyncio.open_unix_connection(spec.socket, limit=2**24)
-        self._say(incarnation=spec.incarnation, channel="talk")
+        self._say(**hello, channel="talk")
         watch_links(self._points)
         self._staging = Staging(
             self._engine.cache, {}, arena_bytes=arena_bytes(PAGES_PER_PART * self._engine.model.layout.page_bytes)
@@ -197,6 +200,7 @@ class Worker:
                 clock=time.monotonic,
                 peer_timeout_s=PEER_TIMEOUT_S,
             ) as self._transfer,
+            self._ending_at_once(),
             asyncio.TaskGroup() as tasks,
         ):
             if spec.hurries:
@@ -228,10 +232,22 @@ class Worker:
                 self._thread = engine
                 tasks.create_task(self._handle_steps())
                 tasks.create_task(self._watch_engine())
-                self._say(said="up", pid=os.getpid(), address=self._transfer.address)
+                self._say(said="up", address=self._transfer.address)
                 while line := await reader.readline():
                     await self._obey(json.loads(line), loop)
                 os._exit(0)
+
+    @asynccontextmanager
+    async def _ending_at_once(self):
+        """Whatever goes wrong ends the process, as if it was killed, and is written down."""
+        try:
+            yield
+        except BaseException:  # noqa: BLE001 - the process ends
+            for error in self._transfer._tasks._errors:
+                traceback.print_exception(error)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
     async def _watch_engine(self) -> None:
         await self._thread.failed
