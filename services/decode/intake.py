@@ -8,6 +8,7 @@ The pull goes on while prefill still computes, so the first token may come in an
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from shared.blocks import token_ids
@@ -18,6 +19,9 @@ from shared.transfer.port import Pulled
 from shared.wire.to_worker import DecodeWork, FirstToken
 from shared.wire.wire_format import WireFormat
 from shared.worker.role import WorkerContext
+
+LOOK_AGAIN_S = 0.1
+"""For room; pages that a batch in flight kept are free behind it, which nobody tells."""
 
 
 class Arrival:
@@ -44,10 +48,10 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Whom an arrival is handed to. Each is called at most once, and one of them alone.
+    """Whom an arrival is handed to. One of them is called, once; `refused` may follow `arrived`.
 
     Attributes:
-        arrived: the engine runs the request, or will once it has prefilled it.
+        arrived: KV, or the news that it will not come, and token are there: the engine is asked to run the request.
         refused: the engine can never run it, for this reason.
         given_up: its deadline passed before its first token came.
     """
@@ -117,11 +121,11 @@ class Intake:
             if token_id is None:
                 self._ends.given_up(arrival)
                 return
-            runs = True
-            self._run(arrival, token_id, pulled)
             self._ends.arrived(arrival)
+            await self._run(arrival, token_id, pulled)
+            runs = True
         except _Refused as refusal:
-            del self._arrivals[arrival.key]
+            self._arrivals.pop(arrival.key, None)
             self._ends.refused(arrival, str(refusal))
         finally:
             if not runs:
@@ -139,7 +143,9 @@ class Intake:
                     raise _Refused(str(error)) from error
                 if reservation is not None:
                     return reservation
-                await self._room_changed.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_AGAIN_S):
+                        await self._room_changed.wait()
 
     async def _pull(self, arrival: Arrival, reservation: Reservation) -> Pulled | None:
         """Fill the reserved pages; None if that failed.
@@ -182,16 +188,21 @@ class Intake:
             await asyncio.wait({arrival.first_token}, timeout=left_s)
         return arrival.first_token.result() if arrival.first_token.done() else None
 
-    def _run(self, arrival: Arrival, token_id: int, pulled: Pulled | None) -> None:
+    async def _run(self, arrival: Arrival, token_id: int, pulled: Pulled | None) -> None:
+        """Raises _Refused for a token that is none of the model's."""
         key = arrival.key
         if pulled is None:
             self._context.metrics.local_prefills.inc()
             request = engine_request(arrival.work)
             whole = replace(request, ids=request.ids + token_ids((token_id,)))
-            self._context.engine.call(lambda engine: engine.add(whole))
+            taken = self._context.engine.call(lambda engine: engine.add(whole))
         else:
             exact = pulled.format is WireFormat.NATIVE
-            self._context.engine.call(lambda engine: engine.imported(key, token_id, exact=exact))
+            taken = self._context.engine.call(lambda engine: engine.imported(key, token_id, exact=exact))
+        try:
+            await taken
+        except ValueError as error:
+            raise _Refused(str(error)) from error
 
     def _free(self, key: PlacementId) -> None:
         """Give back what was reserved, if anything was: room for whoever waits."""

@@ -93,6 +93,7 @@ class DecodeRole:
     def _refused(self, arrival: Arrival, reason: str) -> None:
         """The failure stands behind the first token, whose frame may still be on its way: the fold waits for it."""
         assignment = arrival.work.assignment
+        self._decodings.pop(assignment.placement, None)
         index = len(arrival.work.ids) - assignment.prompt_len + 1
         entry = failed_entry(assignment, index, reason)
         self._context.tasks.create_task(self._context.frames.send(entry, self._context.clock_s()))

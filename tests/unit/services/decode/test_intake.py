@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,59 @@ def test_what_the_engine_can_never_run_is_refused_and_the_next_one_has_its_turn(
         stage.intake.stop(PlacementId("a"))
         await settled()
         assert num_used(engine) == 0
+
+    run(scene, num_pages=16)
+
+
+@pytest.mark.parametrize("offered", [1, 99, 101, 2000])
+def test_a_ticket_for_other_tokens_than_its_ids_is_not_pulled(offered):
+    async def scene(stage, engine):
+        work = a_ticket_for("a", 100)
+        stage.intake.take(replace(work, ticket=replace(work.ticket, num_tokens=offered)))
+        stage.intake.take_token(a_token_for("a"))
+        await settled()
+        assert not stage.transfer.pulling
+        assert stage.ended == [("arrived", "a")]
+        assert counted(stage, "local_prefills") == 1
+        engine.abort("a")
+
+    run(scene)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("token_id", [-1, 2**31 - 1])
+def test_a_token_that_is_none_of_the_vocabulary_is_refused(token_id, fails):
+    async def scene(stage, engine):
+        stage.transfer.fails = fails
+        stage.intake.take(a_ticket_for("a", 100))
+        stage.intake.take_token(a_token_for("a", token_id))
+        await settled()
+        assert stage.ended[-1] == ("refused", "a")
+        assert num_used(engine) == 0
+        assert not engine.has_work()
+
+    run(scene)
+
+
+def test_pages_that_a_batch_in_flight_keeps_are_found_when_it_has_ended():
+    async def scene(stage, engine):
+        stage.transfer.fails = True
+        stage.intake.take(a_ticket_for("a", 900, max_tokens=50))
+        stage.intake.take_token(a_token_for("a"))
+        await settled()
+        next_one = a_ticket_for("b", 900)
+        stage.intake.take(replace(next_one, assignment=replace(next_one.assignment, cache_salt="b")))
+        while not engine.step().tokens:
+            pass
+        engine.abort("a")  # a row of it is in flight
+        stage.intake.room_changed()
+        await settled()
+        assert stage.transfer.pulling == ["a"]
+        engine.step()
+        await asyncio.sleep(1)
+        assert stage.transfer.pulling == ["a", "b"]
+        stage.intake.stop(PlacementId("b"))
+        await settled()
 
     run(scene, num_pages=16)
 

@@ -137,6 +137,20 @@ def test_a_request_that_never_fits_fails_behind_its_first_token():
     run(scene)
 
 
+def test_a_token_that_the_model_does_not_have_fails_its_request_alone():
+    async def scene(stage):
+        stage.role.take(a_ticket_for("job", 10))
+        stage.role.take(a_token_for("job", -1))
+        await settled()
+        (entry,) = stage.context.frames.entries
+        assert (entry.finish, entry.index) == (FinishReason.FAILED, 1)
+        assert "token_id is -1" in entry.error.message
+        assert stage.context.given_back == [("job", DECODE)]
+        assert not stage.role.unfinished()
+
+    run(scene)
+
+
 def test_without_a_token_by_the_deadline_its_credits_go_back():
     async def scene(stage):
         stage.role.take(a_ticket_for("lost", 10, deadline_s=asyncio.get_running_loop().time() + 10))
