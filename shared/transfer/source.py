@@ -69,10 +69,20 @@ class Visit:
                 raise ProtocolViolation(f"pull {number} was not let in or has ended")
             offer = self.pulls.pop(number).offer
             released = offer.settle(Outcome.PULLED)
-            answer = self._answers[number] = Released(number) if released else Refused(number, offer.refusal_after)
-            if len(self._answers) > NUM_REMEMBERED:
-                self._answers.popitem(last=False)
+            answer = Released(number) if released else Refused(number, offer.refusal_after)
+            self._remember(answer)
         return answer
+
+    def refuse(self, number: int, reason: Refusal) -> Refused:
+        """A pull is not let in. One of no pages is confirmed in the same breath, and told so again."""
+        refused = Refused(number, reason)
+        self._remember(refused)
+        return refused
+
+    def _remember(self, answer: Released | Refused) -> None:
+        self._answers[answer.pull] = answer
+        if len(self._answers) > NUM_REMEMBERED:
+            self._answers.popitem(last=False)
 
     async def open_endpoint(self) -> None:
         """Raises KvTransferFailed."""
@@ -195,7 +205,7 @@ class Source:
         try:
             offer = self._offers.find(pull.key, pull.secret, visit.hello.incarnation, pull.want)
         except PullRefused as refusal:
-            link.post(Refused(pull.pull, refusal.reason))
+            link.post(visit.refuse(pull.pull, refusal.reason))
             return
         feed = PartFeed(
             self._staging.cache.layout,
@@ -215,13 +225,14 @@ class Source:
 
     def _ready(self, visit: Visit, ready: Ready) -> None:
         probing = visit.probing
-        if probing is not None and probing.number == ready.pull:
-            awaited, visit.probing = probing, None
-        else:
-            awaited = visit.pulls.get(ready.pull)
+        is_probe = probing is not None and probing.number == ready.pull
+        awaited = probing if is_probe else visit.pulls.get(ready.pull)
         if awaited is None:
             raise ProtocolViolation(f"pull {ready.pull} was not let in or has ended")
-        if not awaited.ready(ready):
+        is_wanted = awaited.ready(ready)
+        if is_probe:
+            visit.probing = None
+        if not is_wanted:
             self._tasks.create_task(self._send_void(visit.link, ready.tag))
 
     async def _send_void(self, link: Link, tag: int) -> None:

@@ -116,6 +116,21 @@ async def test_another_worker_is_refused_though_it_has_the_ticket(world):
         assert await pair.ends.wait("k") is Outcome.WITHDRAWN
 
 
+async def test_a_pull_of_nothing_that_is_refused_leaves_the_link_to_the_others(world):
+    async with a_pair(world) as pair:
+        ticket = pair.offer("k")
+        withdrawn = pair.offer("withdrawn", pages=(8,))
+        await pair.puller.connect(pair.source.address, ticket.source)
+        pair.source.withdraw("withdrawn")
+        await pair.ends.wait("withdrawn")
+        with pytest.raises(KvTransferFailed, match="withdrawn"):
+            await pair.pull(withdrawn, (), ())
+        await pair.pull(ticket)
+        (link,) = pair.puller.links()
+        assert (link.speed is None) is (world.__class__ is LocalWorld), "the tested link is still there"
+        assert pair.source.refusals == {Refusal.WITHDRAWN: 1}
+
+
 async def test_pages_beyond_the_offer_are_refused_by_the_source(world):
     async with a_pair(world) as pair:
         ticket = pair.offer()

@@ -20,6 +20,7 @@ from shared.transfer.control import (
     GiveUp,
     Hello,
     Part,
+    Probe,
     Pull,
     Ready,
     Refused,
@@ -162,6 +163,24 @@ async def test_a_part_is_sent_once():
         await stranger.is_hung_up_on()
         assert await ends.wait("k") is Outcome.FAILED
         assert source.refusals == {Refusal.PROTOCOL: 1}
+
+
+async def test_a_probe_that_is_answered_wrongly_keeps_no_memory():
+    async with a_source() as (source, stranger, _):
+        stranger.say(Probe(1, 4096))
+        part = await stranger.hear()
+        stranger.say(Ready(1, part.index + 1, 1))
+        await stranger.is_hung_up_on()
+        source.withdraw("k")
+
+
+async def test_who_was_refused_and_confirms_all_the_same_is_refused_again():
+    async with a_source() as (source, stranger, ends):
+        source.withdraw("k")
+        await ends.wait("k")
+        stranger.say(replace(PULL, want=token_ids(())), Confirm(1))
+        assert [await stranger.hear(), await stranger.hear()] == [Refused(1, Refusal.WITHDRAWN)] * 2
+        assert source.refusals == {Refusal.WITHDRAWN: 1}
 
 
 async def test_an_oversized_request_is_refused_and_counted():
