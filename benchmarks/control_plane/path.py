@@ -31,7 +31,6 @@ FRAME_AGE = "baton_frame_age_seconds"
 
 STEP_SECONDS = "baton_step_seconds"
 STEP_TOKENS = "baton_step_tokens"
-PULL_SECONDS = "baton_kv_pull_seconds"
 
 WARM_UP_STREAMS = 16
 WARM_UP_S = 3.0
@@ -298,7 +297,7 @@ def _frame_age(before: Look, after: Look) -> dict[str, Any]:
 
 
 def _workers(before: Look, after: Look) -> dict[str, Any]:
-    """Steps and pulls of every worker by its own clock."""
+    """Steps of every worker by its own clock."""
     told: dict[str, Any] = {}
     for name, histograms in after.histograms.items():
         then = before.histograms.get(name, {})
@@ -306,12 +305,10 @@ def _workers(before: Look, after: Look) -> dict[str, Any]:
         if steps is None:
             continue
         tokens = added_to(then, histograms, STEP_TOKENS)
-        pulls = added_to(then, histograms, PULL_SECONDS)
         told[name] = {
             "steps": steps["count"],
             "step_mean_ms": _in_ms(steps)["mean"],
             "token_rows_mean": tokens["mean"] if tokens else None,
-            **({"pull_ms": _in_ms(pulls)} if pulls else {}),
         }
     return told
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from benchmarks.handover import Plan, cut_prompts, problems
+from benchmarks.handover import Plan, cut_prompts, medians, problems, visible_ms
 
 
 def test_no_two_prompts_begin_alike():
@@ -18,7 +18,6 @@ def a_plan(**changes) -> Plan:
         "pulls": 2,
         "pull_tokens": 64,
         "margin": 0.25,
-        "min_gb_per_s": 100.0,
     }
     return Plan(**fields | changes)
 
@@ -33,7 +32,6 @@ def served(**changes):
     return {
         "workers": {"prefill": worker, "decode": worker | changes},
         "links": [{"peer": "prefill-0", "transport": "cuda_ipc"}],
-        "pulls": [{"gb_per_s": 120.0}],
     }
 
 
@@ -44,8 +42,18 @@ def test_all_is_well():
 def test_each_thing_that_does_not_hold_is_named():
     without_ipc = served(baton_kv_pages_free=8, baton_local_prefills_total=2) | {
         "links": [{"peer": "prefill-0", "warning": "no answer"}],
-        "pulls": [{"gb_per_s": 3.0}],
     }
     told = "\n".join(problems(a_plan(), without_ipc, {"wrong": [{"index": 3}], "tokens": 0}))
-    for word in ("wrong token", "0 tokens in all, not 1", "holds pages", "computed 2 prompts", "cuda_ipc", "3.0 GB/s"):
+    for word in ("wrong token", "0 tokens in all, not 1", "holds pages", "computed 2 prompts", "cuda_ipc"):
         assert word in told
+
+
+def test_what_a_client_sees_of_a_pull_lies_between_first_and_second_token():
+    timings = {"placed": 1.0, "first_token": 7.0, "transferring": 7.0021, "decoding": 7.0135, "finished": 9.0}
+    assert visible_ms(timings) == {"handing_on_ms": 2.1, "rest_ms": 11.4}
+
+
+def test_medians_of_pulls():
+    pulls = [{"mib": 512.0, "handing_on_ms": 2.0, "rest_ms": rest_ms} for rest_ms in (9.0, 1.0, 5.0)]
+    assert medians(pulls) == {"median_handing_on_ms": 2.0, "median_rest_ms": 5.0}
+    assert medians([]) == {}
