@@ -14,6 +14,7 @@ from services.decode.role import DecodeRole
 from services.prefill.role import PrefillRole
 from shared.engine.batch import BatchRow, Done, Sampled
 from shared.engine.engine import PagedEngine
+from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import EngineLimits, EngineModel
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
@@ -46,7 +47,11 @@ class PacedRunner:
     def num_ahead(self) -> int:
         return 0
 
-    def launch(self, rows: tuple[BatchRow, ...]) -> Done:
+    def launch(
+        self,
+        rows: tuple[BatchRow, ...],
+        layers: LayerMarks | None = None,  # noqa: ARG002 - all its layers are done at one moment, as in a graph
+    ) -> Done:
         time.sleep(self._step_s)
         return Done([Sampled(FIRST_WORD + row.end % NUM_WORDS) if row.sample else None for row in rows])
 
