@@ -14,13 +14,15 @@ UNMEASURED_BYTES_PER_S = 1e6
 """What a link that was not measured is trusted to do at the least."""
 
 MIN_SAMPLE_S = 0.02
-"""What was sent in less says more of buffers on the way than of the link."""
+MIN_SAMPLE_BYTES = 16 * 2**20
+"""What is less than both says more of buffers on the way than of the link."""
 
 MAX_SAMPLE_S = 0.5
 """A link that is never idle gives a sample this often."""
 
 NEW_SAMPLE_SHARE = 0.25
-"""Weight of a new sample against all before it."""
+"""Weight of a sample of `MAX_SAMPLE_S` against all before it. A shorter one counts by its time: a moment in which the
+process stood still must not weigh more than all the sends, a millisecond each, that went as they should."""
 
 
 class LinkMeter:
@@ -54,10 +56,13 @@ class LinkMeter:
         """After a send: refine the speed, if enough was sent since the last time."""
         now_s = self._clock()
         busy_s = now_s - self._busy_since_s
-        if self.speed is None or busy_s < (MAX_SAMPLE_S if self._in_flight_bytes else MIN_SAMPLE_S):
+        if self.speed is None or (self._in_flight_bytes and busy_s < MAX_SAMPLE_S):
             return
-        known, sample = self.speed.bytes_per_s, self._sent_bytes / busy_s
-        self.speed = LinkSpeed(known + NEW_SAMPLE_SHARE * (sample - known), self.speed.latency_s)
+        if busy_s < MIN_SAMPLE_S and self._sent_bytes < MIN_SAMPLE_BYTES:
+            return
+        known, surplus_bytes = self.speed.bytes_per_s, self._sent_bytes - self.speed.bytes_per_s * busy_s
+        speed = known + NEW_SAMPLE_SHARE * surplus_bytes / max(busy_s, MAX_SAMPLE_S)
+        self.speed = LinkSpeed(speed, self.speed.latency_s)
         self._busy_since_s, self._sent_bytes = now_s, 0
 
     def expected_s(self, num_bytes: int = 0) -> float:

@@ -21,7 +21,7 @@ def test_what_was_sent_moves_the_speed_towards_what_the_link_does():
     sender = Sender(LinkSpeed(1000.0, 0.5))
     speeds = []
     for _ in range(30):
-        sender.send(100, 0.05)
+        sender.send(1000, 0.5)
         speeds.append(sender.meter.speed.bytes_per_s)
     assert speeds == sorted(speeds)
     assert 1900 < speeds[-1] < 2000
@@ -32,6 +32,28 @@ def test_short_sends_say_nothing():
     sender = Sender(LinkSpeed(1000.0, 0.5))
     sender.send(100, 0.001)
     assert sender.meter.speed == LinkSpeed(1000.0, 0.5)
+
+
+def test_a_fast_link_stays_fast_though_the_process_stands_still_now_and_then():
+    sender = Sender(LinkSpeed(1e11, 0.0))
+    for _ in range(50):
+        sender.send(2**23, 0.025)
+        for _ in range(100):
+            sender.send(2**26, 2**26 / 1e11)
+    assert sender.meter.speed.bytes_per_s > 0.7e11
+
+
+def test_a_speed_that_was_measured_too_low_is_mended_by_large_short_sends():
+    sender = Sender(LinkSpeed(1e9, 0.0))
+    for _ in range(2000):
+        sender.send(2**27, 2**27 / 1e11)
+    assert sender.meter.speed.bytes_per_s > 0.7e11
+
+
+def test_a_send_too_short_for_the_clock_counts_too():
+    sender = Sender(LinkSpeed(1000.0, 0.0))
+    sender.send(2**24, 0.0)
+    assert sender.meter.speed.bytes_per_s == 1000.0 + 0.25 * 2**24 / 0.5
 
 
 def test_a_link_that_was_not_tested_stays_without_a_speed():
