@@ -36,6 +36,7 @@ What holds:
   goes back to its arena while UCX might still write to it: ucxx has no call that cancels a single receive and says
   when that is done.
 - A tag is used once in the life of a process: the next receive after one that was given up would get the old bytes.
+  Half of it is random: UCX lets in whoever has its address, and nobody but the source shall answer a receive.
 - What cannot be ended otherwise is ended by cutting the connection: the socket is aborted and the UCX endpoint closed,
   which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream, and
   one that stands still by a part that makes no progress, so that it keeps nobody's arena.
@@ -59,6 +60,7 @@ wire-up. The self-test asks UCX what it chose.
 
 import asyncio
 import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -130,8 +132,8 @@ class UcxContext:
         return read_host_facts(device, os.environ, net_devices=self._net_devices)
 
     def new_tag(self) -> int:
-        """A UCX tag that this process has not received under before."""
-        return next(self._tags)
+        """A UCX tag that this process has not received under before, and that nobody can guess."""
+        return secrets.randbits(32) << 32 | next(self._tags)
 
 
 def _worker() -> Any:

@@ -122,7 +122,10 @@ async def test_a_tag_of_its_own_keeps_late_bytes_out_of_the_next_transfer():
 
 async def test_tags_are_never_used_twice():
     async with UcxContext() as context:
-        assert len({context.new_tag() for _ in range(1000)}) == 1000
+        tags = [context.new_tag() for _ in range(1000)]
+        assert len(set(tags)) == 1000
+        assert len({tag >> 32 for tag in tags}) > 990, "the next one cannot be told from the last"
+        assert all(0 < tag < 2**64 for tag in tags)
 
 
 async def test_a_send_succeeds_though_nobody_receives():
