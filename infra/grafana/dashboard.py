@@ -433,7 +433,7 @@ KV = Row(
         ),
         Panel(
             title="Pull time",
-            description="From the pull to pages that can be used, for one request: most of it passes while prefill still "
+            description="From the pull to pages that can be used, for one request: most of it passes while prefill "
             "computes. What clients wait for is the stage transferring → decoding.",
             queries=quantiles("baton_kv_pull_seconds"),
             unit=Unit.SECONDS,
