@@ -28,8 +28,8 @@ class WorkerSettings(ServiceSettings):
         transfer_floor_gb_per_s: a link to a peer that carries less is below the floor; None, the default: no floor.
         transfer_floor_action: what a link below the floor does: the worker serves and says that it is "degraded", or
             it does not start ("refuse"; a link that comes later makes it degraded).
-        hold_s: how long prefill keeps KV for the decode worker.
-        pull_timeout_s: a pull that takes longer has failed; decode prefills then.
+        hold_s: how long prefill keeps KV for the decode worker once all of it is computed.
+        pull_timeout_s: a pull that is not done so long after the first token has failed; decode prefills then.
         drain_s, step_s: see `WorkerLimits`.
     """
 
