@@ -85,7 +85,7 @@ class Peers:
         self._log = log
         self._clock_s = clock_s
         self._sources: dict[Incarnation, WorkerCard] = {}
-        self._connected: set[Incarnation] = set()
+        self._tested: dict[Incarnation, LinkReport] = {}
         self._failures: dict[Incarnation, _Failure] = {}
 
     async def run(self) -> None:
@@ -102,7 +102,7 @@ class Peers:
             return
         self._sources = {each.card.incarnation: each.card for each in workers if self._may_pull_from(each.card)}
         self._failures = {peer: failure for peer, failure in self._failures.items() if peer in self._sources}
-        self._connected &= {report.incarnation for report in self._transfer.links()}
+        self._tested = {peer: report for peer, report in self._tested.items() if peer in self._sources}
         for card in self._missing():
             failure = self._failures.get(card.incarnation)
             if failure is None or self._clock_s() >= failure.retry_at_s:
@@ -149,8 +149,8 @@ class Peers:
         return card.role in SOURCES[self._role] and card.layout_fingerprint == self._layout_fingerprint
 
     def _missing(self) -> list[WorkerCard]:
-        linked = {report.incarnation for report in self._transfer.links()}  # a pull may have made it, without a test
-        return [card for peer, card in self._sources.items() if peer not in linked & self._connected]
+        links = self._transfer.links()  # a pull may have made one, or made it again, without a test
+        return [card for peer, card in self._sources.items() if self._tested.get(peer) not in links]
 
     async def _connect(self, card: WorkerCard) -> None:
         try:
@@ -158,7 +158,7 @@ class Peers:
         except KvTransferFailed as error:
             self._remember_failure(card, str(error))
             return
-        self._connected.add(card.incarnation)
+        self._tested[card.incarnation] = report
         self._failures.pop(card.incarnation, None)
         link = self._named(card, report)
         tell = self._log.warning if link.below_floor or report.warning is not None else self._log.info

@@ -297,6 +297,21 @@ def test_a_link_that_a_pull_made_is_measured_too():
     on_one_host(check)
 
 
+def test_a_link_that_broke_and_that_a_pull_made_again_at_once_is_measured_again():
+    async def check(place):
+        transfer = Links(a_report("a"))
+        await place.register("a")
+        peers = place.peers(transfer, LinkFloor(1.0))
+        await peers.refresh()
+        transfer.up = [replace(a_report("a"), speed=None)]
+        assert peers.num_missing() == 1
+        await peers.refresh()
+        assert peers.links()[0].gb_per_s == 2.0
+        assert transfer.num_connects == 2
+
+    on_one_host(check)
+
+
 def test_a_link_below_the_floor_makes_the_worker_degraded():
     async def check(place):
         await place.register("a")
