@@ -22,6 +22,10 @@ from shared.transfer.progress_thread import SPIN_S, ProgressThread
 from shared.transfer.staging import to_completion
 from shared.transfer.transport import read_transport
 
+NUM_LANES = 3
+"""Parts on their way at once: one is packed while two are on the wire, of which the second waits there. With more, the
+wire stands still while the first parts of eight pulls are packed."""
+
 CLOSE_TIMEOUT_NS = 10**9
 """How long UCX may take, in each of two steps, to close an endpoint."""
 
@@ -44,6 +48,7 @@ class Link:
     Attributes:
         meter: how fast it is.
         cut_because: why it was cut, where this end knows.
+        lanes: one for each part on its way, whatever pull it is of; who asks first sends first.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Link:
     ) -> None:
         """`progress`: what to hurry where bytes move fast; None on the CPU, where spinning takes from who computes."""
         self.meter = LinkMeter(clock)
+        self.lanes = asyncio.Semaphore(NUM_LANES)
         self._clock = clock
         self.cut_because = "the connection is cut"
         self._reader = reader

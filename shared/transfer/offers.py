@@ -342,4 +342,4 @@ def check_pull(cache: PagedCache, ticket: KvTicket, want: Sequence[int], into: S
 
 def is_allowed(ticket: KvTicket, fmt: WireFormat, indexes: Iterable[int]) -> bool:
     """Whether these pages of the prompt may come in `fmt`."""
-    return all(fmt.loss <= page_formats(ticket.max_loss, index).loss for index in indexes)
+    return fmt.loss == 0 or all(fmt.loss <= page_formats(ticket.max_loss, index).loss for index in indexes)

@@ -8,14 +8,11 @@ import torch
 from shared.errors import KvTransferFailed
 from shared.transfer.control import Part, ProtocolViolation, Ready, Refused
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.link import Link
+from shared.transfer.link import NUM_LANES, Link
 from shared.transfer.offers import Offer, Offers
 from shared.transfer.port import Outcome
 from shared.transfer.staging import Staging
 from shared.wire.wire_format import WireFormat
-
-NUM_LANES = 3
-"""Parts of one pull on their way at once: one is packed while two are on the wire, of which the second waits there."""
 
 
 class Announcements:
@@ -108,7 +105,7 @@ class Serving:
                 if num_more and not self._feed.is_empty:
                     tasks.create_task(self._lane(tasks, num_more - 1))
                 num_more = 0
-                async with self._staging.outgoing.lease(load.num_bytes) as space:
+                async with self._link.lanes, self._staging.outgoing.lease(load.num_bytes) as space:
                     if self.offer.outcome is not None:
                         return
                     with self.offer.sending():

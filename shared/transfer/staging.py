@@ -22,7 +22,7 @@ ARENA_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 it, so that parts should be large; on the CPU the link, not the message, is what takes long."""
 
 LARGEST_PART_SHARE = 1 / 4
-"""Of an arena: room for the parts that one pull has on their way at once, and one of another pull."""
+"""Of an arena: room for the parts that one link has on their way at once, and one of another link."""
 
 ALIGNMENT = 512
 """Bytes, of what an arena lends."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.blocks import PAGE_TOKENS
 from shared.errors import StartupError
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
-from shared.transfer.plan import RAMP
+from shared.transfer.link import NUM_LANES
 from shared.transfer.staging import (
     ALIGNMENT,
     ARENA_BYTES,
@@ -216,11 +216,11 @@ async def test_leased_memory_is_cleared_and_no_other():
         assert before.all()
 
 
-async def test_two_of_the_largest_parts_and_a_small_one_fit_an_arena():
+async def test_an_arena_has_room_for_the_parts_of_a_link_and_one_of_another():
     staging = Staging(a_cache(2), {}, arena_bytes=64 * ALIGNMENT)
     async with asyncio.timeout(5), AsyncExitStack() as leases:
-        for share in (1, 1, RAMP[-1] / RAMP[1]):
-            await leases.enter_async_context(staging.outgoing.lease(int(share * staging.max_part_bytes)))
+        for _ in range(NUM_LANES + 1):
+            await leases.enter_async_context(staging.outgoing.lease(staging.max_part_bytes))
 
 
 async def test_a_cancelled_wait_still_sees_the_work_to_its_end():
