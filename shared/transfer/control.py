@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -57,12 +57,13 @@ class Pull:
 
     Attributes:
         pull: the puller's number for this pull, higher than all before on the connection.
+        secret: never logged.
         want: indexes of pages in the offer; parts are of this list.
     """
 
     pull: Number
     key: str
-    secret: WireBytes
+    secret: WireBytes = field(repr=False)
     want: WireIds
 
 

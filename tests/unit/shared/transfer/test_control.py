@@ -101,6 +101,10 @@ def test_what_no_puller_sends_is_named(body):
         TO_SOURCE_DECODER.decode(body)
 
 
+def test_a_secret_is_not_shown():
+    assert "secret" not in repr(Pull(1, "k", b"0123456789abcdef", token_ids((0,))))
+
+
 async def test_a_frame_over_the_limit_is_refused_before_it_is_read():
     with pytest.raises(OversizedMessage, match="over the limit"):
         await read_frame(await frames((MAX_CONTROL_BYTES + 1).to_bytes(4, "big")))
