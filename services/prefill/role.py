@@ -1,6 +1,7 @@
 """The prefill role: take work → tell decode at the first chunk → publish the first token → hand it on."""
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -88,6 +89,9 @@ class PrefillRole:
         self._seen = Remembered()
         self._rate = PrefillRate()
         self._loop = asyncio.get_running_loop()
+        self._launches: deque[tuple[Prefill, Chunk, tuple[int, ...]]] = deque()  # filled on the engine's thread
+        self._engine_launched = asyncio.Event()
+        context.tasks.create_task(self._follow_launches())
 
     def take(self, message: ToPrefill | ToDecode) -> None:
         match message:
@@ -103,6 +107,7 @@ class PrefillRole:
         return [prefill.work.assignment for prefill in self._prefills.values() if prefill.stage in left]
 
     async def handle(self, step: Step) -> None:
+        self._take_launches()  # what was launched before the step's tokens were made
         self._rate.add(step.output.num_batch_tokens, step.ended_s - step.started_s)
         for key in step.output.started:
             prefill = self._prefills.get(PlacementId(key))
@@ -131,7 +136,7 @@ class PrefillRole:
             choice=assignment.choice,
             cache_salt=assignment.cache_salt,
             hold_kv=True,
-            on_chunk=None if ends_here else lambda chunk, pages: self._engine_launched(prefill, chunk, pages),
+            on_chunk=None if ends_here else lambda chunk, pages: self._on_chunk(prefill, chunk, pages),
         )
         added = self._context.engine.call(lambda engine: engine.add(request))
         self._context.tasks.create_task(self._fail_if_refused(prefill, added))
@@ -158,9 +163,20 @@ class PrefillRole:
 
     # Its KV, chunk by chunk
 
-    def _engine_launched(self, prefill: Prefill, chunk: Chunk, pages: tuple[int, ...]) -> None:
+    def _on_chunk(self, prefill: Prefill, chunk: Chunk, pages: tuple[int, ...]) -> None:
         """Runs on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._launched, prefill, chunk, pages)
+        self._launches.append((prefill, chunk, pages))
+        self._loop.call_soon_threadsafe(self._engine_launched.set)
+
+    async def _follow_launches(self) -> None:
+        while True:
+            await self._engine_launched.wait()
+            self._engine_launched.clear()
+            self._take_launches()
+
+    def _take_launches(self) -> None:
+        while self._launches:
+            self._launched(*self._launches.popleft())
 
     def _launched(self, prefill: Prefill, chunk: Chunk, pages: tuple[int, ...]) -> None:
         """The engine computes `chunk` now; with the first one decode can begin to pull."""

@@ -361,6 +361,34 @@ def test_a_stop_that_overtakes_the_news_of_the_first_chunk_leaves_no_ticket():
     run(scene)
 
 
+def test_chunks_that_the_loop_has_not_heard_of_are_looked_at_before_the_token():
+    async def scene(stage):
+        stage.role.take(some_work(IDS[:10]))
+        outputs = [stage.engine.step()]
+        while not outputs[-1].tokens:
+            outputs.append(stage.engine.step())
+        for output in outputs:
+            await stage.role.handle(Step(output, started_s=0.0, ended_s=1.0))
+        await settled()
+        assert [type(message) for message in stage.context.handoff.sent] == [DecodeWork, FirstToken]
+        stage.context.transfer.end(KEY)
+
+    run(scene)
+
+
+def test_a_chunk_that_is_launched_while_the_worker_ends_is_not_offered():
+    async def scene():
+        engine = fake_engine()
+        async with a_context(InlineEngine(engine), me=PREFILL) as context:
+            role = PrefillRole(context, hold_s=5.0)
+            role.take(some_work())
+        engine.step()
+        await settled()
+        assert not context.transfer.offers
+
+    run_virtually(scene())
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_in_any_order_of_events_all_is_freed_and_decode_is_told_once(seed):
     rng = random.Random(seed)
