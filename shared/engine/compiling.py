@@ -10,6 +10,7 @@ processes of their own.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # triton is typed in part.
 
+import sys
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any, cast
 
 import triton
 from triton.runtime.jit import JITFunction
+
+NO_SWITCH_S = 1000.0
 
 
 def compile_launches(work: Callable[[], object]) -> int:
@@ -32,7 +35,8 @@ def compile_launches(work: Callable[[], object]) -> int:
         with triton.AsyncCompileMode(threads, ignore_errors=True) as compiling, _no_launches():
             work()
         kernels = [future.result() for future in compiling.future_kernels.values()]
-        list(threads.map(_load, kernels))
+        with _no_switching():
+            list(threads.map(_load, kernels))
     return len(kernels)
 
 
@@ -50,6 +54,21 @@ def _no_launches() -> Generator[None, None, None]:
         yield
     finally:
         kernel_class.run = run
+
+
+@contextmanager
+def _no_switching() -> Generator[None, None, None]:
+    """A thread goes on until it waits for something.
+
+    All launchers are modules of one name, and Python brings one that was loaded before into whatever module bears that
+    name last: a thread interrupted between the load of its launcher and the look into it may find another's.
+    """
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(NO_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 def _load(kernel: Any) -> None:
