@@ -11,7 +11,7 @@ SHARE = 4.0
 """How many times slower than measured a link may be before that is no longer the link's fault: others use it too."""
 
 UNMEASURED_BYTES_PER_S = 1e6
-"""What a link that was not measured is trusted to do at the least."""
+"""What a link that was not measured is trusted to do at the least, until it has done better."""
 
 MIN_SAMPLE_S = 0.02
 MIN_SAMPLE_BYTES = 16 * 2**20
@@ -40,6 +40,7 @@ class LinkMeter:
         self._in_flight_bytes = 0
         self._busy_since_s = 0.0
         self._sent_bytes = 0
+        self._proven_bytes_per_s = UNMEASURED_BYTES_PER_S
 
     def begin(self, num_bytes: int) -> None:
         """So many bytes are on the wire from now on."""
@@ -51,6 +52,9 @@ class LinkMeter:
         """They no longer are."""
         self._in_flight_bytes -= num_bytes
         self._sent_bytes += num_bytes
+        if self._in_flight_bytes == 0 and self._sent_bytes >= MIN_SAMPLE_BYTES:
+            busy_s = self._clock() - self._busy_since_s
+            self._proven_bytes_per_s = max(self._proven_bytes_per_s, self._sent_bytes / max(busy_s, MIN_SAMPLE_S))
 
     def learn(self) -> None:
         """After a send: refine the speed, if enough was sent since the last time."""
@@ -71,5 +75,5 @@ class LinkMeter:
 
     def patience_s(self, num_bytes: int = 0) -> float:
         """How long to wait for what is in flight and `num_bytes` more."""
-        bytes_per_s = UNMEASURED_BYTES_PER_S if self.speed is None else self.speed.bytes_per_s
+        bytes_per_s = self._proven_bytes_per_s if self.speed is None else self.speed.bytes_per_s
         return STALL_S + SHARE * (self._in_flight_bytes + num_bytes) / bytes_per_s

@@ -95,3 +95,13 @@ def test_patience_grows_with_what_is_on_the_wire():
     sender.meter.begin(500)
     assert sender.meter.patience_s(500) == STALL_S + SHARE
     assert Sender().meter.patience_s(10**6) > STALL_S
+
+
+def test_a_link_that_was_not_measured_is_trusted_to_do_again_what_it_did():
+    sender = Sender()
+    sender.send(2**20, 0.001)
+    assert sender.meter.patience_s(2**28) == Sender().meter.patience_s(2**28), "that may lie in buffers"
+    sender.send(2**24, 0.1)
+    assert sender.meter.patience_s(2**28) == pytest.approx(STALL_S + SHARE * 1.6)
+    sender.send(2**24, 1.0)
+    assert sender.meter.patience_s(2**28) == pytest.approx(STALL_S + SHARE * 1.6)
