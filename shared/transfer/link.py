@@ -80,6 +80,7 @@ class Link:
 
     async def open_endpoint(self, ucx_address: bytes) -> None:
         """Make the UCX endpoint to the peer. Raises KvTransferFailed."""
+        self.check()  # what is made after the cut, nobody would close
         try:
             self._endpoint = await ucxx.create_endpoint_from_worker_address(
                 ucxx.get_ucx_address_from_buffer(ucx_address)

@@ -179,6 +179,15 @@ async def test_a_cut_link_completes_a_posted_receive():
             await asyncio.wait_for(arrival, TIMEOUT_S)
 
 
+async def test_a_link_that_is_cut_opens_no_endpoint_that_nobody_would_close():
+    async with UcxContext() as context:
+        link = Link(None, _Writer(), time.monotonic, None)
+        await link.cut()
+        with pytest.raises(KvTransferFailed):
+            await link.open_endpoint(context.address)
+        assert not link.has_endpoint
+
+
 async def test_a_receive_that_is_cancelled_cuts_the_link_first():
     async with UcxContext() as context:
         link = Link(None, _Writer(), time.monotonic, None)
