@@ -131,21 +131,23 @@ class TritonCopies:
         self, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat, out: Tensor, last_tokens: int
     ) -> "Queued | None":
         if fmt is WireFormat.NATIVE:
-            return self._launch(self._gather, pages, layers, out)
-        return self._launch(self._pack[fmt], pages, layers, out, last_tokens)
+            return self._launch(self._gather, self._numbers.put(pages), len(pages), layers, out)
+        numbers = self._numbers.bring(pages, self._stream)
+        return self._launch(self._pack[fmt], numbers, len(pages), layers, out, last_tokens)
 
     def unpack(self, source: Tensor, pages: Sequence[int], layers: LayerSpan, fmt: WireFormat) -> "Queued | None":
-        return self._launch(self._scatter if fmt is WireFormat.NATIVE else self._unpack[fmt], pages, layers, source)
+        if fmt is WireFormat.NATIVE:
+            return self._launch(self._scatter, self._numbers.put(pages), len(pages), layers, source)
+        return self._launch(self._unpack[fmt], self._numbers.bring(pages, self._stream), len(pages), layers, source)
 
     def _launch(
-        self, launch: "_Launch", pages: Sequence[int], layers: LayerSpan, run: Tensor, *more: int
+        self, launch: "_Launch", numbers: Tensor, num_pages: int, layers: LayerSpan, run: Tensor, *more: int
     ) -> "Queued | None":
         if run.data_ptr() % ALIGNMENT:
             raise ValueError(f"a run begins at no multiple of {ALIGNMENT} bytes")
-        num_units = len(pages) * layers.num_layers * launch.units_per_layer
+        num_units = num_pages * layers.num_layers * launch.units_per_layer
         programs = max(1, min(num_units, launch.max_programs))
-        numbers = self._numbers.put(pages)
-        arguments = (self._pages, run, numbers, len(pages), layers.first, layers.num_layers, *more)
+        arguments = (self._pages, run, numbers, num_pages, layers.first, layers.num_layers, *more)
         launch.start(programs, self._stream, arguments)
         return self._numbers.are_in_use(self._stream)
 
@@ -190,8 +192,11 @@ class _Launch:
 
 
 class _PageNumbers:
-    """Page numbers for the device, which reads them from the host's memory: few bytes, so that to bring them over first
-    would take longer. A row and an event for each copy in the queue."""
+    """Page numbers for the device, with a row and an event for each copy in the queue.
+
+    A native copy reads them from the host's memory: to bring them over first would take longer than it saves. A lossy
+    one asks for a number so often that they are brought.
+    """
 
     def __init__(self, max_pages: int, device: torch.device) -> None:
         width = -(-max(1, max_pages) // NUMBERS_STEP) * NUMBERS_STEP
@@ -199,6 +204,7 @@ class _PageNumbers:
         pinned = torch.zeros((MAX_QUEUED, width), dtype=torch.int32, pin_memory=is_cuda)
         self._words = pinned.numpy()
         self._rows = pinned.unbind()
+        self._brought = torch.zeros_like(pinned, device=device, pin_memory=False).unbind()
         # Under Triton's interpreter a copy has ended when it returns.
         self._ended = [torch.cuda.Event() for _ in range(MAX_QUEUED)] if is_cuda else None
         self._turn = 0
@@ -210,6 +216,12 @@ class _PageNumbers:
             self._ended[turn].synchronize()
         self._words[turn, : len(pages)] = pages
         return self._rows[turn]
+
+    def bring(self, pages: Sequence[int], stream: torch.cuda.Stream | None) -> Tensor:
+        """The numbers as int32 on the device, for what `stream` is given next."""
+        row = self.put(pages)
+        with torch.cuda.stream(stream):
+            return self._brought[self._turn].copy_(row, non_blocking=True)
 
     def are_in_use(self, stream: torch.cuda.Stream | None) -> "Queued | None":
         """Until what `stream` has been given by now has ended, which the result tells; None: it has."""
