@@ -29,7 +29,7 @@ from shared.engine.port import (
     StepOutput,
     TokenOutput,
 )
-from shared.engine.scheduler import NOTHING, Batch, Scheduler
+from shared.engine.scheduler import Batch, Scheduler
 from shared.engine.sequence import Sequence, SequenceState
 from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import Chunk
@@ -62,7 +62,6 @@ class PagedEngine:
         self._limits = limits
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._scheduler = Scheduler(limits, model.fingerprint)
-        self._scheduled = NOTHING  # not launched yet
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -103,14 +102,11 @@ class PagedEngine:
     def step(self) -> StepOutput:
         started: tuple[str, ...] = ()
         while len(self._in_flight) <= self._runner.num_ahead:
-            # Kept until it is launched: an on_chunk may raise.
-            self._scheduled = self._scheduled if self._scheduled.rows else self._scheduler.schedule()
-            batch = self._scheduled
+            batch = self._scheduler.schedule()
             if not batch.rows:
                 break
             layers = self._announce(batch)
             self._in_flight.append(InFlight(batch, self._runner.launch(batch.rows, layers), layers))
-            self._scheduled = NOTHING
             started += batch.started
         if not self._in_flight:
             return StepOutput()
@@ -151,7 +147,7 @@ class PagedEngine:
         layers: LayerMarks | None = None
         for row, sequence in zip(batch.rows[batch.num_decode :], batch.sequences[batch.num_decode :], strict=True):
             on_chunk = sequence.request.on_chunk
-            if on_chunk is not None and sequence.state is not SequenceState.ENDED:
+            if on_chunk is not None:
                 layers = layers or LayerMarks(self._model.layout.num_layers)
                 on_chunk(Chunk(row.start, row.end, layers), row.pages)
         return layers

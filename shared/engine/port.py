@@ -38,7 +38,7 @@ class EngineRequest:
         on_chunk: with hold_kv, told of each chunk of the ids in turn just before it is launched, on the engine's
             thread: (the chunk, the pages of all ids in order of position). The chunks follow one another up to
             `len(ids)`; positions before the first one were found, their KV is there. The pages are the same each time.
-            If it raises, so does the step, with nothing launched; the next step tells of the same chunk again.
+            Must not raise: the engine is of no use after it.
     """
 
     key: str

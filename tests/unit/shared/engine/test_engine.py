@@ -182,47 +182,6 @@ def test_a_chunk_is_told_of_before_its_batch_is_launched():
     assert told == [(0, 64, True), (64, 100, True)]
 
 
-def test_an_on_chunk_that_raises_leaves_the_engine_as_it_was_and_is_called_again():
-    driver = Driver(fake_engine(max_batch_tokens=64))
-    told = []
-
-    def on_chunk(chunk, _):
-        told.append((chunk.start, chunk.end))
-        if len(told) == 2:
-            raise RuntimeError("a bug")
-
-    beside = request("beside", prompt(10, 500), greedy(9, ignore_eos=True))
-    driver.engine.add(beside)
-    driver.engine.add(request("a", prompt(100), greedy(9), hold_kv=True, on_chunk=on_chunk))
-    with pytest.raises(RuntimeError, match="a bug"):
-        driver.step()
-    driver.engine.check()
-    assert driver.engine.has_work()
-    driver.run()
-    assert told == [(0, 54), (54, 100), (54, 100)]
-    assert driver.tokens("beside") == fake_answer(beside.ids, 10, beside.sampling)
-    assert len(driver.tokens("a")) == 1
-    driver.engine.abort("a")
-    driver.assert_all_free()
-
-
-def test_who_is_aborted_between_a_bug_and_the_launch_is_not_told_again():
-    driver = Driver(fake_engine())
-    told = []
-
-    def on_chunk(chunk, _):
-        told.append(chunk)
-        raise RuntimeError("a bug")
-
-    driver.engine.add(request("a", prompt(100), greedy(9), hold_kv=True, on_chunk=on_chunk))
-    with pytest.raises(RuntimeError, match="a bug"):
-        driver.step()
-    driver.engine.abort("a")
-    driver.run()
-    assert len(told) == 1
-    driver.assert_all_free()
-
-
 def test_all_layers_are_done_when_the_batch_has_been_collected():
     driver = Driver(fake_engine(max_batch_tokens=64))
     driver.add(request("a", prompt(100), greedy(9), hold_kv=True))
