@@ -34,8 +34,20 @@ class OversizedMessage(UndecodableMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class Knock:
+    """First message of a puller.
+
+    Attributes:
+        source: whom it comes to. A worker tells nothing to who does not know its incarnation, and opens nothing for it:
+            workers know each other's from the store and from tickets.
+    """
+
+    source: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of each end.
+    """Who one end is: the source's first message, the puller's second.
 
     Attributes:
         layout_fingerprint: of its pages.
@@ -144,11 +156,11 @@ class Speed:
     latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-ToSource = Hello | Pull | Ready | Confirm | GiveUp | Probe | Speed
+ToSource = Knock | Hello | Pull | Ready | Confirm | GiveUp | Probe | Speed
 ToPuller = Hello | Part | Refused | Released
 ControlMessage = ToSource | ToPuller
 
-TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Hello, Pull, Ready, Confirm, GiveUp, Probe, Speed)
+TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Knock, Hello, Pull, Ready, Confirm, GiveUp, Probe, Speed)
 TO_PULLER_DECODER: Decoder[ToPuller] = Decoder(Hello, Part, Refused, Released)
 
 _LENGTH_BYTES = 4

@@ -77,7 +77,8 @@ class LocalNetwork:
             source.refusals[Refusal.WRONG_LAYOUT] += 1
             raise LayoutMismatch(f"{address} has KV layout {theirs}, ours is {ours}")
         if source.incarnation != incarnation:
-            raise KvTransferFailed(f"{address} has restarted: it is {source.incarnation}, not {incarnation}")
+            source.refusals[Refusal.WRONG_SOURCE] += 1
+            raise KvTransferFailed(f"{address} refused: {Refusal.WRONG_SOURCE}")
         return source
 
     def link(self, offer: Offer, source: "LocalTransfer", puller: "LocalTransfer") -> "Link":

@@ -36,6 +36,9 @@ SLACK_S = 2e-3
 SLACK_SHARE = 0.1
 """A hand-over is late if it ends after the compute by more than this, in seconds and as a share of the compute."""
 
+UNMEASURED_PART_BYTES = 32 * 2**20
+"""The most in one part on a link that was not measured: it may be a slow one."""
+
 FAIR_PART_S = 0.05
 """How long a part may keep the link from other pulls. Parts that fit their arena stay below it on a fast link."""
 
@@ -127,8 +130,9 @@ def cut_parts(
 ) -> tuple[Part, ...]:
     """The parts in which the wanted pages [start, end) travel, in the order to send them: group by group.
 
-    On a fast link, and on one not measured, they are as few as `max_part_bytes` allows; on a slow one each takes about
-    `FAIR_PART_S`. A part has whole pages, or if a page is too much, some layers of one page, one at the least.
+    On a fast link they are as few as `max_part_bytes` allows; on a slow one each takes about `FAIR_PART_S`, on one not
+    measured it has `UNMEASURED_PART_BYTES`. A part has whole pages, or if a page is too much, some layers of one page,
+    one at the least.
 
     Args:
         fmt: of all these pages.
@@ -138,7 +142,7 @@ def cut_parts(
     """
     if packed_bytes(layout, fmt, 1, 1) > max_part_bytes:
         raise ValueError(f"a layer of a page, {packed_bytes(layout, fmt, 1, 1)} bytes, is over {max_part_bytes} bytes")
-    fair_bytes = max_part_bytes if link is None else int(min(max_part_bytes, link.bytes_per_s * FAIR_PART_S))
+    fair_bytes = min(max_part_bytes, UNMEASURED_PART_BYTES if link is None else int(link.bytes_per_s * FAIR_PART_S))
     parts: list[Part] = []
     for group in groups:
         page_bytes = packed_bytes(layout, fmt, 1, group.num_layers)

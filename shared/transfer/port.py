@@ -50,6 +50,7 @@ class Refusal(StrEnum):
     EXPIRED = "the offer has expired"
     WITHDRAWN = "the offer was withdrawn"
     FAILED = "the pull broke off"
+    WRONG_SOURCE = "it is for another worker, or this one has restarted"
     WRONG_LAYOUT = "the puller's pages are laid out otherwise"
     OVERSIZED = "a control message over the limit"
     PROTOCOL = "a message that has no place here"

@@ -10,6 +10,7 @@ from shared.transfer.control import (
     PROTOCOL_VERSION,
     TO_PULLER_DECODER,
     Hello,
+    Knock,
     Part,
     Probe,
     ProtocolViolation,
@@ -216,11 +217,14 @@ class Puller:
 
     async def _greet(self, address: str, incarnation: Incarnation, link: Link) -> Hello:
         self._check_open()
+        link.post(Knock(incarnation))
         link.post(self._hello)
         try:
             theirs = TO_PULLER_DECODER.decode(await link.read())
         except UndecodableMessage as error:
             raise KvTransferFailed(f"{address} is no Baton worker: {error}") from error
+        if isinstance(theirs, Refused):
+            raise KvTransferFailed(f"{address} refused: {theirs.reason}")
         if not isinstance(theirs, Hello):
             raise KvTransferFailed(f"{address} answered a hello with {type(theirs).__name__}")
         if theirs.protocol != PROTOCOL_VERSION:
@@ -229,8 +233,6 @@ class Puller:
             raise LayoutMismatch(
                 f"{address} has KV layout {theirs.layout_fingerprint}, ours is {self._hello.layout_fingerprint}"
             )
-        if theirs.incarnation != incarnation:
-            raise KvTransferFailed(f"{address} has restarted: it is {theirs.incarnation}, not {incarnation}")
         obstacle = unreachable(self._hello.host, theirs.host)
         if obstacle is not None:
             raise KvTransferFailed(f"{address}: {obstacle}")

@@ -1,6 +1,7 @@
 """The source's side of `shared.transfer.ucx`: lets pullers in and serves what they ask for."""
 
 import asyncio
+import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ from shared.transfer.control import (
     Confirm,
     GiveUp,
     Hello,
+    Knock,
     OversizedMessage,
     Probe,
     ProtocolViolation,
@@ -163,9 +165,10 @@ class Source:
             raise KvTransferFailed("the peer did not say hello or goodbye in time") from error
 
     async def _exchange_hello(self, link: Link) -> Visit:
+        await self._answer_knock(link)
         hello = TO_SOURCE_DECODER.decode(await link.read())
         if not isinstance(hello, Hello):
-            raise ProtocolViolation("the first message is not a hello")
+            raise ProtocolViolation("a knock without a hello")
         link.post(self._hello)
         if (hello.protocol, hello.layout_fingerprint) != (PROTOCOL_VERSION, self._hello.layout_fingerprint):
             await self._see_off(link)
@@ -176,8 +179,17 @@ class Source:
             raise ProtocolViolation("the peer's parts hold no layer of a page")
         return Visit(link, hello)
 
+    async def _answer_knock(self, link: Link) -> None:
+        knock = TO_SOURCE_DECODER.decode(await link.read())
+        if not isinstance(knock, Knock):
+            raise ProtocolViolation("the first message is not a knock")
+        if not hmac.compare_digest(knock.source.encode(), self._hello.incarnation.encode()):
+            link.post(Refused(0, Refusal.WRONG_SOURCE))
+            await self._see_off(link)
+            raise PullRefused(Refusal.WRONG_SOURCE)
+
     async def _see_off(self, link: Link) -> None:
-        """The puller sees the difference in our hello too and hangs up; nothing that it still says is listened to."""
+        """The puller learns of it by what we said and hangs up; nothing that it still says is listened to."""
         with suppress(KvTransferFailed, UndecodableMessage):
             await link.read()
 

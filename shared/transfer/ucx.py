@@ -2,6 +2,7 @@
 
     puller                                                     source
       │── TCP connect ────────────────────────────────────────>│  its address stands in the ticket
+      │── Knock: the source's incarnation ────────────────────>│  another one: Refused
       │── Hello: protocol, layout, incarnation, UCX address ──>│
       │<── Hello ──────────────────────────────────────────────│  either end hangs up if protocol or layout differ
       │                                                        │
@@ -40,8 +41,8 @@ What holds:
 - What cannot be ended otherwise is ended by cutting the connection: the socket is aborted and the UCX endpoint closed,
   which completes all that is in flight on it, at both ends. Both notice a killed peer by the end of the TCP stream, and
   one that stands still by a part that makes no progress, so that it keeps nobody's arena.
-- UCX never sees an address of someone whose pages are not laid out as ours: the source makes its endpoint for the first
-  pull that it lets in, or for the self-test, whose bytes are zeros.
+- UCX never sees an address of someone who does not know our incarnation, or whose pages are not laid out as ours: the
+  source makes its endpoint for the first pull that it lets in, or for the self-test, whose bytes are zeros.
 
 Why two channels: ucxx can only listen on all interfaces (its listener takes a port and no host), a receive that waits
 for control messages would keep UCX busy, and a stream that ends is the quickest news of a dead peer. The TCP listener

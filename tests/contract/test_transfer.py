@@ -90,7 +90,7 @@ async def test_pulls_run_at_once_in_both_directions(world):
         ({"secret": bytes(16)}, "secret", {Refusal.WRONG_SECRET: 1}),
         ({"secret": SECRET + b"x"}, "secret", {Refusal.WRONG_SECRET: 1}),
         ({"key": "other"}, "no such offer", {Refusal.UNKNOWN_KEY: 1}),
-        ({"source": "an-earlier-start"}, "restarted", {}),
+        ({"source": "an-earlier-start"}, "restarted", {Refusal.WRONG_SOURCE: 1}),
     ],
 )
 async def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(world, change, reason, refusals):

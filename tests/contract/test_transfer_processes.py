@@ -22,6 +22,7 @@ from shared.transfer.control import (
     PROTOCOL_VERSION,
     Confirm,
     Hello,
+    Knock,
     Probe,
     Pull,
     Ready,
@@ -214,7 +215,7 @@ def a_hello(cache, **changes):
         "ucx_address": b"not an address",
         "host": HostFacts("boot", "host", "pid", "ipc", "net", "cpu"),
     }
-    return to_frame(Hello(**fields | changes))
+    return to_frame(Knock(Incarnation("source"))) + to_frame(Hello(**fields | changes))
 
 
 def framed(body):
@@ -223,10 +224,14 @@ def framed(body):
 
 GONE = Pull(1, "gone", SECRET, token_ids((0,)))
 
+KNOCK = to_frame(Knock(Incarnation("source")))
+
 NONSENSE = {
     "not a hello": lambda hello: to_frame(Confirm(1)),
     "no JSON": lambda hello: framed(b"\xff{}{"),
-    "a hello without fields": lambda hello: framed(b'{"type":"hello"}'),
+    "a hello without fields": lambda hello: KNOCK + framed(b'{"type":"hello"}'),
+    "a knock at another's door": lambda hello: to_frame(Knock(Incarnation("sourc"))) + hello()[len(KNOCK) :],
+    "two knocks": lambda hello: KNOCK + hello(),
     "too long": lambda hello: struct.pack("!I", MAX_CONTROL_BYTES + 1),
     "half a message": lambda hello: hello()[:-5],
     "two hellos": lambda hello: hello() * 2,

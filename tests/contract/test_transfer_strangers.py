@@ -19,6 +19,7 @@ from shared.transfer.control import (
     Confirm,
     GiveUp,
     Hello,
+    Knock,
     Part,
     Probe,
     Pull,
@@ -80,7 +81,7 @@ async def a_source():
         host, port = source.address.split(":")
         link = Link(*await asyncio.open_connection(host, int(port)), asyncio.get_running_loop().time, None)
         stranger = Stranger(world, link, TO_PULLER_DECODER)
-        stranger.say(a_hello(world, "stranger"))
+        stranger.say(Knock("source"), a_hello(world, "stranger"))
         await link.open_endpoint((await stranger.hear()).ucx_address)
         try:
             yield source, stranger, ends
@@ -221,7 +222,7 @@ async def a_puller(pages_per_part=4):
 
     async def accept(reader, writer):
         stranger = Stranger(world, Link(reader, writer, asyncio.get_running_loop().time, None), TO_SOURCE_DECODER)
-        await stranger.hear()
+        assert [await stranger.hear(), (await stranger.hear()).incarnation] == [Knock("stranger"), "puller"]
         stranger.say(a_hello(world, "stranger"))
         strangers.put_nowait((stranger, await stranger.hear()))
 

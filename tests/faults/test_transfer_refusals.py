@@ -13,7 +13,7 @@ from shared.blocks import token_ids
 from shared.engine.fake import fake_engine
 from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.request import Incarnation, PlacementId, RequestId
-from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Hello, Probe, Pull, to_frame
+from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Hello, Knock, Probe, Pull, to_frame
 from shared.transfer.host_facts import HostFacts
 from shared.transfer.port import Outcome, Refusal
 from shared.wire.to_worker import Assignment, DecodeWork, FirstToken
@@ -170,7 +170,7 @@ async def say(source, *messages):
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         with suppress(OSError):
-            writer.write(to_frame(hello) + b"".join(messages))
+            writer.write(to_frame(Knock(Incarnation("source"))) + to_frame(hello) + b"".join(messages))
             async with asyncio.timeout(TIMEOUT_S):
                 while await reader.read(2**16):
                     pass

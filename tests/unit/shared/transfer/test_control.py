@@ -15,6 +15,7 @@ from shared.transfer.control import (
     Confirm,
     GiveUp,
     Hello,
+    Knock,
     OversizedMessage,
     Part,
     Probe,
@@ -60,6 +61,7 @@ async def frames(*chunks):
         (TO_SOURCE_DECODER, Confirm(pull=1)),
         (TO_SOURCE_DECODER, GiveUp(pull=1)),
         (TO_PULLER_DECODER, HELLO),
+        (TO_SOURCE_DECODER, Knock(source="i")),
         (TO_SOURCE_DECODER, Probe(pull=3, num_bytes=4096)),
         (TO_SOURCE_DECODER, Speed(bytes_per_s=2.5e11, latency_s=5e-5)),
         (

@@ -266,6 +266,11 @@ def test_llama_8b_over_nvlink():
     assert [part.num_pages for part in llama_parts(256, NVLINK)] == [32] * 8
 
 
+def test_a_link_that_was_not_measured_gets_small_parts():
+    # 32 MiB are 4 pages.
+    assert [part.num_pages for part in llama_parts(10, None)] == [3, 3, 4]
+
+
 def test_llama_8b_over_ethernet():
     # 50 ms at 25 Gb/s are 156 MB: 149 layers of 1 MiB.
     assert [part.num_pages for part in llama_parts(64, ETHERNET)] == [16, 16, 16, 16]
