@@ -363,6 +363,8 @@ def reference(engine: PagedEngine, ids, answer, pages) -> Reference:
 
 def work_as(spec: Spec, checkpoint: Checkpoint, references: dict[bytes, Reference]) -> None:
     """This process's life."""
+    # torch makes its thread pool anew after a fork, and not safely if two threads ask for it at the same time.
+    torch.set_num_threads(1)
     claim_speed(FAST_BYTES_PER_S if spec.hurries else SLOW_BYTES_PER_S)
     try:
         asyncio.run(Worker(spec, checkpoint, references).run())
