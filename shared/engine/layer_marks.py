@@ -12,9 +12,7 @@ from typing import Protocol
 import torch
 
 from shared.engine.host_copies import new_event
-
-MAX_MARKS = 8
-"""Of one batch on a GPU, where each takes the host a few microseconds. On a CPU every layer has one."""
+from shared.kv.progress import layers_a_mark
 
 
 class Passed(Protocol):
@@ -69,7 +67,7 @@ class LayerEvents:
 
     def __init__(self, num_layers: int, num_batches: int, device: torch.device) -> None:
         self._num_layers = num_layers
-        self._every = 1 if device.type == "cpu" else -(-num_layers // MAX_MARKS)
+        self._every = 1 if device.type == "cpu" else layers_a_mark(num_layers)
         num_marks = -(-num_layers // self._every)
         self._turns = deque([new_event(device) for _ in range(num_marks)] for _ in range(num_batches))
 

@@ -4,6 +4,15 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
+MAX_MARKS = 8
+"""Points of a batch, evenly spread over its layers, at which an engine says at the least how far it is. (On a GPU each
+takes the host a few microseconds.)"""
+
+
+def layers_a_mark(num_layers: int) -> int:
+    """Layers between two marks; the last mark is behind the last layer."""
+    return -(-num_layers // MAX_MARKS)
+
 
 class LayersDone(Protocol):
     """How far a batch is."""

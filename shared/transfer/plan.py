@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from shared.kv.layout import KvLayout
+from shared.kv.progress import layers_a_mark
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
-
-NUM_MARKS = 8
-"""Points of a batch, evenly spread over its layers, at which the engine says at the least how far it is."""
 
 GROUP_COST_S = 0.3e-3
 """What a group costs beside its bytes and the link's latency: a copy launched at each end, and the talk about it."""
@@ -156,17 +154,13 @@ def cut_parts(
     return tuple(parts)
 
 
-def _marks_every(num_layers: int) -> int:
-    return -(-num_layers // NUM_MARKS)
-
-
 def _num_marks(num_layers: int) -> int:
-    return -(-num_layers // _marks_every(num_layers))
+    return -(-num_layers // layers_a_mark(num_layers))
 
 
 def _equal_groups(num_layers: int, number: int) -> tuple[LayerSpan, ...]:
     """`number` groups of nearly as many layers, each ending at a mark."""
-    num_marks, every = _num_marks(num_layers), _marks_every(num_layers)
+    num_marks, every = _num_marks(num_layers), layers_a_mark(num_layers)
     bounds = [min(num_layers, index * num_marks // number * every) for index in range(number + 1)]
     return tuple(LayerSpan(first, end) for first, end in pairwise(bounds))
 

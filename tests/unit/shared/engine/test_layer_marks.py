@@ -7,10 +7,11 @@ import torch
 
 from shared.blocks import pages_for, token_ids
 from shared.engine.batch import BatchRow
-from shared.engine.layer_marks import MAX_MARKS, LayerEvents, LayerMarks
+from shared.engine.layer_marks import LayerEvents, LayerMarks
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
+from shared.kv.progress import MAX_MARKS
 from tests.engine_driver import greedy
 from tests.reference_layers import use_reference_layers
 from tests.tiny_checkpoints import TinyCheckpoint

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.kv.layout import KvLayout
+from shared.kv.progress import MAX_MARKS
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
 from shared.transfer.plan import (
     FAIR_PART_S,
     GROUP_COST_S,
     MIN_GAIN_S,
     MIN_GAIN_SHARE,
-    NUM_MARKS,
     SLACK_S,
     SLACK_SHARE,
     LinkSpeed,
@@ -51,7 +51,7 @@ computes_s = st.floats(1e-4, 100)
 
 def all_groupings(num_layers):
     """Every plan of equal groups that end where the engine says how far it is."""
-    every = -(-num_layers // NUM_MARKS)
+    every = -(-num_layers // MAX_MARKS)
     marks = [*range(0, num_layers, every), num_layers]
     for number in range(1, len(marks)):
         bounds = [marks[index * (len(marks) - 1) // number] for index in range(number + 1)]
@@ -97,7 +97,7 @@ def test_the_groups_chosen_are_the_best_of_all_by_simulation(layout, num_pages, 
 @given(layouts, st.integers(1, 2000), computes_s, links, formats)
 def test_groups_cover_all_layers_and_end_where_the_engine_marks(layout, num_pages, compute_s, link, fmt):
     groups = choose_layer_groups(layout, num_pages=num_pages, compute_left_s=compute_s, link=link, fmt=fmt)
-    every = -(-layout.num_layers // NUM_MARKS)
+    every = -(-layout.num_layers // MAX_MARKS)
     assert groups[0].first == 0
     assert groups[-1].end == layout.num_layers
     assert all(one.end == other.first and one.end % every == 0 for one, other in pairwise(groups))
