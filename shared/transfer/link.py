@@ -5,8 +5,8 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,12 +19,8 @@ from shared.errors import KvTransferFailed
 from shared.transfer.control import MAX_CONTROL_BYTES, ControlMessage, read_frame, to_frame
 from shared.transfer.link_meter import LinkMeter
 from shared.transfer.progress_thread import SPIN_S, ProgressThread
-from shared.transfer.staging import to_completion
+from shared.transfer.staging import NUM_LANES, to_completion
 from shared.transfer.transport import read_transport
-
-NUM_LANES = 3
-"""Parts on their way at once: one is packed while two are on the wire, of which the second waits there. With more, the
-wire stands still while the first parts of eight pulls are packed."""
 
 CLOSE_TIMEOUT_NS = 10**9
 """How long UCX may take, in each of two steps, to close an endpoint."""
@@ -136,9 +132,9 @@ class Link:
         self.check()
         await self._move(self._receive, tag, part)
 
-    def hurry(self, num_bytes: int = 0) -> None:
-        """So many bytes are on their way or will be at once: UCX shall not sleep meanwhile, if that is not long."""
-        if self._progress is not None and self.meter.expected_s(num_bytes) <= SPIN_S:
+    def hurry(self) -> None:
+        """Bytes are on their way or will be at once: UCX shall not sleep meanwhile, if that is not long."""
+        if self._progress is not None and self.meter.expected_s() <= SPIN_S:
             self._progress.hurry()
 
     async def _receive(self, buffer: Any, *, tag: Any, force_tag: bool) -> None:
@@ -157,20 +153,29 @@ class Link:
 
     async def _move(self, move: Callable[..., Any], tag: int, part: torch.Tensor) -> None:
         num_bytes = part.numel()
-        watchdog = self.cut_after(self.meter.patience_s(num_bytes))
-        self.meter.begin(num_bytes)
-        self.hurry()
+        with self.watched(self.meter.patience_s(num_bytes)):
+            self.meter.begin(num_bytes)
+            self.hurry()
+            try:
+                await move(_exported(part), tag=Tag(tag), force_tag=True)
+            except UCX_ERRORS as error:
+                reason = self.cut_because if self.is_cut else f"UCX could not move bytes: {error}"
+                raise KvTransferFailed(reason) from error
+            except asyncio.CancelledError:
+                await to_completion(self.cut())  # ucxx has no way to take back one request and say when that is done
+                raise
+            finally:
+                self.meter.end(num_bytes)
+        self.check()  # ucxx reports a send that was cut off as a success
+
+    @contextmanager
+    def watched(self, stall_s: float) -> Generator[None]:
+        """Cut the link if the block takes over `stall_s` seconds."""
+        watchdog = self.cut_after(stall_s)
         try:
-            await move(_exported(part), tag=Tag(tag), force_tag=True)
-        except UCX_ERRORS as error:
-            raise KvTransferFailed(self.cut_because if self.is_cut else f"UCX could not move bytes: {error}") from error
-        except asyncio.CancelledError:
-            await to_completion(self.cut())  # ucxx has no way to take back one request and say when that is done
-            raise
+            yield
         finally:
             watchdog.cancel()
-            self.meter.end(num_bytes)
-        self.check()  # ucxx reports a send that was cut off as a success
 
     def cut_after(self, stall_s: float) -> asyncio.TimerHandle:
         """Cut the link in `stall_s` seconds for the peer's standing still, unless the timer is cancelled before."""

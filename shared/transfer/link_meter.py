@@ -69,9 +69,9 @@ class LinkMeter:
         self.speed = LinkSpeed(speed, self.speed.latency_s)
         self._busy_since_s, self._sent_bytes = now_s, 0
 
-    def expected_s(self, num_bytes: int = 0) -> float:
-        """Until what is in flight and `num_bytes` more have been moved; 0 before the link was measured."""
-        return 0.0 if self.speed is None else (self._in_flight_bytes + num_bytes) / self.speed.bytes_per_s
+    def expected_s(self) -> float:
+        """Until what is in flight has been moved; 0 before the link was measured."""
+        return 0.0 if self.speed is None else self._in_flight_bytes / self.speed.bytes_per_s
 
     def patience_s(self, num_bytes: int = 0) -> float:
         """How long to wait for what is in flight and `num_bytes` more."""

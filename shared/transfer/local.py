@@ -5,7 +5,6 @@ Nothing here waits for anything but the event loop's clock, so it runs under a v
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -16,12 +15,11 @@ import torch
 from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.kv.copy import PageCopier
 from shared.kv.paged_cache import PagedCache
-from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.offers import Offer, Offers, PullRefused, check_pull, is_allowed
+from shared.transfer.offers import Offer, Offering, Offers, PullRefused, check_pull, is_allowed
 from shared.transfer.plan import LinkSpeed
-from shared.transfer.port import Clock, LinkReport, OnEnd, Outcome, Pulled, Refusal
+from shared.transfer.port import Clock, LinkReport, Outcome, Pulled, Refusal
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
@@ -118,7 +116,7 @@ class Link:
         self.check()
 
 
-class LocalTransfer:
+class LocalTransfer(Offering):
     """One worker's end; see `Transfer`.
 
     Attributes:
@@ -126,7 +124,6 @@ class LocalTransfer:
         copier: packs and unpacks them.
         incarnation: this worker's.
         max_part_bytes: its largest part.
-        offers: what it has on offer.
     """
 
     def __init__(
@@ -139,14 +136,14 @@ class LocalTransfer:
         clock: Clock,
         max_part_bytes: int,
     ) -> None:
+        self._tasks = asyncio.TaskGroup()
+        super().__init__(Offers(cache, incarnation, clock, self._tasks))
         self.cache = cache
         self.copier = PageCopier(cache, cache.num_pages)
         self.incarnation = incarnation
         self.max_part_bytes = max_part_bytes
         self._network = network
         self._address = address
-        self._tasks = asyncio.TaskGroup()
-        self.offers = Offers(cache, incarnation, clock, self._tasks)
         self._lifetime = AsyncExitStack()
         self._links: dict[str, LinkReport] = {}
 
@@ -165,43 +162,6 @@ class LocalTransfer:
     @property
     def address(self) -> str:
         return self._address
-
-    @property
-    def num_offers(self) -> int:
-        return len(self.offers)
-
-    @property
-    def refusals(self) -> Counter[Refusal]:
-        return self.offers.refusals
-
-    def offer(
-        self,
-        key: str,
-        pages: Sequence[int],
-        *,
-        num_tokens: int,
-        secret: bytes,
-        puller: Incarnation,
-        hold_s: float,
-        on_end: OnEnd,
-        progress: KvProgress | None = None,
-        max_loss: WireFormat = WireFormat.NATIVE,
-    ) -> KvTicket:
-        return self.offers.add(
-            self._address,
-            key,
-            pages,
-            num_tokens=num_tokens,
-            secret=secret,
-            puller=puller,
-            hold_s=hold_s,
-            on_end=on_end,
-            progress=progress,
-            max_loss=max_loss,
-        )
-
-    def withdraw(self, key: str) -> None:
-        self.offers.withdraw(key)
 
     async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
         await asyncio.sleep(0)

@@ -14,6 +14,7 @@ is there or the offer is settled, whichever is first.
 
 import asyncio
 import hmac
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -315,6 +316,59 @@ class Offers:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await event.wait()
+
+
+class Offering(ABC):
+    """The part of a `Transfer` that is the same however pages travel.
+
+    Attributes:
+        offers: what this worker has on offer.
+    """
+
+    def __init__(self, offers: Offers) -> None:
+        self.offers = offers
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """See `Transfer.address`."""
+
+    @property
+    def num_offers(self) -> int:
+        return len(self.offers)
+
+    @property
+    def refusals(self) -> Counter[Refusal]:
+        return self.offers.refusals
+
+    def offer(
+        self,
+        key: str,
+        pages: Sequence[int],
+        *,
+        num_tokens: int,
+        secret: bytes,
+        puller: Incarnation,
+        hold_s: float,
+        on_end: OnEnd,
+        progress: KvProgress | None = None,
+        max_loss: WireFormat = WireFormat.NATIVE,
+    ) -> KvTicket:
+        return self.offers.add(
+            self.address,
+            key,
+            pages,
+            num_tokens=num_tokens,
+            secret=secret,
+            puller=puller,
+            hold_s=hold_s,
+            on_end=on_end,
+            progress=progress,
+            max_loss=max_loss,
+        )
+
+    def withdraw(self, key: str) -> None:
+        self.offers.withdraw(key)
 
 
 def check_pages(cache: PagedCache, pages: Sequence[int]) -> None:

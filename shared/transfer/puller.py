@@ -262,11 +262,8 @@ class Puller:
         announced = connection.probes[number] = asyncio.get_running_loop().create_future()
         try:
             link.post(Probe(number, num_bytes))
-            watchdog = link.cut_after(link.meter.patience_s(num_bytes))
-            try:
+            with link.watched(link.meter.patience_s(num_bytes)):
                 await announced
-            finally:
-                watchdog.cancel()
             # As with parts, space here is taken after that at the source: else the two could wait for each other.
             async with self._staging.incoming.lease(num_bytes) as space:
                 tag, began_s = self._new_tag(), self._clock()

@@ -95,9 +95,8 @@ class Pulling:
 
     async def end(self, patience_s: float) -> None:
         """Wait until it is over, once it was stopped; what is in flight after `patience_s` is cut off."""
-        watchdog = self._link.cut_after(patience_s)
-        await self.over.wait()
-        watchdog.cancel()
+        with self._link.watched(patience_s):
+            await self.over.wait()
 
     def _check(self, part: Part) -> None:
         layers = LayerSpan(part.first_layer, part.end_layer)

@@ -8,10 +8,10 @@ import torch
 from shared.errors import KvTransferFailed
 from shared.transfer.control import Part, ProtocolViolation, Ready, Refused
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.link import NUM_LANES, Link
+from shared.transfer.link import Link
 from shared.transfer.offers import Offer, Offers
 from shared.transfer.port import Outcome
-from shared.transfer.staging import Staging
+from shared.transfer.staging import NUM_LANES, Staging
 from shared.wire.wire_format import WireFormat
 
 
@@ -35,11 +35,8 @@ class Announcements:
         """Wait for the puller; the link is cut if it stands still."""
         if tag.done():
             return tag.result()
-        watchdog = self._link.cut_after(self._link.meter.patience_s())
-        try:
+        with self._link.watched(self._link.meter.patience_s()):
             return await tag
-        finally:
-            watchdog.cancel()
 
     def ready(self, ready: Ready) -> bool:
         """The puller is ready; False if nobody waits for that any more, and it gets a void message.

@@ -21,7 +21,11 @@ ARENA_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 """Default size of an arena, by the kind of device. Between GPUs a message costs about as much time as 20 MiB more of
 it, so that parts should be large; on the CPU the link, not the message, is what takes long."""
 
-LARGEST_PART_SHARE = 1 / 4
+NUM_LANES = 3
+"""Parts of one link on their way at once: one is packed while two are on the wire, of which the second waits there.
+With more, the wire stands still while the first parts of eight pulls are packed."""
+
+LARGEST_PART_SHARE = 1 / (NUM_LANES + 1)
 """Of an arena: room for the parts that one link has on their way at once, and one of another link."""
 
 ALIGNMENT = 512

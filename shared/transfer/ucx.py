@@ -63,7 +63,6 @@ import asyncio
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from itertools import count
@@ -73,19 +72,17 @@ from typing import Any, Self
 import torch
 import ucxx
 
-from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.control import PROTOCOL_VERSION, Hello
 from shared.transfer.host_facts import HostFacts, read_host_facts
-from shared.transfer.offers import Offers, check_pull
-from shared.transfer.port import Clock, LinkReport, OnEnd, Pulled, Refusal
+from shared.transfer.offers import Offering, Offers, check_pull
+from shared.transfer.port import Clock, LinkReport, Pulled
 from shared.transfer.progress_thread import ProgressThread
 from shared.transfer.puller import Puller
 from shared.transfer.source import Source
 from shared.transfer.staging import Staging
 from shared.transfer.transport import SHOW_PROTOCOLS
 from shared.wire.to_worker import KvTicket
-from shared.wire.wire_format import WireFormat
 
 PEER_TIMEOUT_S = 5.0
 """How long connecting and the exchange of Hello may take."""
@@ -142,7 +139,7 @@ def _worker() -> Any:
     return ucxx.core._get_ctx().worker  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
-class UcxTransfer:
+class UcxTransfer(Offering):
     """One worker's end; see `Transfer`. Several may share a context."""
 
     def __init__(
@@ -158,6 +155,8 @@ class UcxTransfer:
     ) -> None:
         """`context` has been entered. `port` 0 takes a free one. `host` is bound, and stands in tickets: peers must be
         able to reach it."""
+        self._tasks = asyncio.TaskGroup()
+        super().__init__(Offers(staging.cache, incarnation, clock, self._tasks))
         hello = Hello(
             protocol=PROTOCOL_VERSION,
             layout_fingerprint=staging.cache.layout.fingerprint,
@@ -169,17 +168,15 @@ class UcxTransfer:
         self._cache = staging.cache
         self._host = host
         self._port = port
-        self._tasks = asyncio.TaskGroup()
         self._lifetime = AsyncExitStack()
-        self._offers = Offers(staging.cache, incarnation, clock, self._tasks)
         progress = context.progress if staging.cache.device.type == "cuda" else None
-        self._source = Source(hello, staging, self._offers, clock, progress, self._tasks, peer_timeout_s)
+        self._source = Source(hello, staging, self.offers, clock, progress, self._tasks, peer_timeout_s)
         self._puller = Puller(hello, staging, context.new_tag, clock, progress, self._tasks, peer_timeout_s)
 
     async def __aenter__(self) -> Self:
         # Left bottom up: no new peers, then no connections, then nothing is in flight and the offers can end.
         await self._lifetime.enter_async_context(self._tasks)
-        self._lifetime.push_async_callback(self._offers.close)
+        self._lifetime.push_async_callback(self.offers.close)
         self._lifetime.push_async_callback(self._source.close)
         self._lifetime.push_async_callback(self._puller.close)
         server = await asyncio.start_server(self._source.accept, self._host, self._port)
@@ -196,39 +193,6 @@ class UcxTransfer:
     def address(self) -> str:
         return f"{self._host}:{self._port}"
 
-    @property
-    def num_offers(self) -> int:
-        return len(self._offers)
-
-    def offer(
-        self,
-        key: str,
-        pages: Sequence[int],
-        *,
-        num_tokens: int,
-        secret: bytes,
-        puller: Incarnation,
-        hold_s: float,
-        on_end: OnEnd,
-        progress: KvProgress | None = None,
-        max_loss: WireFormat = WireFormat.NATIVE,
-    ) -> KvTicket:
-        return self._offers.add(
-            self.address,
-            key,
-            pages,
-            num_tokens=num_tokens,
-            secret=secret,
-            puller=puller,
-            hold_s=hold_s,
-            on_end=on_end,
-            progress=progress,
-            max_loss=max_loss,
-        )
-
-    def withdraw(self, key: str) -> None:
-        self._offers.withdraw(key)
-
     async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         check_pull(self._cache, ticket, want, into)
         return await self._puller.pull(ticket, want, into, timeout_s)
@@ -238,7 +202,3 @@ class UcxTransfer:
 
     def links(self) -> tuple[LinkReport, ...]:
         return self._puller.links()
-
-    @property
-    def refusals(self) -> Counter[Refusal]:
-        return self._offers.refusals

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from shared.blocks import PAGE_TOKENS
 from shared.errors import StartupError
 from shared.kv.wire_format import LayerSpan, WireFormat, packed_bytes
-from shared.transfer.link import NUM_LANES
 from shared.transfer.staging import (
     ALIGNMENT,
     ARENA_BYTES,
+    NUM_LANES,
     Arena,
     Staging,
     check_allocator,
