@@ -52,7 +52,11 @@ class TopicReader:
     """Everything that came on a public topic since the stack's start, by key."""
 
     def __init__(self, kafka_address: str, topic: str) -> None:
-        self._consumer = AIOKafkaConsumer(bootstrap_servers=kafka_address, auto_offset_reset="earliest")
+        # Its event loop stands still while other tests run, for minutes. A fetch that had timed out by then would still
+        # be waiting to be tried again when the consumer is stopped, and stopping it would raise.
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=kafka_address, auto_offset_reset="earliest", request_timeout_ms=3_600_000
+        )
         self._partitions = [TopicPartition(topic, index) for index in range(NUM_REQUEST_PARTITIONS)]
         self._records: list = []
 
