@@ -14,6 +14,8 @@ The rule, for a sequence of ids of which the first `prompt_len` are prompt:
   one that would not.
 - With logprobs, token t has -(1 + t mod 7) / 8; the k-th rival is (t + k) mod vocab_size with k / 4 less.
 - top-k, top-p, min-p and penalties change nothing.
+- A salted runner adds `salt_of(key)`, the CRC-32 of the row's key, before the mod. The key is the placement, so the
+  tokens of two placements differ: an answer that mixes them cannot be taken for that of one.
 
 KV of a token at position p is K = (id, p + 1) and V = (-id, -p - 1), one layer, one head, float32. The next token is
 computed from the ids read back from the pages, not from the row: KV that is missing or of another position raises
@@ -21,12 +23,15 @@ AssertionError, KV of other ids gives other tokens.
 
 It computes a batch as late as a device may, when it is waited for, and spoils what the batch is to write when it is
 launched: whoever reads a page too early finds no KV, and whoever writes to a page that a batch in flight uses is found
-out.
+out. With a `Pace` a batch takes as long as on a device of that speed.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -65,6 +70,11 @@ def fake_model(
     )
 
 
+def salt_of(key: str) -> int:
+    """What a salted runner adds to the tokens of the request `key`."""
+    return crc32(key.encode())
+
+
 def fake_answer(
     ids: TokenIds,
     prompt_len: int,
@@ -74,9 +84,14 @@ def fake_answer(
     *,
     vocab_size: int = FAKE_VOCAB_SIZE,
     eos_token_ids: tuple[int, ...] = (FAKE_EOS_TOKEN_ID,),
+    salted_by: str | None = None,
 ) -> list[int]:
-    """The tokens that follow `ids`, up to and with the one that ends the choice; `count` at most."""
+    """The tokens that follow `ids`, up to and with the one that ends the choice; `count` at most.
+
+    `salted_by`: the key under which a salted runner makes them; None: as a runner without salt.
+    """
     model = fake_model(vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    salt = 0 if salted_by is None else salt_of(salted_by)
     enders = _enders(sampling, eos_token_ids)
     end_index = _end_index(ids[:prompt_len])
     id_sum, last_id = sum(ids), ids[-1]
@@ -94,6 +109,7 @@ def fake_answer(
             sampling=sampling,
             choice=choice,
             forbidden=forbidden,
+            salt=salt,
         )
         id_sum += last_id
         answer.append(last_id)
@@ -102,20 +118,63 @@ def fake_answer(
     return answer
 
 
-class FakeRunner:
-    """`shared.engine.batch.Runner` that runs the rule above on the CPU.
+class Pace:
+    """The time of a device that runs one batch after the other, each for `step_s`, whatever its host does meanwhile.
 
-    `poison_token_id`: a row that has this id in its KV fails as if its logits held a NaN; None: no id does.
+    Args:
+        clock_s, sleep: seconds by a clock that never jumps back, and waiting by it.
     """
 
     def __init__(
-        self, model: EngineModel, num_pages: int, poison_token_id: int | None = None, num_ahead: int = 1
+        self,
+        step_s: float,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._step_s = step_s
+        self._clock_s = clock_s
+        self._sleep = sleep
+        self._idle_from_s = clock_s()
+
+    def launch(self) -> float:
+        """When a batch that is launched now is done."""
+        self._idle_from_s = max(self._clock_s(), self._idle_from_s) + self._step_s
+        return self._idle_from_s
+
+    def wait_until(self, done_s: float) -> None:
+        """Wait as for a batch that is done then."""
+        left_s = done_s - self._clock_s()
+        if left_s > 0:
+            self._sleep(left_s)
+
+
+class FakeRunner:
+    """`shared.engine.batch.Runner` that runs the rule above on the CPU.
+
+    Args:
+        poison_token_id: a row that has this id in its KV fails as if its logits held a NaN; None: no id does.
+        salted: tokens depend on the row's key.
+        pace: how long batches take; None: no longer than the work.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        num_pages: int,
+        poison_token_id: int | None = None,
+        num_ahead: int = 1,
+        *,
+        salted: bool = False,
+        pace: Pace | None = None,
     ) -> None:
         self._model = model
         self._cache = PagedCache(model.layout, num_pages, torch.device("cpu"))
         self._pages: NDArray[np.float32] = self._cache.pages.numpy()  # the same memory
         self._poison_token_id = poison_token_id
         self._num_ahead = num_ahead
+        self._salted = salted
+        self._pace = pace
         self._in_flight: deque[_FakeLaunched] = deque()
         self._drawn: dict[int, tuple[int, int, int]] = {}  # by seat: the newest token's sequence, position and id
 
@@ -137,7 +196,8 @@ class FakeRunner:
         _refuse_shared_writes(rows)
         for row in rows:
             self._write_kv(row, np.full(row.end - row.start, SPOILT))
-        launched = _FakeLaunched(self, tuple(replace(row, ids=row.ids[:]) for row in rows))
+        done_s = None if self._pace is None else self._pace.launch()
+        launched = _FakeLaunched(self, tuple(replace(row, ids=row.ids[:]) for row in rows), done_s)
         self._in_flight.append(launched)
         return launched
 
@@ -145,6 +205,8 @@ class FakeRunner:
         """What the batch draws; it must be the oldest in flight."""
         if launched is not self._in_flight.popleft():
             raise AssertionError("a batch is waited for before an older one")
+        if self._pace is not None and launched.done_s is not None:
+            self._pace.wait_until(launched.done_s)
         for row in launched.rows:
             self._write_kv(row, self._new_ids(row))
         results = [self._sample(row, self._read(row)) for row in launched.rows]
@@ -200,16 +262,18 @@ class FakeRunner:
             sampling=row.sampling,
             choice=row.choice,
             forbidden=forbidden,
+            salt=salt_of(row.key) if self._salted else 0,
         )
         return Sampled(token_id, _logprob(token_id, row.sampling, self._model.vocab_size))
 
 
 class _FakeLaunched:
-    """A batch of a FakeRunner, with the ids as they were at its launch."""
+    """A batch of a FakeRunner, with the ids as they were at its launch, and when a paced one is done."""
 
-    def __init__(self, runner: FakeRunner, rows: tuple[BatchRow, ...]) -> None:
+    def __init__(self, runner: FakeRunner, rows: tuple[BatchRow, ...], done_s: float | None) -> None:
         self._runner = runner
         self.rows = rows
+        self.done_s = done_s
 
     def wait(self) -> list[Sampled | None]:
         return self._runner.compute(self)
@@ -224,11 +288,14 @@ def fake_engine(
     max_batch_tokens: int = 256,
     poison_token_id: int | None = None,
     num_ahead: int = 1,
+    salted: bool = False,
+    pace: Pace | None = None,
 ) -> PagedEngine:
     """A PagedEngine over a FakeRunner."""
     model = model or fake_model()
     limits = EngineLimits(max_context, num_pages, max_running, max_batch_tokens)
-    return PagedEngine(FakeRunner(model, num_pages, poison_token_id, num_ahead), model, limits)
+    runner = FakeRunner(model, num_pages, poison_token_id, num_ahead, salted=salted, pace=pace)
+    return PagedEngine(runner, model, limits)
 
 
 def _next_token(
@@ -241,12 +308,13 @@ def _next_token(
     sampling: SamplingParams,
     choice: int,
     forbidden: AbstractSet[int],
+    salt: int,
 ) -> int:
     if index == end_index:
         token_id = model.eos_token_ids[0]
     else:
         draw = 101 * sampling.seed + 13 * choice + 17 * index if sampling.temperature > 0 else 0
-        token_id = (id_sum + 3 * last_id + 7 * index + draw) % model.vocab_size
+        token_id = (id_sum + 3 * last_id + 7 * index + draw + salt) % model.vocab_size
     while token_id in forbidden:
         token_id = (token_id + 1) % model.vocab_size
     return token_id

@@ -2,7 +2,16 @@ import pytest
 
 from shared.blocks import token_ids
 from shared.engine.batch import BatchRow
-from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, SPOILT, FakeRunner, fake_answer, fake_model
+from shared.engine.fake import (
+    END_AT,
+    FAKE_EOS_TOKEN_ID,
+    SPOILT,
+    FakeRunner,
+    Pace,
+    fake_answer,
+    fake_model,
+    salt_of,
+)
 from shared.request import SamplingParams, TokenLogprob
 from tests.engine_driver import greedy
 
@@ -166,3 +175,72 @@ def test_batches_are_waited_for_in_order_and_not_more_than_may_be_ahead():
 def test_two_rows_do_not_share_a_seat():
     with pytest.raises(AssertionError, match="the same seat"):
         FakeRunner(fake_model(), 4).launch((row([10], 0, 1, (0,)), row([20], 0, 1, (1,))))
+
+
+# Salted by placement.
+
+
+def test_the_salt_is_that_of_the_key():
+    assert salt_of("a") == 0xE8B7BE43
+    assert fake_answer(token_ids([10, 20, 30]), 3, greedy(1), salted_by="a") == [(150 + 0xE8B7BE43) % 1000]
+
+
+def test_salted_runner_and_function_agree_and_other_keys_do_not():
+    ids = list(range(10, 90))
+    answers = {}
+    for key in ("a", "b"):
+        runner = FakeRunner(fake_model(), 4, salted=True)
+        first = run(runner, (row(ids, 0, 80, (2, 1), key=key),))[0].token_id
+        second = run(runner, (row([*ids, first], 80, 81, (2, 1), key=key, prompt_len=80),))[0].token_id
+        answers[key] = [first, second]
+        assert answers[key] == fake_answer(token_ids(ids), 80, greedy(2), salted_by=key)
+    assert answers["a"] != answers["b"]
+
+
+def test_a_splice_of_two_placements_is_the_answer_of_neither():
+    prompt = token_ids(range(10, 40))
+    ours, theirs = (fake_answer(prompt, 30, greedy(6, ignore_eos=True), salted_by=key) for key in ("a", "b"))
+    spliced = ours[:2] + theirs[2:]
+    behind = fake_answer(prompt + token_ids(spliced[:2]), 30, greedy(6, ignore_eos=True), salted_by="b")
+    assert behind != spliced[2:]
+
+
+def test_an_end_that_was_asked_for_comes_salted_too():
+    answer = fake_answer(token_ids([10, END_AT, 0]), 3, greedy(9), salted_by="a")
+    assert answer == [FAKE_EOS_TOKEN_ID]
+
+
+# Paced.
+
+
+class Clock:
+    """Seconds that pass only by sleeping."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+def test_paced_batches_run_one_behind_the_other():
+    clock = Clock()
+    runner = FakeRunner(fake_model(), 4, pace=Pace(0.5, clock_s=clock, sleep=clock.sleep))
+    first = runner.launch((row([10, 20, 30], 0, 3, (0,)),))
+    second = runner.launch((row([10, 20, 30], 3, 4, (0,), prompt_len=3),))
+    assert [first.wait()[0].token_id, clock.now_s] == [150, 100.5]
+    clock.sleep(0.3)  # the host is busy while the second one runs
+    assert [second.wait()[0].token_id, clock.now_s] == [667, 101.0]
+
+
+def test_a_pace_does_not_run_ahead_while_nothing_is_launched():
+    clock = Clock()
+    pace = Pace(0.5, clock_s=clock, sleep=clock.sleep)
+    clock.sleep(10.0)
+    assert pace.launch() == 110.5
+    clock.sleep(10.0)
+    pace.wait_until(110.5)
+    assert clock.now_s == 120.0
