@@ -59,7 +59,13 @@ class WorkerLimits:
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What a worker is made of. `clock_s` gives unix seconds; `floor` None takes every link for good."""
+    """What a worker is made of.
+
+    Attributes:
+        clock_s: unix seconds.
+        floor: None takes every link for good.
+        run_engine: makes what runs the engine's steps, timed by `clock_s`.
+    """
 
     role_name: RoleName
     make_role: Callable[[WorkerContext], Role]
@@ -76,6 +82,7 @@ class WorkerParts:
     random_bytes: Callable[[int], bytes]
     limits: WorkerLimits
     floor: LinkFloor | None = None
+    run_engine: Callable[[Engine, Callable[[], float]], EngineThread] = EngineThread
 
 
 class _Leave(Exception):
@@ -118,7 +125,7 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then drain and leave. The transfer must be open already."""
         parts = self._parts
-        engine = self._engine = EngineThread(parts.engine, parts.clock_s)
+        engine = self._engine = parts.run_engine(parts.engine, parts.clock_s)
         try:
             async with (
                 parts.bus.producer() as frames,
