@@ -21,9 +21,11 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
     registry = process_registry()
     incarnation = Incarnation(f"ingest-{uuid.uuid4().hex}")
     logger = log.logger("ingest")
-    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    bus = KafkaBus(settings.kafka, client_id=incarnation, access=settings.kafka_access())
+    await bus.check_access()
     registry.register(BusMetrics(bus))
-    async with redis_state(settings.redis) as state:
+    async with redis_state(settings.redis, settings.redis_access()) as state:
+        await state.check_access()
         service = IngestService(
             bus=bus,
             state=state,

@@ -25,9 +25,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     registry = process_registry()
     incarnation = Incarnation(f"edge-{uuid.uuid4().hex}")
     logger = log.logger(SERVICE)
-    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    bus = KafkaBus(settings.kafka, client_id=incarnation, access=settings.kafka_access())
+    await bus.check_access()
     registry.register(BusMetrics(bus))
-    async with redis_state(settings.redis) as state:
+    async with redis_state(settings.redis, settings.redis_access()) as state:
+        await state.check_access()
         edge = StreamOut(
             bus,
             state,
@@ -43,7 +45,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         settle_memory()
         async with (
             edge.running(),
-            serve_http(routes, host=settings.http_host, port=settings.http_port) as port,
+            serve_http(
+                routes, host=settings.http_host, port=settings.http_port, certificate=settings.certificate
+            ) as port,
         ):
             logger.info("serving", host=settings.http_host, port=port)
             await stop.wait()

@@ -1,7 +1,11 @@
 """Settings of an edge, from the environment."""
 
-from pydantic import Field
+from pathlib import Path
+from typing import Self
 
+from pydantic import Field, model_validator
+
+from shared.runtime.access import ServerCertificate
 from shared.runtime.settings import ServiceSettings
 from shared.wire.openai import MAX_BODY_BYTES
 from shared.wire.topics import MAX_DEADLINE_S
@@ -17,6 +21,7 @@ class Settings(ServiceSettings):
         accept_timeout_s: a job that the log does not take in this time is answered with 503.
         grace_s: a request whose last client went away is cancelled after this.
         keep_alive_s: silence after which a stream gets a comment.
+        tls_cert, tls_key: PEM files with which clients are answered over TLS; both, or neither for plain HTTP.
     """
 
     http_port: int = Field(default=8000, ge=0, le=65535)
@@ -26,3 +31,16 @@ class Settings(ServiceSettings):
     accept_timeout_s: float = Field(default=5.0, gt=0)
     grace_s: float = Field(default=5.0, ge=0)
     keep_alive_s: float = Field(default=15.0, gt=0)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @property
+    def certificate(self) -> ServerCertificate | None:
+        """What clients are shown; None: they are answered in plain text."""
+        return ServerCertificate(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
+
+    @model_validator(mode="after")
+    def _refuse_half_a_certificate(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("BATON_TLS_CERT and BATON_TLS_KEY go together")
+        return self

@@ -14,6 +14,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from shared.bus.kafka_client import BusCounters, closed, leader_of, started_client
 from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, Unsent
 from shared.observe.log import Logger
+from shared.runtime.access import PLAIN_KAFKA, KafkaAccess
 
 PRODUCE_TIMEOUT_MS = 10_000
 """An append that takes longer has failed; a change of leader takes 2-10 s."""
@@ -32,8 +33,11 @@ class KafkaAppender:
     late from this side; what the broker has already taken in still can.
     """
 
-    def __init__(self, address: str, client_id: str, log: Logger, counters: BusCounters) -> None:
+    def __init__(
+        self, address: str, client_id: str, log: Logger, counters: BusCounters, access: KafkaAccess = PLAIN_KAFKA
+    ) -> None:
         self._address = address
+        self._access = access
         self._client_id = client_id
         self._log = log
         self._counters = counters
@@ -69,7 +73,11 @@ class KafkaAppender:
     async def _started_client(self) -> Any:
         try:
             return await started_client(
-                self._address, self._client_id, request_timeout_ms=PRODUCE_TIMEOUT_MS, log=self._log
+                self._address,
+                self._client_id,
+                request_timeout_ms=PRODUCE_TIMEOUT_MS,
+                log=self._log,
+                access=self._access,
             )
         except Exception as error:  # whatever it is: who sends would end and nobody would hear of it
             raise AppendFailed(f"no connection: {error!r}") from error

@@ -30,6 +30,7 @@ from shared.bus.kafka_client import (
 )
 from shared.bus.port import BusUnavailable, Committed, Record, Start
 from shared.observe.log import Logger
+from shared.runtime.access import PLAIN_KAFKA, KafkaAccess
 from shared.wire.topics import MAX_RECORD_BYTES
 
 FETCH_MAX_WAIT_MS = 500
@@ -69,9 +70,17 @@ class KafkaReader:
     """
 
     def __init__(
-        self, address: str, client_id: str, topic: str, group: str, log: Logger, counters: BusCounters
+        self,
+        address: str,
+        client_id: str,
+        topic: str,
+        group: str,
+        log: Logger,
+        counters: BusCounters,
+        access: KafkaAccess = PLAIN_KAFKA,
     ) -> None:
         self._address = address
+        self._access = access
         self._client_id = client_id
         self.topic = topic
         self._group = group
@@ -159,7 +168,11 @@ class KafkaReader:
     async def _started(self) -> Any:
         try:
             return await started_client(
-                self._address, self._client_id, request_timeout_ms=REQUEST_TIMEOUT_MS, log=self._log
+                self._address,
+                self._client_id,
+                request_timeout_ms=REQUEST_TIMEOUT_MS,
+                log=self._log,
+                access=self._access,
             )
         except Exception as error:  # noqa: BLE001 - whatever it is: the reader would stay without a client for ever
             self._log.warning("no connection for reading", topic=self.topic, error=repr(error))

@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route
 
 from shared.errors import BatonError
 from shared.observe import log
+from shared.runtime.access import ServerCertificate
 from shared.runtime.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 5
@@ -103,8 +104,14 @@ def health_routes(registry: CollectorRegistry, readiness: Readiness, report: Hea
 
 
 @asynccontextmanager
-async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> AsyncGenerator[int]:
-    """Serve `routes` while the context is open; gives the port (a free one for 0). Raises OSError if it is taken."""
+async def serve_http(
+    routes: Sequence[BaseRoute], *, host: str, port: int, certificate: ServerCertificate | None = None
+) -> AsyncGenerator[int]:
+    """Serve `routes` while the context is open; gives the port (a free one for 0). With a certificate over TLS alone.
+
+    Raises OSError if the port is taken, StartupError if the certificate is not as it should be.
+    """
+    context = None if certificate is None else certificate.context()
     listener = socket.create_server((host, port))
     # asyncio sets this only on sockets that name their protocol; without it each small write waits 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -115,6 +122,7 @@ async def serve_http(routes: Sequence[BaseRoute], *, host: str, port: int) -> As
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        ssl_context_factory=None if context is None else lambda _config, _default: context,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))

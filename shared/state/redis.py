@@ -7,11 +7,13 @@ leaves its call to end by itself.
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -19,13 +21,22 @@ from pydantic import TypeAdapter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from shared.blocks import BlockHash
+from shared.errors import StartupError
 from shared.request import Incarnation, PlacementId, RequestId
+from shared.runtime.access import OLDEST_TLS, OPEN_REDIS, RedisAccess
 from shared.state import keys
 from shared.state.port import (
     BlockFeedEntry,
@@ -54,6 +65,9 @@ BLOCK_HASH_BYTES = 16
 # Its own words, in Redis and Valkey alike, for an XADD whose id is not above the last one.
 STALE_ID_ERROR = "equal or smaller than the target stream top item"
 
+REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLError)
+"""Another try does not mend it; whoever gives out the rights must."""
+
 AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 
 T = TypeVar("T")
@@ -75,7 +89,7 @@ def load_script(name: str) -> Script:
 
 
 @asynccontextmanager
-async def redis_state(url: str) -> AsyncGenerator["RedisState"]:
+async def redis_state(url: str, access: RedisAccess = OPEN_REDIS) -> AsyncGenerator["RedisState"]:
     """A `State` on the Redis at `url`. Entering does not wait for the server."""
     pool = BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
         url,
@@ -86,12 +100,33 @@ async def redis_state(url: str) -> AsyncGenerator["RedisState"]:
         retry=Retry(NoBackoff(), 0),
         protocol=2,
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        **_access_options(url, access),
     )
     state = RedisState(Redis.from_pool(pool))
     try:
         yield state
     finally:
         await state.close()
+
+
+def _access_options(url: str, access: RedisAccess) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if access.credentials is not None:
+        options["username"] = access.credentials.user
+        options["password"] = access.credentials.password.get_secret_value()
+    if url.startswith("rediss:"):
+        certificates = access.certificates
+        options["ssl_cert_reqs"] = "required"
+        options["ssl_check_hostname"] = True
+        options["ssl_min_version"] = OLDEST_TLS
+        options["ssl_ca_certs"] = _path(certificates.ca)
+        options["ssl_certfile"] = _path(certificates.cert)
+        options["ssl_keyfile"] = _path(certificates.key)
+    return options
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 class RedisState:
@@ -219,6 +254,19 @@ class RedisState:
             _feed_entry(incarnations[feed], entry_id, fields) for feed, entries in found for entry_id, fields in entries
         ]
 
+    async def check_access(self) -> None:
+        """Return if the store lets us in, or does not answer: that may change.
+
+        Raises StartupError if it does not trust us, or we do not trust it.
+        """
+        try:
+            await self._client.ping()
+        except Exception as error:
+            if isinstance(error, REFUSED) or isinstance(error.__cause__, ssl.SSLError):
+                raise StartupError(f"Redis and this process do not come together: {error}") from error
+            if not isinstance(error, AWAY):
+                raise
+
     async def reachable(self) -> bool:
         try:
             return bool(await self._ask(self._client.ping))
@@ -252,6 +300,8 @@ async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await command()
+        except REFUSED as error:
+            raise StateUnavailable(f"refused: {error}") from error
         except AWAY as error:
             if loop.time() + backoff_s > deadline:
                 raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error

@@ -136,7 +136,11 @@ async def serve_worker(
     metrics = WorkerMetrics(registry, settings.served_model)
     incarnation = Incarnation(f"{role_name}-{uuid.uuid4().hex}")
     logger = log.logger(role_name, name=settings.name)
-    bus = KafkaBus(settings.kafka, client_id=incarnation)
+    bus = KafkaBus(settings.kafka, client_id=incarnation, access=settings.kafka_access())
+    await bus.check_access()
+    redis_access = settings.redis_access()
+    async with redis_state(settings.redis, redis_access) as state:
+        await state.check_access()  # before the weights are read, which may take minutes
     registry.register(BusMetrics(bus))
     late_work = None
     if build is None:
@@ -149,7 +153,7 @@ async def serve_worker(
     if late_work is not None:
         export_late_work(metrics, late_work)
     async with (
-        redis_state(settings.redis) as state,
+        redis_state(settings.redis, redis_access) as state,
         UcxContext(settings.transfer_net_devices) as context,
         UcxTransfer(
             context,

@@ -3,14 +3,13 @@
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import SettingsConfigDict
 
 from shared.runtime.settings import ServiceSettings
 from shared.worker.peers import LinkFloor
 
 
 class WorkerSettings(ServiceSettings):
-    """BATON_* variables of prefill and decode workers; an empty one counts as not set.
+    """BATON_* variables of prefill and decode workers.
 
     Attributes:
         cuda_defaults: what is different where `device` is "cuda" and the environment does not say.
@@ -32,8 +31,6 @@ class WorkerSettings(ServiceSettings):
         pull_timeout_s: a pull that is not done so long after the first token has failed; decode prefills then.
         drain_s, step_s: see `WorkerLimits`.
     """
-
-    model_config = SettingsConfigDict(env_ignore_empty=True)
 
     cuda_defaults: ClassVar[dict[str, object]] = {
         "kernels": "triton",
