@@ -5,8 +5,9 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -102,15 +103,53 @@ def java_version(java: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def kafka_spec(data_dir: Path, port: int, controller_port: int) -> ProcessSpec:
-    """A Kafka that keeps its log in `data_dir`, which is formatted at the first call."""
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One more way into a broker, for clients that reach it by another address, as through a proxy.
+
+    Attributes:
+        name: letters and digits, of the same listener at every broker the same.
+        advertised_port: where the broker tells those to come who asked it on `port`.
+    """
+
+    name: str
+    port: int
+    advertised_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """A broker among several, each of which is a controller too.
+
+    Attributes:
+        node_id: which of `controller_ports` it is.
+        controller_ports: by the id of each broker, 1 and up.
+    """
+
+    node_id: int
+    controller_ports: Mapping[int, int]
+
+
+def kafka_spec(
+    data_dir: Path,
+    port: int,
+    controller_port: int,
+    *,
+    quorum: Quorum | None = None,
+    listeners: Sequence[Listener] = (),
+) -> ProcessSpec:
+    """A Kafka that keeps its log in `data_dir`, which is formatted at the first call.
+
+    `quorum`: None for the only broker. `listeners`: beside the one on `port`.
+    """
     java = java_program()
     jars = kafka_jars()
-    config = _write_config(data_dir, port, controller_port)
+    quorum = quorum or Quorum(1, {1: controller_port})
+    config = _write_config(data_dir, port, quorum, listeners)
     if not (data_dir / "log" / "meta.properties").exists():
         _format(java, jars, config)
     return ProcessSpec(
-        name="kafka",
+        name="kafka" if len(quorum.controller_ports) == 1 else f"kafka-{quorum.node_id}",
         command=(java, *jvm_options(), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
         address=f"{HOST}:{port}",
         is_ready=partial(kafka_ready, HOST, port),
@@ -124,15 +163,24 @@ def jvm_options() -> tuple[str, ...]:
     return (*JVM_OPTIONS, *FEW_CORES_OPTIONS) if (os.cpu_count() or 1) < FEW_CORES else JVM_OPTIONS
 
 
-def _write_config(data_dir: Path, port: int, controller_port: int) -> Path:
+def _write_config(data_dir: Path, port: int, quorum: Quorum, listeners: Sequence[Listener]) -> Path:
     data_dir.mkdir(parents=True, exist_ok=True)
     config = data_dir / "server.properties"
+    num_copies = min(3, len(quorum.controller_ports))
+    voters = (f"{node_id}@{HOST}:{at}" for node_id, at in quorum.controller_ports.items())
+    main = Listener("PLAINTEXT", port, port)
+    controller = f"CONTROLLER://{HOST}:{quorum.controller_ports[quorum.node_id]}"
+    protocols = ("CONTROLLER", *(each.name for each in (main, *listeners)))
     lines = (
         BASE_CONFIG.read_text(),
-        f"listeners=PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}",
-        f"advertised.listeners=PLAINTEXT://{HOST}:{port}",
-        f"controller.quorum.voters=1@{HOST}:{controller_port}",
+        f"node.id={quorum.node_id}",
+        "listeners=" + ",".join([*(f"{each.name}://{HOST}:{each.port}" for each in (main, *listeners)), controller]),
+        "advertised.listeners="
+        + ",".join(f"{each.name}://{HOST}:{each.advertised_port}" for each in (main, *listeners)),
+        "listener.security.protocol.map=" + ",".join(f"{name}:PLAINTEXT" for name in protocols),
+        f"controller.quorum.voters={','.join(voters)}",
         f"log.dirs={data_dir / 'log'}",
+        f"offsets.topic.replication.factor={num_copies}",
     )
     config.write_text("\n".join(lines) + "\n")
     return config
