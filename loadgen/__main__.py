@@ -35,6 +35,7 @@ from loadgen.schedule import ScheduleSettings, draw_schedule
 from loadgen.settings import parse_goodput, parse_pairs, parse_rows, parse_window
 from loadgen.traces import read_trace
 from shared.errors import StartupError
+from shared.runtime.settings import KafkaSettings
 
 EXIT_OK = 0
 EXIT_SOME_FAILED = 1
@@ -276,7 +277,8 @@ async def _transport(settings: ReplaySettings, clock: Clock) -> AsyncIterator[tu
     if settings.backend is Backend.KAFKA:
         if settings.model is None:
             raise StartupError("--backend kafka needs --model: a topic lists none")
-        async with open_kafka(settings.bootstrap_servers, settings.headers, clock) as transport:
+        access = KafkaSettings.read().kafka_access()
+        async with open_kafka(settings.bootstrap_servers, settings.headers, clock, access) as transport:
             yield transport, settings.model
     else:
         async with open_http(settings.base_url) as http:

@@ -15,6 +15,7 @@ from loadgen.client import Clock, ExchangeFailed, Observation, error_label
 from loadgen.jobs import Job
 from shared.errors import StartupError
 from shared.request import Event
+from shared.runtime.access import PLAIN_KAFKA, KafkaAccess
 from shared.wire.to_ingest import HEADER_DEADLINE
 from shared.wire.topics import INGEST, RESULTS
 
@@ -113,16 +114,24 @@ class KafkaTransport:
 
 
 @asynccontextmanager
-async def open_kafka(bootstrap_servers: str, headers: Mapping[str, str], clock: Clock) -> AsyncIterator[KafkaTransport]:
+async def open_kafka(
+    bootstrap_servers: str, headers: Mapping[str, str], clock: Clock, access: KafkaAccess = PLAIN_KAFKA
+) -> AsyncIterator[KafkaTransport]:
     """A transport whose consumer stands at the end of every partition of `results` before anything is sent.
 
     Raises StartupError if the broker or the topics are not there.
     """
-    producer = AIOKafkaProducer(bootstrap_servers=bootstrap_servers, acks="all", enable_idempotence=True)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=bootstrap_servers, acks="all", enable_idempotence=True, **access.client_options()
+    )
     # No group: partitions are assigned by hand, so no rebalance can hold a result back. The wait is short because a
     # fetch that is under way delays those of other partitions of the same broker.
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap_servers, enable_auto_commit=False, auto_offset_reset="latest", fetch_max_wait_ms=50
+        bootstrap_servers=bootstrap_servers,
+        enable_auto_commit=False,
+        auto_offset_reset="latest",
+        fetch_max_wait_ms=50,
+        **access.client_options(),
     )
     try:
         try:

@@ -1,4 +1,7 @@
-"""Creates the topics at deploy: `python -m infra.kafka.create_topics HOST:PORT [REPLICATION]`. Safe to repeat."""
+"""Creates the topics at deploy: `python -m infra.kafka.create_topics HOST:PORT [REPLICATION]`. Safe to repeat.
+
+BATON_KAFKA_* variables say how the brokers are spoken to, as for the services.
+"""
 
 import asyncio
 import sys
@@ -12,20 +15,28 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaTimeoutError, TopicAlreadyExistsError, for_code
 
 from shared.errors import StartupError
+from shared.runtime.access import PLAIN_KAFKA, KafkaAccess
+from shared.runtime.settings import KafkaSettings
 from shared.wire.topics import TOPICS, Topic
 
 LEADERS_WITHIN_S = 60.0
 LOOK_INTERVAL_S = 0.1
 
 
-async def create_topics(address: str, topics: Sequence[Topic] = TOPICS, *, replication_factor: int = 1) -> None:
+async def create_topics(
+    address: str,
+    topics: Sequence[Topic] = TOPICS,
+    *,
+    replication_factor: int = 1,
+    access: KafkaAccess = PLAIN_KAFKA,
+) -> None:
     """Creates what is missing, sets the settings of all, returns when every partition has a leader that serves it.
 
     Raises:
         StartupError: a topic exists with another number of partitions, or a partition is not served in time.
         aiokafka.errors.KafkaError: the broker refused.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=address)
+    admin = AIOKafkaAdminClient(bootstrap_servers=address, **access.client_options())
     await admin.start()
     try:
         await _create(admin, topics, replication_factor)
@@ -33,7 +44,7 @@ async def create_topics(address: str, topics: Sequence[Topic] = TOPICS, *, repli
         await _until_led(admin, topics)
     finally:
         await admin.close()
-    await _until_served(address, topics)
+    await _until_served(address, topics, access)
 
 
 async def _create(admin: AIOKafkaAdminClient, topics: Sequence[Topic], replication_factor: int) -> None:
@@ -82,10 +93,10 @@ async def _leaderless(admin: AIOKafkaAdminClient, topics: Sequence[Topic]) -> li
     return leaderless
 
 
-async def _until_served(address: str, topics: Sequence[Topic]) -> None:
+async def _until_served(address: str, topics: Sequence[Topic], access: KafkaAccess) -> None:
     """Returns when every leader knows that it leads; for a moment after a creation only the controller does."""
     partitions = [TopicPartition(topic.name, n) for topic in topics for n in range(topic.num_partitions)]
-    async with AIOKafkaConsumer(bootstrap_servers=address) as consumer:
+    async with AIOKafkaConsumer(bootstrap_servers=address, **access.client_options()) as consumer:
         try:
             async with asyncio.timeout(LEADERS_WITHIN_S):
                 await consumer.end_offsets(partitions)
@@ -96,7 +107,8 @@ async def _until_served(address: str, topics: Sequence[Topic]) -> None:
 def main() -> None:
     """Command line."""
     address, *rest = sys.argv[1:]
-    asyncio.run(create_topics(address, replication_factor=int(rest[0]) if rest else 1))
+    access = KafkaSettings.read().kafka_access()
+    asyncio.run(create_topics(address, replication_factor=int(rest[0]) if rest else 1, access=access))
 
 
 if __name__ == "__main__":
