@@ -7,7 +7,9 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 
-class _JumpingSelector(selectors.DefaultSelector):
+class JumpingSelector(selectors.DefaultSelector):
+    """Never waits: adds up in `skipped_s` what it should have waited."""
+
     skipped_s = 0.0
 
     def select(self, timeout=None):
@@ -32,8 +34,8 @@ class InlineExecutor(Executor):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """`time()` counts only the waits that were jumped over, from 1000."""
 
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
+    def __init__(self, selector: JumpingSelector | None = None) -> None:
+        self._jumping = selector or JumpingSelector()
         super().__init__(self._jumping)
 
     def time(self) -> float:

@@ -9,6 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from random import Random
 
@@ -71,7 +72,8 @@ class MemoryLog:
         self._records: defaultdict[Place, list[Record]] = defaultdict(list)
         self._first_offsets: defaultdict[Place, int] = defaultdict(int)
         self._commits: dict[tuple[str, Place], Committed] = {}
-        self._waiting: defaultdict[Place, set[asyncio.Future[None]]] = defaultdict(set)
+        # In the order of their coming, as everything here: a schedule must run the same way each time.
+        self._waiting: defaultdict[Place, dict[asyncio.Future[None], None]] = defaultdict(dict)
 
     def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
         """Add records now; the offset of the first."""
@@ -89,7 +91,7 @@ class MemoryLog:
 
     def append_later(self, delay_s: float, topic: str, partition: int, records: Sequence[Unsent]) -> None:
         """Add records after a while, whoever lives by then."""
-        asyncio.get_running_loop().call_later(delay_s, self.append, topic, partition, records)
+        asyncio.get_running_loop().call_later(delay_s, self.append, topic, partition, records, context=Context())
 
     def records(self, topic: str, partition: int, start: int = 0) -> Sequence[Record]:
         """What is kept at `start` and behind it."""
@@ -118,12 +120,12 @@ class MemoryLog:
         """Until something is added to one of the partitions."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for partition in partitions:
-            self._waiting[topic, partition].add(waiter)
+            self._waiting[topic, partition][waiter] = None
         try:
             await asyncio.wait({waiter}, timeout=timeout_s)
         finally:
             for partition in partitions:
-                self._waiting[topic, partition].discard(waiter)
+                self._waiting[topic, partition].pop(waiter, None)
 
     def shuffled(self, partitions: Sequence[int]) -> list[int]:
         """Readers get partitions in any order."""

@@ -87,11 +87,13 @@ class MemoryStore:
     Attributes:
         away: True: nobody reaches it.
         answer: decides what becomes of each call, by the call's name; may be exchanged at any time.
+        way_s: seconds that a call takes on its way here and on its way back; may be exchanged at any time.
     """
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self.away = False
         self.answer: Callable[[str], Answer] = lambda _: Answer.GIVEN
+        self.way_s: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
         self.contents = Contents()
         self._clock = clock
 
@@ -313,11 +315,14 @@ class MemoryState:
         return found[0] if found is not None and found[1] > self._store.now_ms() else None
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
-        await asyncio.sleep(0)
+        here_s, back_s = self._store.way_s()
+        await asyncio.sleep(here_s)
         answer = Answer.REFUSED if self._store.away or self.cut_off else self._store.answer(name)
         if answer is Answer.REFUSED:
             raise StateUnavailable(f"{name}: the store is away")
         result = effect()
+        if back_s:
+            await asyncio.sleep(back_s)
         if answer is Answer.LOST:
             raise StateUnavailable(f"{name}: no answer")
         return result

@@ -23,15 +23,17 @@ from services.stream_out.requests import Requests
 from services.stream_out.service import StreamOut
 from services.stream_out.settings import Settings as EdgeSettings
 from shared.bus.memory import MemoryBus, MemoryLog
+from shared.bus.port import Bus
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
+from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
 from shared.runtime.run import serve_http
 from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
-from shared.state.port import Role
+from shared.state.port import Role, State
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.local import LocalNetwork, LocalTransfer
 from shared.transfer.port import Transfer
@@ -93,12 +95,13 @@ class System:
     workers: list[Running] = field(default_factory=list)
     edges: list[Running] = field(default_factory=list)
     grace_s: float = 5.0
+    slowdown: float = SLOWDOWN
     wire_loss: WireLoss = field(default_factory=WireLoss)
     floor: LinkFloor | None = None
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.clock_s = lambda: loop.time() / SLOWDOWN
+        self.clock_s = lambda: loop.time() / self.slowdown
         self.random = random.Random(self.seed)
         self.log = MemoryLog(clock=self.clock_s, random=self.random)
         self.store = MemoryStore(clock=self.clock_s)
@@ -108,43 +111,93 @@ class System:
         self.numbers = itertools.count()
         self.logger = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
 
-    def _name(self, kind: str) -> Incarnation:
+    def name(self, kind: str) -> Incarnation:
         return Incarnation(f"{kind}-{next(self.numbers)}")
 
-    async def start_ingest(self) -> Running:
-        incarnation = self._name("ingest")
-        bus = MemoryBus(self.log, client_id=incarnation)
-        service = IngestService(
+    def make_ingest(
+        self, bus: Bus, state: State, incarnation: Incarnation, metrics: IngestMetrics, log: Logger
+    ) -> IngestService:
+        return IngestService(
             bus=bus,
-            state=MemoryState(self.store),
+            state=state,
             admission=Admission(self.tokeniser, self.facts),
             incarnation=incarnation,
             default_deadline_s=60.0,
             wire_loss=self.wire_loss,
-            metrics=IngestMetrics(CollectorRegistry()),
-            log=self.logger,
+            metrics=metrics,
+            log=log,
             clock_s=self.clock_s,
-            new_placement_id=lambda: PlacementId(self._name("placement")),
+            new_placement_id=lambda: PlacementId(self.name("placement")),
         )
+
+    def make_edge(
+        self, bus: Bus, state: State, incarnation: Incarnation, metrics: EdgeMetrics, log: Logger
+    ) -> StreamOut:
+        return StreamOut(
+            bus,
+            state,
+            self.tokeniser,
+            settings=EdgeSettings(model=Path("unused"), grace_s=self.grace_s),
+            incarnation=incarnation,
+            clock_s=self.clock_s,
+            logger=log,
+            metrics=metrics,
+        )
+
+    def make_worker(
+        self,
+        role: Role,
+        bus: Bus,
+        state: State,
+        incarnation: Incarnation,
+        metrics: WorkerMetrics,
+        log: Logger,
+        *,
+        engine: PagedEngine,
+        transfer: Transfer,
+        **parts: Any,
+    ) -> Worker:
+        make_role = (
+            (lambda context: PrefillRole(context, hold_s=self.hold_s))
+            if role is Role.PREFILL
+            else (lambda context: DecodeRole(context, pull_timeout_s=self.hold_s))
+        )
+        parts = {"limits": WorkerLimits(drain_s=self.drain_s), "floor": self.floor, **parts}
+        return Worker(
+            WorkerParts(
+                role_name=role,
+                make_role=make_role,
+                name=incarnation,
+                incarnation=incarnation,
+                engine=engine,
+                transfer=transfer,
+                bus=bus,
+                state=state,
+                tokeniser=self.tokeniser,
+                metrics=metrics,
+                log=log,
+                clock_s=self.clock_s,
+                random_bytes=self.random.randbytes,
+                **parts,
+            )
+        )
+
+    async def start_ingest(self) -> Running:
+        incarnation = self.name("ingest")
+        bus = MemoryBus(self.log, client_id=incarnation)
+        metrics = IngestMetrics(CollectorRegistry())
+        service = self.make_ingest(bus, MemoryState(self.store), incarnation, metrics, self.logger)
         stop = asyncio.Event()
         running = Running(incarnation, stop, asyncio.create_task(service.run(stop)), bus, incarnation, service=service)
         self.ingests.append(running)
         return running
 
     async def start_edge(self) -> Running:
-        incarnation = self._name("edge")
+        incarnation = self.name("edge")
         bus = MemoryBus(self.log, client_id=incarnation)
-        edge = StreamOut(
-            bus,
-            MemoryState(self.store),
-            self.tokeniser,
-            settings=EdgeSettings(model=Path("unused"), grace_s=self.grace_s),
-            incarnation=incarnation,
-            clock_s=self.clock_s,
-            logger=self.logger,
-            metrics=EdgeMetrics(CollectorRegistry()),
-        )
-        requests = Requests(edge, draw_name=lambda: self._name("req"))
+        metrics = EdgeMetrics(CollectorRegistry())
+        edge = self.make_edge(bus, MemoryState(self.store), incarnation, metrics, self.logger)
+        requests = Requests(edge, draw_name=lambda: self.name("req"))
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def run(stop: asyncio.Event) -> None:
@@ -174,33 +227,19 @@ class System:
                 await running.until_ready()
 
     async def start_worker(self, role: Role) -> Running:
-        incarnation = self._name(role)
+        incarnation = self.name(role)
         bus = MemoryBus(self.log, client_id=incarnation)
         engine = self.make_engine()
-        transfer = self.make_transfer(engine, incarnation) if self.make_transfer else self._local(engine, incarnation)
-        make_role = (
-            (lambda context: PrefillRole(context, hold_s=self.hold_s))
-            if role is Role.PREFILL
-            else (lambda context: DecodeRole(context, pull_timeout_s=self.hold_s))
-        )
-        worker = Worker(
-            WorkerParts(
-                role_name=role,
-                make_role=make_role,
-                name=incarnation,
-                incarnation=incarnation,
-                engine=engine,
-                transfer=transfer,
-                bus=bus,
-                state=MemoryState(self.store),
-                tokeniser=self.tokeniser,
-                metrics=WorkerMetrics(CollectorRegistry(), MODEL),
-                log=self.logger,
-                clock_s=self.clock_s,
-                random_bytes=self.random.randbytes,
-                limits=WorkerLimits(drain_s=self.drain_s),
-                floor=self.floor,
-            )
+        transfer = self.make_transfer(engine, incarnation) if self.make_transfer else self.local(engine, incarnation)
+        worker = self.make_worker(
+            role,
+            bus,
+            MemoryState(self.store),
+            incarnation,
+            WorkerMetrics(CollectorRegistry(), MODEL),
+            self.logger,
+            engine=engine,
+            transfer=transfer,
         )
 
         async def run(stop: asyncio.Event) -> None:
@@ -214,7 +253,7 @@ class System:
         self.workers.append(running)
         return running
 
-    def _local(self, engine: PagedEngine, incarnation: Incarnation) -> LocalTransfer:
+    def local(self, engine: PagedEngine, incarnation: Incarnation) -> LocalTransfer:
         return LocalTransfer(
             self.network,
             engine.cache,
@@ -226,7 +265,7 @@ class System:
 
     async def submit(self, body: dict | bytes, *, request_id: str | None = None, headers=()) -> RequestId:
         """Write a job as an application does."""
-        request_id = RequestId(request_id or self._name("job"))
+        request_id = RequestId(request_id or self.name("job"))
         async with MemoryBus(self.log, client_id="application").producer() as producer:
             await producer.send(
                 INGEST.name,
