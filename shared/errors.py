@@ -4,7 +4,9 @@ BatonError
 ├── RequestError              the request is wrong or unwanted: tell its client, once, and forget it
 │   ├── InvalidRequest        400  names the field and the limit
 │   │   └── ContextTooLong    400  code context_length_exceeded
+│   ├── BodyTooSlow           408
 │   ├── BodyTooLarge          413
+│   ├── UnsupportedBody       415
 │   ├── ModelNotFound         404
 │   ├── RequestNotFound       404
 │   ├── IdempotencyConflict   409
@@ -71,6 +73,20 @@ class BodyTooLarge(RequestError):
 
     http_status = 413
     default_code = "request_too_large"
+
+
+class BodyTooSlow(RequestError):
+    """The request's body did not come in time."""
+
+    http_status = 408
+    default_code = "request_timeout"
+
+
+class UnsupportedBody(RequestError):
+    """The body is sent in another form than as plain JSON in UTF-8."""
+
+    http_status = 415
+    default_code = "unsupported_media_type"
 
 
 class ModelNotFound(RequestError):

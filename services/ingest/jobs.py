@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from shared.bus.port import Record
 from shared.errors import InvalidRequest
 from shared.request import REQUEST_ID_PATTERN, Incarnation, RequestId
-from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_EDGE, HEADER_TENANT, HEADER_TRACEPARENT, LogPosition
+from shared.wire.to_ingest import (
+    HEADER_DEADLINE,
+    HEADER_EDGE,
+    HEADER_TENANT,
+    HEADER_TRACEPARENT,
+    TENANT_PATTERN,
+    LogPosition,
+)
 from shared.wire.topics import MAX_DEADLINE_S
 
 DEFAULT_TENANT = "default"
-TENANT_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 EDGE_PATTERN = REQUEST_ID_PATTERN
 TRACEPARENT_PATTERN = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 

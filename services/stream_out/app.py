@@ -1,6 +1,7 @@
 """The edge's HTTP routes: OpenAI's, and our own for a request's events, state and end."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.stream_out.openapi import openapi_document
 from services.stream_out.requests import Requests, Submission
 from services.stream_out.results import answer_of, error_json, error_of
 from services.stream_out.service import StreamOut
@@ -17,18 +19,20 @@ from services.stream_out.sse import BEFORE_ALL, DONE, KEEP_ALIVE, MEDIA_TYPE, Cu
 from services.stream_out.streams import Hold, Story
 from shared.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     IdempotencyConflict,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
     RequestError,
     RequestNotFound,
+    UnsupportedBody,
 )
 from shared.request import REQUEST_ID_PATTERN, RequestId
 from shared.state.port import StateUnavailable
 from shared.wire.openai import parse_body
 from shared.wire.openai_answers import model_card, model_list
-from shared.wire.to_ingest import body_hash
+from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, body_hash
 from shared.wire.to_stream_out import ErrorBody
 from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
 
@@ -38,7 +42,10 @@ REQUEST_ID_HEADER = "x-request-id"
 
 DEFAULT_TENANT = "default"
 
-MAX_IDEMPOTENCY_KEY_CHARS = 256
+SINGLE_HEADERS = ("authorization", "idempotency-key", "last-event-id", TENANT_HEADER, TIMEOUT_HEADER)
+"""Of two values one would win, and not everybody on the way would agree which."""
+
+JSON_TYPE_PATTERN = re.compile(r'application/json\s*(;\s*charset="?utf-?8"?\s*)?', re.IGNORECASE)
 
 MAX_SEND_BYTES = 64 * 1024
 """Events that a stream is behind by are sent together up to about this size."""
@@ -112,6 +119,7 @@ class Api:
             route("/v1/requests/{id}", "GET", self._describe),
             route("/v1/requests/{id}", "DELETE", self._cancel),
             route("/v1/requests/{id}/events", "GET", self._events),
+            route("/openapi.json", "GET", self._openapi),
         ]
 
     async def _chat_completions(self, request: Request, send: Send) -> None:
@@ -121,7 +129,10 @@ class Api:
         await self._generate(request, send, chat=False)
 
     async def _generate(self, request: Request, send: Send, *, chat: bool) -> None:
-        body = await _read_body(request, self._settings.max_body_bytes)
+        _check_headers(request)
+        body = await _read_body(
+            request, max_bytes=self._settings.max_body_bytes, timeout_s=self._settings.body_timeout_s
+        )
         parsed = parse_body(body, chat=chat)
         self._edge.metrics.unknown_fields.inc(len(parsed.unknown_fields))
         event_id = request.headers.get("last-event-id")
@@ -240,6 +251,9 @@ class Api:
             raise ModelNotFound(f"no worker serves the model {name}", param="model")
         await _send(_json(model_card(name, created=self._started_s)), request, send)
 
+    async def _openapi(self, request: Request, send: Send) -> None:
+        await _send(_json(openapi_document()), request, send)
+
     async def _model_names(self) -> list[str]:
         try:
             workers = await self._edge.state.workers(num_slots=NUM_SLOTS)
@@ -309,19 +323,35 @@ async def _chunks(hold: Hold, cursor: Cursor, *, keep_alive_s: float) -> AsyncGe
         yield DONE
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is known to be over the limit."""
-    error = BodyTooLarge(f"the body is over the limit of {max_bytes} bytes")
+def _check_headers(request: Request) -> None:
+    """The body must be plain JSON, and no header that means something here may come twice."""
+    for name in SINGLE_HEADERS:
+        if len(request.headers.getlist(name)) > 1:
+            raise InvalidRequest(f"header {name} must come once", param=name)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedBody("the body must not be compressed", param="content-encoding")
+    content_type = request.headers.get("content-type")
+    if content_type is not None and not JSON_TYPE_PATTERN.fullmatch(content_type):
+        raise UnsupportedBody("header content-type must be application/json, in UTF-8", param="content-type")
+
+
+async def _read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is known to be over the limit, and BodyTooSlow."""
+    too_large = BodyTooLarge(f"the body is over the limit of {max_bytes} bytes")
     announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
-        raise error
+    if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_bytes:
+        raise too_large
     parts: list[bytes] = []
     num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise error
-        parts.append(part)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the body did not come within {timeout_s:g} s") from error
     return b"".join(parts)
 
 

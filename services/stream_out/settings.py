@@ -16,6 +16,7 @@ class Settings(ServiceSettings):
 
     Attributes:
         max_body_bytes: a larger body is refused without being read to its end.
+        body_timeout_s: a body that has not come by then is refused.
         default_timeout_s: deadline of a request that names none.
         first_record_timeout_s: the HTTP status of a stream waits so long for ingest's word.
         accept_timeout_s: a job that the log does not take in this time is answered with 503.
@@ -26,6 +27,7 @@ class Settings(ServiceSettings):
 
     http_port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1, le=MAX_BODY_BYTES)
+    body_timeout_s: float = Field(default=30.0, gt=0)
     default_timeout_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
     first_record_timeout_s: float = Field(default=5.0, gt=0)
     accept_timeout_s: float = Field(default=5.0, gt=0)

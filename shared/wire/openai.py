@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json
 
 from shared.blocks import TokenIds, token_ids
@@ -19,6 +20,9 @@ from shared.request import SamplingParams
 
 MAX_BODY_BYTES = 1_000_000
 """Size of a body; leaves room for headers under Kafka's usual 1 MiB a record."""
+
+MAX_DEPTH = 32
+"""Objects and lists that a body may have inside each other, itself among them."""
 
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
@@ -142,7 +146,7 @@ def parse_body(raw: bytes, *, chat: bool | None) -> ParsedBody:
     fields = _read_object(raw)
     is_chat = _is_chat(fields) if chat is None else chat
     _refuse_unsupported(fields, _UNSUPPORTED)
-    body = _validate(_ChatBody if is_chat else _CompletionBody, fields)
+    body = _validate(ChatCompletionRequest if is_chat else CompletionRequest, fields)
     return ParsedBody(body.to_spec(), tuple(_unknown_fields(body))[:MAX_UNKNOWN_FIELDS])
 
 
@@ -150,18 +154,59 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class _StreamOptions(_Part):
+class StreamOptions(_Part):
+    """`stream_options`."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class _Message(_Part):
+_TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32)]
+
+# Read by hand, for errors that say more than a union's; the schemas tell of the same limits.
+_TEXT_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _TEXT_PART_SCHEMA, "minItems": 1, "maxItems": MAX_CONTENT_PARTS},
+    ]
+}
+_IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT32},
+    "minItems": 1,
+}
+_PROMPT_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_PROMPT_SCHEMA = {
+    "description": "A text, token ids, or a list of one of these.",
+    "anyOf": [
+        _PROMPT_TEXT_SCHEMA,
+        _IDS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [_PROMPT_TEXT_SCHEMA, _IDS_SCHEMA]}, "minItems": 1, "maxItems": 1},
+    ],
+}
+_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP_SCHEMA = {
+    "anyOf": [
+        _STOP_STRING_SCHEMA,
+        {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS},
+        {"type": "null"},
+    ]
+}
+
+
+class Message(_Part):
+    """One of `messages`."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Any
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)]
     name: str | None = None
 
 
-_TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _MaxTokens = Annotated[int, Field(ge=1, le=MAX_INT32)]
 
@@ -182,12 +227,12 @@ class _Body(_Part):
     frequency_penalty: _Penalty | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
-    stop: Any = None
+    stop: Annotated[Any, WithJsonSchema(_STOP_SCHEMA)] = None
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
 
     def to_spec(self) -> GenerationSpec:
@@ -239,8 +284,10 @@ class _Body(_Part):
         return self.max_completion_tokens
 
 
-class _ChatBody(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+class ChatCompletionRequest(_Body):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
 
@@ -254,8 +301,10 @@ class _ChatBody(_Body):
         )
 
 
-class _CompletionBody(_Body):
-    prompt: Any
+class CompletionRequest(_Body):
+    """Body of `/v1/completions`."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
 
     def to_spec(self) -> GenerationSpec:
@@ -265,6 +314,8 @@ class _CompletionBody(_Body):
             logprobs=self.logprobs,
         )
 
+
+_AnyRequest = ChatCompletionRequest | CompletionRequest
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -287,6 +338,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "logit_bias": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
@@ -298,6 +350,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 """Parameters that would change the answer and are not served: the values (beside null) that ask for nothing."""
@@ -305,14 +358,67 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
 
 
+def body_schemas(refs: str) -> dict[str, dict[str, Any]]:
+    """JSON schemas of both bodies and of their parts, by name: what `parse_body` checks, but for rules that tie fields
+    together.
+
+    Args:
+        refs: where the schemas will stand, as `#/components/schemas/{model}`.
+    """
+    models = (ChatCompletionRequest, CompletionRequest)
+    _, document = models_json_schema([(model, "validation") for model in models], ref_template=refs)
+    schemas: dict[str, dict[str, Any]] = document["$defs"]
+    for model in models:
+        schemas[model.__name__]["properties"] |= _unsupported_schemas(_UNSUPPORTED)
+    schemas[Message.__name__]["properties"] |= _unsupported_schemas(_UNSUPPORTED_IN_MESSAGE)
+    return schemas
+
+
+def _unsupported_schemas(unsupported: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {
+        name: {"description": "Not served: only what asks for nothing is allowed.", "enum": [None, *allowed]}
+        for name, allowed in unsupported.items()
+    }
+
+
 def _read_object(raw: bytes) -> dict[str, Any]:
     try:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
+        if "recursion limit" in str(error):  # the parser's own, far over ours
+            raise _too_deep() from error
         raise InvalidRequest(f"the body is no valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object")
-    return cast("dict[str, Any]", value)
+    fields = cast("dict[str, Any]", value)
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:  # else no look at half a million token ids is needed
+        for name, field in fields.items():
+            if _is_too_deep(field):
+                raise _too_deep(name[:MAX_FIELD_CHARS])
+    return fields
+
+
+def _too_deep(field: str | None = None) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field or 'the body'} is nested too deeply: JSON may have {MAX_DEPTH} objects and lists in each other",
+        param=field,
+    )
+
+
+def _is_too_deep(field: object) -> bool:
+    """Whether a field of the body takes it beyond MAX_DEPTH."""
+    level: list[object] = [field] if isinstance(field, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return False
+        level = [child for parent in level for child in _members(parent) if isinstance(child, dict | list)]
+    return True
+
+
+def _members(parent: object) -> Iterable[object]:
+    if isinstance(parent, dict):
+        return cast("dict[str, object]", parent).values()
+    return cast("list[object]", parent)
 
 
 def _is_chat(fields: Mapping[str, Any]) -> bool:
@@ -332,7 +438,7 @@ def _refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, tup
             raise InvalidRequest(f"{path}{name} is not supported", param=f"{path}{name}")
 
 
-def _validate(model: type[_ChatBody | _CompletionBody], fields: dict[str, Any]) -> _ChatBody | _CompletionBody:
+def _validate(model: type[_AnyRequest], fields: dict[str, Any]) -> _AnyRequest:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -355,7 +461,7 @@ def _path(loc: Iterable[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).removeprefix(".")
 
 
-def _message(message: _Message, index: int) -> ChatMessage:
+def _message(message: Message, index: int) -> ChatMessage:
     path = f"messages[{index}]"
     _refuse_unsupported(message.model_extra or {}, _UNSUPPORTED_IN_MESSAGE, f"{path}.")
     role = "system" if message.role == "developer" else message.role
@@ -436,11 +542,11 @@ def _stop_string(text: Any, path: str) -> str:
     return text
 
 
-def _unknown_fields(body: _ChatBody | _CompletionBody) -> list[str]:
+def _unknown_fields(body: _AnyRequest) -> list[str]:
     names = [name for name in body.model_extra or {} if name not in _UNSUPPORTED]
     if body.stream_options is not None:
         names += [f"stream_options.{name}" for name in body.stream_options.model_extra or {}]
-    if isinstance(body, _ChatBody):
+    if isinstance(body, ChatCompletionRequest):
         extras = {name for message in body.messages for name in message.model_extra or {}}
         names += [f"messages.{name}" for name in extras - _UNSUPPORTED_IN_MESSAGE.keys()]
     return sorted(name[:MAX_FIELD_CHARS] for name in names)

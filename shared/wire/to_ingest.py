@@ -1,5 +1,6 @@
 """What ingest reads: jobs, in OpenAI's shape with headers (public), and requests to place again (private)."""
 
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -12,6 +13,10 @@ HEADER_IDEMPOTENCY_KEY = "idempotency-key"
 HEADER_TRACEPARENT = "traceparent"
 HEADER_EDGE = "edge-incarnation"
 """Set by an edge on behalf of a waiting client: the request is cancelled when no edge is attached any more."""
+
+TENANT_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+
+MAX_IDEMPOTENCY_KEY_CHARS = 256
 
 Headers = tuple[tuple[str, bytes], ...]
 

@@ -4,11 +4,27 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
+from openai.types.chat.chat_completion_user_message_param import ChatCompletionUserMessageParam
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from shared.blocks import token_ids
 from shared.errors import BodyTooLarge, InvalidRequest
 from shared.request import SamplingParams
-from shared.wire.openai import MAX_BODY_BYTES, ChatMessage, GenerationSpec, parse_body
+from shared.wire.openai import (
+    MAX_BODY_BYTES,
+    MAX_DEPTH,
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    GenerationSpec,
+    body_schemas,
+    parse_body,
+)
+
+ChatParams = chat_params.CompletionCreateParamsBase
+MessageParams = (ChatCompletionAssistantMessageParam, ChatCompletionUserMessageParam)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "m", "prompt": "Hi"}
@@ -338,7 +354,76 @@ def test_what_is_no_json_object_is_refused(raw, chat):
 
 def test_deep_nesting_is_refused():
     raw = b'{"model": "m", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    assert "recursion" in refusal(raw, chat=False).message
+    assert f"{MAX_DEPTH} objects and lists" in refusal(raw, chat=False).message
+
+
+def nested(depth):
+    """A list of so many lists in each other."""
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def test_depth_is_counted_to_the_limit():
+    assert parse(COMPLETION | {"x_extra": nested(MAX_DEPTH - 1)}).unknown_fields == ("x_extra",)
+    too_deep = refusal(COMPLETION | {"x_extra": nested(MAX_DEPTH)})
+    assert (too_deep.param, str(MAX_DEPTH) in too_deep.message) == ("x_extra", True)
+    objects = {"a": {"b": [1, nested(MAX_DEPTH - 2)]}}
+    assert refusal(COMPLETION | {"metadata": objects}).param == "metadata"
+
+
+def test_wide_bodies_are_not_deep():
+    assert len(parse(CHAT | {"messages": CHAT["messages"] * 4096}).spec.prompt) == 4096
+    assert len(parse(COMPLETION | {"prompt": [5] * 300_000}).spec.prompt) == 300_000
+
+
+def test_of_a_field_that_comes_twice_the_last_counts():
+    raw = b'{"model": "a", "prompt": "x", "model": "b"}'
+    assert parse(raw).spec.model == "b"
+
+
+IGNORED_OF_OPENAI = {
+    "metadata",
+    "parallel_tool_calls",  # of tools, which are refused
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+}
+"""Fields of OpenAI's API that do not change the answer: counted, as any unknown field."""
+
+
+@pytest.mark.parametrize(("params", "body"), [(ChatParams, CHAT), (CompletionParams, COMPLETION)])
+def test_every_field_of_openais_api_is_known_refused_or_counted(params, body):
+    for field in params.__annotations__.keys() - body.keys():
+        schema = body_schemas("{model}")[(ChatCompletionRequest if body is CHAT else CompletionRequest).__name__]
+        if field in IGNORED_OF_OPENAI:
+            assert parse(body | {field: {"any": "thing"}}).unknown_fields == (field,)
+        else:
+            assert field in schema["properties"], f"{field} is new: is it to be served, refused or ignored?"
+            assert refusal(body | {field: {"no": ["sense"]}}).param == field
+
+
+def test_every_field_of_openais_messages_is_known_refused_or_counted():
+    known = {"role": "user", "content": "Hi", "name": "n"}
+    for params in MessageParams:
+        for field in params.__annotations__.keys() - known.keys():
+            message = known | {field: {"some": "thing"}}
+            if field in {"refusal", "tool_call_id"}:
+                assert parse(CHAT | {"messages": [message]}).unknown_fields == (f"messages.{field}",)
+            else:
+                assert refusal(CHAT | {"messages": [message]}).param == f"messages[0].{field}"
+    for role in ("tool", "function"):
+        assert refusal(CHAT | {"messages": [known | {"role": role}]}).param == "messages[0].role"
+
+
+def test_schemas_tell_of_the_limits():
+    schemas = body_schemas("{model}")
+    chat, completion = schemas["ChatCompletionRequest"]["properties"], schemas["CompletionRequest"]["properties"]
+    assert chat["messages"]["maxItems"] == 4096
+    assert chat["tools"]["enum"] == [None, []]
+    assert completion["suffix"]["enum"] == [None, ""]
+    assert schemas["Message"]["properties"]["tool_calls"]["enum"] == [None, []]
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read():
