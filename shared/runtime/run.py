@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 from shared.errors import BatonError
 from shared.observe import log
 from shared.runtime.access import ServerCertificate
+from shared.runtime.http_limits import BoundedHttp
 from shared.runtime.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 5
@@ -117,7 +118,8 @@ async def serve_http(
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         Starlette(routes=list(routes)),
-        http="httptools",
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
