@@ -98,6 +98,9 @@ class MemoryLog:
         first_offset = self._first_offsets[topic, partition]
         return self._records[topic, partition][max(0, start - first_offset) :]
 
+    def has_records(self, topic: str, partition: int, start: int) -> bool:
+        return self.end_offset(topic, partition) > max(start, self.beginning_offset(topic, partition))
+
     def end_offset(self, topic: str, partition: int) -> int:
         return self._first_offsets[topic, partition] + len(self._records[topic, partition])
 
@@ -273,11 +276,11 @@ class MemoryReader:
         if not self._can_read():
             return []
         taken: list[Record] = []
-        for partition in self._log.shuffled(list(self._positions)):
+        news = [p for p, position in self._positions.items() if self._log.has_records(self._topic, p, position)]
+        for partition in self._log.shuffled(news):
             records = self._log.records(self._topic, partition, self._positions[partition])
-            if records:
-                taken += records
-                self._positions[partition] = records[-1].offset + 1
+            taken += records
+            self._positions[partition] = records[-1].offset + 1
         return taken
 
     async def _wait(self, timeout_s: float) -> None:

@@ -184,8 +184,8 @@ class MemoryState:
     async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
         def look() -> list[LiveWorker]:
             found: list[LiveWorker] = []
-            for slot in range(num_slots):
-                held = self._store.holder(slot)
+            for slot in sorted(self._store.contents.slots):
+                held = self._store.holder(slot) if slot < num_slots else None
                 if held is not None:
                     traces = self._store.traces(held.card.incarnation)
                     taken = list(traces.credits.values()) if traces is not None else []

@@ -95,6 +95,7 @@ class System:
     workers: list[Running] = field(default_factory=list)
     edges: list[Running] = field(default_factory=list)
     grace_s: float = 5.0
+    edge_settings: EdgeSettings | None = None
     slowdown: float = SLOWDOWN
     wire_loss: WireLoss = field(default_factory=WireLoss)
     floor: LinkFloor | None = None
@@ -137,7 +138,7 @@ class System:
             bus,
             state,
             self.tokeniser,
-            settings=EdgeSettings(model=Path("unused"), grace_s=self.grace_s),
+            settings=self.edge_settings or EdgeSettings(model=Path("unused"), grace_s=self.grace_s),
             incarnation=incarnation,
             clock_s=self.clock_s,
             logger=log,
