@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 
@@ -87,18 +87,18 @@ async def grant(address: str, role: str, principal: str, access: KafkaAccess = P
     """
     if role not in ROLES or not principal.startswith("User:"):
         raise StartupError(f"grant to one of {', '.join(ROLES)}, and to a principal as User:name")
-    admin = AIOKafkaAdminClient(bootstrap_servers=address, **access.client_options())
-    await admin.start()
+    client: Any = AIOKafkaClient(bootstrap_servers=address, **access.client_options())
     try:
+        await client.bootstrap()
         for right in ROLES[role]:
-            await _create(admin, right, principal)
+            await _create(client, right, principal)
     finally:
-        await admin.close()
+        await client.close()
 
 
-async def _create(admin: Any, right: Right, principal: str) -> None:
+async def _create(client: Any, right: Right, principal: str) -> None:
     request = CreateAclsRequest(right.resource, right.name, LITERAL, principal, ANY_HOST, right.operation, ALLOW)
-    response = await admin._send_to_controller(request)  # the client sends what it has no method for
+    response = await client.send(client.get_random_node(), request)  # any broker hands it to the controller
     for code, reason in response.creation_responses:
         if code != 0:
             raise for_code(code)(f"{right}: {reason}")
