@@ -104,10 +104,10 @@ class MemoryStore:
         """Forget all."""
         self.contents = Contents()
 
-    def touch_up(self, now_ms: int, gap_ms: int) -> int:
+    def touch_up(self, now_ms: int, lease_ms: int) -> int:
         """As in prelude.lua."""
         contents = self.contents
-        if contents.up_since_ms is None or now_ms - contents.up_last_ms > gap_ms:
+        if contents.up_since_ms is None or now_ms - contents.up_last_ms > lease_ms / 2:
             contents.up_since_ms = now_ms
         contents.up_last_ms = now_ms
         return now_ms - contents.up_since_ms

@@ -152,7 +152,7 @@ class State(Protocol):
         ...
 
     async def up_ms(self, *, lease_ms: int) -> int:
-        """For how long the store has been in use without a loss of its memory or a gap of a lease.
+        """For how long the store has been in use without a loss of its memory or a gap of half a lease.
 
         Below `lease_ms`, that a lease is missing says nothing about its holder: no verdict, no placement. To judge by
         what another call returned, ask this after it.

@@ -196,14 +196,18 @@ class Worker:
                 parts.log.warning("slot left to run out", error=str(error))
 
     async def _claim_slot(self, stop: asyncio.Event) -> int:
-        """The lowest free slot; waits while there is none (a predecessor's lease may have to run out)."""
+        """The lowest free slot; waits while there is none (a predecessor's lease may have to run out) or no store."""
         while not stop.is_set():
-            slot = await self._parts.state.claim_slot(
-                self._card(), self._load(), num_slots=NUM_SLOTS, lease_ms=keys.LEASE_MS
-            )
-            if slot is not None:
-                return slot
-            self._parts.log.warning("no free slot", num_slots=NUM_SLOTS)
+            try:
+                slot = await self._parts.state.claim_slot(
+                    self._card(), self._load(), num_slots=NUM_SLOTS, lease_ms=keys.LEASE_MS
+                )
+            except StateUnavailable as error:
+                self._parts.log.warning("no slot claimed", error=str(error))
+            else:
+                if slot is not None:
+                    return slot
+                self._parts.log.warning("no free slot", num_slots=NUM_SLOTS)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
         raise _Leave
 

@@ -118,9 +118,9 @@ async def test_a_beat_renews_the_lease(world, state):
 async def test_a_worker_that_does_not_beat_loses_its_slot(world, state):
     card = a_card("a")
     await state.claim_slot(card, a_load(), num_slots=NUM_SLOTS, lease_ms=world.lease_ms)
-    for _ in range(3):
+    for _ in range(6):
         await lease(world, "an edge that lives on")
-        await world.pass_time(world.lease_ms // 2)
+        await world.pass_time(world.lease_ms // 4)
 
     assert await state.workers(num_slots=NUM_SLOTS) == []
     await lease(world, "an edge that lives on")
@@ -154,19 +154,19 @@ async def test_a_worker_takes_its_slot_again_after_nobody_reached_the_store(worl
 
 
 async def test_the_store_tells_since_when_its_word_counts(world, state):
-    gap_ms = world.lease_ms
-    assert await state.up_ms(lease_ms=gap_ms) == 0
-    for _ in range(3):
-        await world.pass_time(gap_ms // 2)
+    lease_ms = world.lease_ms
+    assert await state.up_ms(lease_ms=lease_ms) == 0
+    for _ in range(6):
+        await world.pass_time(lease_ms // 4)
         await lease(world, "a")
-    assert gap_ms * 3 // 2 <= await state.up_ms(lease_ms=gap_ms) < gap_ms * 4
+    assert lease_ms * 3 // 2 <= await state.up_ms(lease_ms=lease_ms) < lease_ms * 4
 
-    await world.pass_time(gap_ms * 5 // 4)
-    assert await state.up_ms(lease_ms=gap_ms) == 0, "nobody was here for a whole lease"
-    await world.pass_time(gap_ms // 2)
-    assert await state.up_ms(lease_ms=gap_ms) >= gap_ms // 2
+    await world.pass_time(lease_ms * 5 // 8)
+    assert await state.up_ms(lease_ms=lease_ms) == 0, "nobody was here for half a lease"
+    await world.pass_time(lease_ms // 4)
+    assert await state.up_ms(lease_ms=lease_ms) >= lease_ms // 4
     await world.flush()
-    assert await state.up_ms(lease_ms=gap_ms) == 0
+    assert await state.up_ms(lease_ms=lease_ms) == 0
 
 
 # Partitions
