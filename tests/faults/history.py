@@ -108,6 +108,17 @@ def check(history: History, rules: Rules) -> Report:
     return Report(findings, checker.numbers())
 
 
+def stream_of(story: Story, tokeniser: Tokeniser) -> list[tuple[str, str]]:
+    """(id, data) of all events of a stream from its beginning, as any edge makes them of the log."""
+    maker = EventMaker(tokeniser)
+    made: list[tuple[str, str]] = []
+    for offset, changes in story.changes:
+        for event in maker.make(offset, changes):
+            told = format_event(story.state.request_id, event.cursor, event.body).decode().split("\n")
+            made.append((told[0].removeprefix("id: "), told[1].removeprefix("data: ")))
+    return made
+
+
 class _Checker:
     """One judgement."""
 
@@ -375,7 +386,7 @@ class _Checker:
         yield from _of_outcome(capture, result)
 
     def _of_events(self, capture: Capture, story: Story) -> Iterator[str]:
-        expected = self._events(story)
+        expected = stream_of(story, self._rules.tokeniser)
         for place, event in enumerate(capture.events):
             if place >= len(expected):
                 yield f"got {event.id} behind the end"
@@ -395,16 +406,6 @@ class _Checker:
         whole = capture.outcome is Outcome.DONE or (capture.outcome is Outcome.ERROR and not capture.answer)
         if whole and len(capture.events) < len(expected):
             yield f"ended behind {len(capture.events)} of {len(expected)} events"
-
-    def _events(self, story: Story) -> list[tuple[str, str]]:
-        """(id, data) of all events of a stream from its beginning, as any edge makes them of the log."""
-        maker = EventMaker(self._rules.tokeniser)
-        made: list[tuple[str, str]] = []
-        for offset, changes in story.changes:
-            for event in maker.make(offset, changes):
-                told = format_event(story.state.request_id, event.cursor, event.body).decode().split("\n")
-                made.append((told[0].removeprefix("id: "), told[1].removeprefix("data: ")))
-        return made
 
     # Numbers
 
@@ -484,12 +485,10 @@ def _of_outcome(capture: Capture, result: Result) -> Iterator[str]:
 
 
 def _of_streamed_text(capture: Capture, response: Mapping[str, Any]) -> Iterator[str]:
-    texts: Counter[int] = Counter()
     parts: dict[int, list[str]] = defaultdict(list)
     for event in capture.events:
-        for choice in json.loads(event.data)["choices"]:
+        for choice in json.loads(event.data).get("choices", ()):
             parts[choice["index"]].append(_text_of(choice))
-            texts[choice["index"]] += 1
     for choice in response["choices"]:
         streamed = "".join(parts[choice["index"]])
         if streamed != _text_of(choice):
