@@ -627,6 +627,11 @@ PROCESSES = Row(
             description="Sockets and files of each process: an edge has one for each client.",
             queries=[Query('process_open_fds{job="baton"}', WORKER)],
         ),
+        Panel(
+            title="Tasks",
+            description="Tasks of each process's event loop: they come and go with requests, and must not only come.",
+            queries=[Query('baton_asyncio_tasks{job="baton"}', WORKER)],
+        ),
     ],
 )
 

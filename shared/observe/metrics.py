@@ -4,6 +4,8 @@ A metrics object belongs to one service in one process; its registry is passed i
 No label is a request id.
 """
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from shared.errors import BodyTooLarge, ContextTooLong, InvalidRequest, ModelNotFound, RequestError, RequestFailed
@@ -23,10 +25,18 @@ IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
 
 
 def process_registry() -> CollectorRegistry:
-    """A registry for one process, which tells of the process itself already: CPU time, memory, open files."""
+    """A registry for one process, which tells of the process itself already: CPU time, memory, open files, tasks."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    Gauge("baton_asyncio_tasks", "Tasks of the event loop", registry=registry).set_function(_num_tasks)
     return registry
+
+
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # no loop runs in the thread that asks
+        return 0
 
 
 class IngestMetrics:

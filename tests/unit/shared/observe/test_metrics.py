@@ -1,9 +1,11 @@
 """Counters whose labels are few are there from the start: `increase()` does not see a series that begins above 0."""
 
+import asyncio
+
 import pytest
 from prometheus_client import CollectorRegistry
 
-from shared.observe.metrics import HOLD_OUTCOMES, IngestMetrics, WorkerMetrics
+from shared.observe.metrics import HOLD_OUTCOMES, IngestMetrics, WorkerMetrics, process_registry
 from shared.transfer.port import Outcome
 from shared.wire.wire_format import WireFormat
 
@@ -37,3 +39,17 @@ def test_pulls_are_counted_by_form_from_0(registry):
         assert registry.get_sample_value("baton_kv_transfers_total", labels) == count
         assert registry.get_sample_value("baton_kv_wire_bytes_total", labels) == num_bytes
     assert registry.get_sample_value("baton_kv_pull_bytes_total", {"model_name": "m"}) == 100
+
+
+async def test_a_process_tells_how_many_tasks_its_loop_has():
+    registry = process_registry()
+    before = registry.get_sample_value("baton_asyncio_tasks")
+    task = asyncio.create_task(asyncio.sleep(60))
+    assert registry.get_sample_value("baton_asyncio_tasks") == before + 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert registry.get_sample_value("baton_asyncio_tasks") == before
+
+
+def test_outside_of_a_loop_there_are_no_tasks():
+    assert process_registry().get_sample_value("baton_asyncio_tasks") == 0
