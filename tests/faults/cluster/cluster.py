@@ -151,7 +151,7 @@ async def _is_ready(seat):
 
 
 @asynccontextmanager
-async def running_cluster(folder, shape=Shape()):  # noqa: B008 - it is frozen
+async def running_cluster(folder, shape=Shape()):
     """Starts everything, enters when all is ready; at the end nothing of it is left."""
     ports = PortPicker(random.Random())
     async with AsyncExitStack() as stack:

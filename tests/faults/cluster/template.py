@@ -1,7 +1,8 @@
-"""The process that all services of a cluster are forked from: it has imported them, so that a restart costs milliseconds.
+"""The process that a cluster's services are forked from: it has imported them, so a restart costs milliseconds.
 
-`python -m tests.faults.cluster.template SERVICE...`; each line of its input is a `Spec` as JSON, each line of its output
-says `{"pid": ..., "name": ...}` when one was forked and `{"pid": ..., "status": ...}` when one has ended. All end with it.
+`python -m tests.faults.cluster.template SERVICE...`; each line of its input is a `Spec` as JSON, each line of its
+output says `{"pid": ..., "name": ...}` when one was forked and `{"pid": ..., "status": ...}` when one has ended. All
+die with it.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -81,7 +83,7 @@ def main():
     for service in sys.argv[1:]:
         importlib.import_module(MODULES[service])
     libc = ctypes.CDLL(None)
-    num_threads = len(os.listdir("/proc/self/task"))
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
     assert num_threads == 1, f"{num_threads} threads: a fork would have one of them"
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

@@ -1,0 +1,316 @@
+"""What can be done to a cluster, and how it is drawn.
+
+Which kinds, whom, for how long and when is settled by the seed alone, but for whom a fault cannot meet just then: a
+seat or server that another fault still holds is passed over, and so is who is down.
+"""
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from redis.asyncio import Redis
+
+from tests.faults.cluster.proxy import Path
+from tests.faults.cluster.seats import describe_end
+
+LEASE_S = 2.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 6.0
+SHORTEST_CUT_S, LONGEST_CUT_S = 0.5, 8.0
+LONGEST_SERVER_PAUSE_S = 4.0
+LONGEST_DOWN_S = 4.0
+"""How long who was killed stays away at most, beside his start."""
+
+
+class Kind(StrEnum):
+    KILL = "SIGKILL"
+    TERM = "SIGTERM"
+    PAUSE = "SIGSTOP"
+    CUT_KAFKA = "cut from Kafka"
+    CUT_REDIS = "cut from Redis"
+    CUT_PEERS = "cut from peers"
+    REDIS_KILL = "Redis SIGKILL"
+    REDIS_FLUSH = "Redis FLUSHALL"
+    REDIS_PAUSE = "Redis SIGSTOP"
+    BROKER_KILL = "broker SIGKILL"
+    BROKER_PAUSE = "broker SIGSTOP"
+
+
+ROLE_WEIGHTS = {"decode": 4, "prefill": 2, "ingest": 2, "edge": 3}
+
+WEIGHTS = {
+    Kind.KILL: 34,
+    Kind.TERM: 8,
+    Kind.PAUSE: 20,
+    Kind.CUT_KAFKA: 12,
+    Kind.CUT_REDIS: 10,
+    Kind.CUT_PEERS: 5,
+    Kind.REDIS_KILL: 3,
+    Kind.REDIS_FLUSH: 3,
+    Kind.REDIS_PAUSE: 2,
+    Kind.BROKER_KILL: 2,
+    Kind.BROKER_PAUSE: 2,
+}
+
+SEVERAL_SHARE = 0.08
+"""So many faults come with one or two others at the same moment."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """One thing that was done.
+
+    Attributes:
+        target: name of the seat or server.
+        at_s, until_s: unix seconds; over when the cause is: for a kill, when the successor was started.
+        detail: for people.
+        incarnation: of the seat's process that was hit.
+    """
+
+    number: int
+    kind: Kind
+    target: str
+    at_s: float
+    until_s: float | None = None
+    detail: str = ""
+    life: object = None
+
+    @property
+    def incarnation(self):
+        return None if self.life is None else self.life.incarnation
+
+    def told(self):
+        return {
+            "number": self.number,
+            "kind": self.kind,
+            "target": self.target,
+            "at_s": self.at_s,
+            "until_s": self.until_s,
+            "detail": self.detail,
+            "incarnation": self.incarnation,
+        }
+
+
+@dataclass
+class Plan:
+    """What the seed says of one fault: all its dice are thrown, whatever of them is used."""
+
+    wait_s: float
+    kind: Kind
+    role: str
+    pick: float
+    how_long: float
+    hard: bool
+
+
+def draw_plans(seed, num_faults, minutes, weights=WEIGHTS):
+    """So many faults, spread over so many minutes."""
+    rng = random.Random(seed)
+    gaps = []
+    while len(gaps) < num_faults:
+        gaps += [rng.expovariate(1.0)] + [0.0] * (rng.choice((1, 2)) if rng.random() < SEVERAL_SHARE else 0)
+    gaps = gaps[:num_faults]
+    scale_s = 60 * minutes / sum(gaps)
+    kinds = rng.choices(list(weights), list(weights.values()), k=num_faults)
+    roles = rng.choices(list(ROLE_WEIGHTS), list(ROLE_WEIGHTS.values()), k=num_faults)
+    return [
+        Plan(gap * scale_s, kind, role, rng.random(), rng.random(), rng.random() < 0.5)
+        for gap, kind, role in zip(gaps, kinds, roles, strict=True)
+    ]
+
+
+@dataclass
+class Injector:
+    """Does it, and keeps what was done.
+
+    Attributes:
+        protected: names of seats and servers that are never killed (all else may happen to them).
+        on_fault: is told of each.
+    """
+
+    cluster: object
+    protected: frozenset = frozenset()
+    on_fault: Callable = lambda _: None
+    faults: list = field(default_factory=list)
+    _busy: set = field(default_factory=set)
+    _tasks: set = field(default_factory=set)
+
+    async def run(self, plans):
+        """Every plan in its turn; returns when the last fault is over. A plan that can meet nobody waits a moment."""
+        for plan in plans:
+            await asyncio.sleep(plan.wait_s)
+            while (aim := self._aim(plan)) is None:
+                await asyncio.sleep(0.1)
+            self._begin(aim())
+        await self.over()
+
+    async def over(self):
+        """Wait until the last fault is over."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    def strike(self, work):
+        """One fault by hand: `injector.strike(injector.kill(seat))`."""
+        return self._begin(work)
+
+    def _begin(self, work):
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _aim(self, plan):
+        """The strike that the plan means, None if nobody can be met now."""
+        cluster = self.cluster
+        how_long = plan.how_long
+        down_s = 0.3 if plan.hard else how_long * LONGEST_DOWN_S
+        match plan.kind:
+            case Kind.KILL | Kind.TERM:
+                seat = self._seat(plan, plan.role, may_end=True)
+                strike = self.kill if plan.kind is Kind.KILL else self.term
+                return seat and (lambda: strike(seat, down_s))
+            case Kind.PAUSE:
+                seat = self._seat(plan, plan.role)
+                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_PAUSE_S - SHORTEST_PAUSE_S)
+                return seat and (lambda: self.pause(seat, for_s))
+            case Kind.CUT_KAFKA | Kind.CUT_REDIS | Kind.CUT_PEERS:
+                seat = self._seat(plan, "prefill" if plan.kind is Kind.CUT_PEERS else plan.role)
+                for_s = SHORTEST_CUT_S + how_long * (LONGEST_CUT_S - SHORTEST_CUT_S)
+                how = Path.RESET if plan.hard else Path.FROZEN
+                return seat and (lambda: self.cut(plan.kind, seat, how, for_s))
+            case Kind.REDIS_KILL:
+                return self._free(cluster.redis) and (lambda: self.kill_server(plan.kind, cluster.redis, down_s / 4))
+            case Kind.REDIS_FLUSH:
+                return self._free(cluster.redis) and self.flush
+            case Kind.REDIS_PAUSE:
+                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_SERVER_PAUSE_S - SHORTEST_PAUSE_S)
+                return self._free(cluster.redis) and (lambda: self.pause_server(plan.kind, cluster.redis, for_s))
+            case Kind.BROKER_KILL | Kind.BROKER_PAUSE:
+                broker = self._pick(plan, [broker for broker in cluster.brokers if self._free(broker)])
+                if plan.kind is Kind.BROKER_KILL:
+                    return broker and (lambda: self.kill_server(plan.kind, broker, down_s / 4))
+                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_SERVER_PAUSE_S - SHORTEST_PAUSE_S)
+                return broker and (lambda: self.pause_server(plan.kind, broker, for_s))
+
+    def _seat(self, plan, role, *, may_end=False):
+        free = [seat for seat in self.cluster.of(role) if self._free(seat)]
+        return self._pick(plan, [seat for seat in free if not (may_end and seat.name in self.protected)])
+
+    def _free(self, target):
+        return target.is_alive and target.name not in self._busy
+
+    @staticmethod
+    def _pick(plan, found):
+        return found[int(plan.pick * len(found))] if found else None
+
+    def _note(self, kind, target, detail, life=None):
+        fault = Fault(len(self.faults), kind, target.name, time.time(), detail=detail, life=life)
+        self.faults.append(fault)
+        self._busy.add(target.name)
+        self.on_fault(fault)
+        return fault
+
+    def _done(self, fault):
+        fault.until_s = time.time()
+        self._busy.discard(fault.target)
+
+    # Strikes
+
+    async def kill(self, seat, down_s=0.3):
+        """SIGKILL; the successor comes after `down_s`."""
+        fault = self._note(Kind.KILL, seat, f"away for {down_s:.1f} s", seat.life)
+        await self._end(fault, seat, signal.SIGKILL, down_s)
+        return fault
+
+    async def term(self, seat, down_s=0.3):
+        """SIGTERM, as a rolling restart does."""
+        fault = self._note(Kind.TERM, seat, f"away for {down_s:.1f} s", seat.life)
+        await self._end(fault, seat, signal.SIGTERM, down_s)
+        return fault
+
+    async def _end(self, fault, seat, signal_number, down_s):
+        num_lives = len(seat.lives)
+        seat.held_back_s = down_s
+        seat.end(signal_number)
+        while len(seat.lives) == num_lives:
+            await asyncio.sleep(0.02)
+        self._done(fault)
+
+    async def pause(self, seat, for_s):
+        """SIGSTOP, then SIGCONT: under or over the lease."""
+        fault = self._note(Kind.PAUSE, seat, f"for {for_s:.1f} s", seat.life)
+        life = seat.life
+        seat.stop()
+        await asyncio.sleep(for_s)
+        if seat.life is life and seat.is_alive:
+            seat.wake()
+        self._done(fault)
+        return fault
+
+    async def cut(self, kind, seat, how, for_s):
+        """From one thing only that it depends on."""
+        fault = self._note(kind, seat, f"{how} for {for_s:.1f} s", seat.life)
+        paths = seat.paths[{Kind.CUT_KAFKA: "kafka", Kind.CUT_REDIS: "redis", Kind.CUT_PEERS: "peers"}[kind]]
+        paths.cut(how)
+        await asyncio.sleep(for_s)
+        paths.restore()
+        self._done(fault)
+        return fault
+
+    async def kill_server(self, kind, server, down_s):
+        """SIGKILL of Redis or a broker; it starts again on its data."""
+        fault = self._note(kind, server, f"away for {down_s:.1f} s and its start")
+        await server.kill()
+        await asyncio.sleep(down_s)
+        await server.start()
+        self._done(fault)
+        return fault
+
+    async def pause_server(self, kind, server, for_s):
+        """SIGSTOP of Redis or a broker."""
+        fault = self._note(kind, server, f"for {for_s:.1f} s")
+        server.stop()
+        await asyncio.sleep(for_s)
+        server.wake()
+        self._done(fault)
+        return fault
+
+    async def flush(self):
+        """Redis loses everything at one moment."""
+        fault = self._note(Kind.REDIS_FLUSH, self.cluster.redis, "")
+        async with Redis.from_url(self.cluster.redis_url) as client:
+            await client.flushall()
+        self._done(fault)
+        return fault
+
+
+BLINDING = {Kind.PAUSE, Kind.CUT_REDIS}
+REDIS_FAULTS = {Kind.REDIS_KILL, Kind.REDIS_FLUSH, Kind.REDIS_PAUSE}
+
+EXPLAINED_WITHIN_S = 8.0
+"""A process that ends by itself because of a fault does so in this time after it."""
+
+
+def unexplained_ends(cluster, faults):
+    """Ends of processes that no fault accounts for, in words."""
+    found = [f"{server}: {lost}" for server in (cluster.redis, *cluster.brokers) for lost in server.lost]
+    for seat in cluster.seats.values():
+        for life in seat.lives:
+            if life.ended_s is not None and not _is_explained(seat, life, faults):
+                found += [describe_end(life)]
+    return found
+
+
+def _is_explained(seat, life, faults):
+    if life.wanted_end is signal.SIGKILL:
+        return life.status == -signal.SIGKILL
+    if life.wanted_end is signal.SIGTERM and life.status == 0:
+        return True
+    return "lease" in life.last_error() and any(
+        fault.kind in REDIS_FAULTS or (fault.kind in BLINDING and fault.target == seat.name)
+        for fault in faults
+        if fault.at_s <= life.ended_s <= (fault.until_s or time.time()) + EXPLAINED_WITHIN_S
+    )

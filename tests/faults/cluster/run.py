@@ -1,0 +1,256 @@
+"""One run: a load of clients, faults among it, calm, and a judgement."""
+
+import asyncio
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from services.ingest.admission import ModelFacts
+from shared.bus.kafka import KafkaBus
+from shared.text.tokeniser import Tokeniser
+from shared.wire.results import RESULT_DECODER
+from shared.wire.topics import DEAD_LETTER, INGEST, INGEST_RESUME, RESULTS, STREAM_OUT
+from tests.faults import history
+from tests.faults.capture import write_captures
+from tests.faults.clients import Clients, Mix, draw_wants
+from tests.faults.cluster.cluster import GRACE_S, MODEL, Shape, running_cluster
+from tests.faults.cluster.faults import Injector, draw_plans, unexplained_ends
+from tests.faults.cluster.records import read_topics
+from tests.faults.cluster.recovery import recoveries, summary
+from tests.faults.cluster.rest import unrest
+from tests.faults.cluster.soak import Sampler, growths
+
+MAX_FAILED_SHARE = 0.01
+
+CLIENT_SILENCE_S = 3.0
+"""A client takes an edge that is silent for so long for gone: three keep-alives."""
+
+WARM_UP_S = 3.0
+CALM_TIMEOUT_S = 60.0
+
+GENEROUS_S = 30.0
+"""A request that expires after more time than this did not expire for its own tight deadline."""
+
+REST_TIMEOUT_S = 45.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to do.
+
+    Attributes:
+        rate_per_s: of requests.
+        protect: one process of each kind is never ended, so that what grows in it shows.
+    """
+
+    faults: int = 500
+    minutes: float = 25.0
+    seed: int = 1
+    brokers: int = 1
+    rate_per_s: float = 4.0
+    timeout_s: float = 90.0
+    protect: bool = False
+    soak: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run showed.
+
+    Attributes:
+        broken: promises that were broken, in words.
+        report: figures, as JSON has them.
+    """
+
+    broken: list
+    report: dict
+    load_s: float = 0.0
+
+
+@dataclass
+class Load:
+    """Clients at work until they are told to stop."""
+
+    clients: Clients
+    stopping: bool = False
+    _task: asyncio.Task = None
+    _extra: set = field(default_factory=set)
+
+    def begin(self, mix, seed):
+        self._task = asyncio.create_task(self.clients.run_all(self._wants(mix, seed), math.inf))
+
+    def _wants(self, mix, seed):
+        for want in draw_wants(mix, seed):
+            if self.stopping:
+                return
+            yield want
+
+    async def end(self):
+        """No more requests; wait until all have their outcome."""
+        self.stopping = True
+        await self._task
+
+    @property
+    def num_done(self):
+        return sum(capture.ended_s is not None for capture in self.clients.captures)
+
+
+@asynccontextmanager
+async def loaded(cluster, mix, seed):
+    """Clients of the cluster's edges and of `ingest`."""
+    async with KafkaBus(cluster.kafka_address, client_id="clients").producer() as producer:
+        clients = Clients(cluster.edge_urls, producer, random.Random(f"clients {seed}"), silence_s=CLIENT_SILENCE_S)
+        load = Load(clients)
+        load.begin(mix, seed)
+        try:
+            yield load
+        finally:
+            load._task.cancel()
+            await asyncio.gather(load._task, return_exceptions=True)
+
+
+async def judge(cluster, injector, captures):
+    """What is wrong with all that was done to the cluster, and the figures; the load has ended."""
+    broken = [f"ended by itself: {told}" for told in unexplained_ends(cluster, injector.faults)]
+    broken += [f"not at rest: {told}" for told in await unrest(cluster, REST_TIMEOUT_S)]
+    records = await _settled_records(cluster)
+    rules = history.Rules(
+        Tokeniser.load(cluster.model_folder), ModelFacts.load(cluster.model_folder, MODEL), salted=True, grace_s=GRACE_S
+    )
+    faults = [_for_history(fault, cluster) for fault in injector.faults]
+    told = history.History(
+        records[INGEST.name],
+        records[STREAM_OUT.name],
+        records[RESULTS.name],
+        records[DEAD_LETTER.name],
+        records[INGEST_RESUME.name],
+        captures,
+        faults,
+    )
+    report = await asyncio.to_thread(history.check, told, rules)
+    broken += report.findings
+    numbers = report.numbers
+    ends = numbers["requests_by_end"]
+    num_late = _num_expired_in_spite_of_time(records)
+    num_failed = ends.get("failed", 0) + num_late
+    share = num_failed / max(1, numbers["requests"])
+    if share > MAX_FAILED_SHARE:
+        broken.append(f"{num_failed} of {numbers['requests']} requests failed: over {MAX_FAILED_SHARE:.0%}")
+    stories, _ = history.read_stories(records[STREAM_OUT.name])
+    by_kind = summary(recoveries(injector.faults, stories, captures, cluster))
+    return Outcome(
+        broken,
+        {
+            "faults": len(injector.faults),
+            "faults_by_kind": dict(Counter(_named(fault, cluster) for fault in injector.faults)),
+            "failed_share": share,
+            "expired_in_spite_of_time": num_late,
+            **numbers,
+            "recovery": by_kind,
+            "ends_by_itself": sum(
+                life.ended_s is not None and life.wanted_end is None
+                for seat in cluster.seats.values()
+                for life in seat.lives
+            ),
+        },
+    )
+
+
+async def _settled_records(cluster):
+    """All records once each job has its result, or as they are when time is over."""
+    deadline_s = time.monotonic() + CALM_TIMEOUT_S
+    while True:
+        records = await read_topics(cluster.kafka_address)
+        jobs = {record.key for record in records[INGEST.name]}
+        if jobs <= {record.key for record in records[RESULTS.name]} or time.monotonic() > deadline_s:
+            return records
+        await asyncio.sleep(1.0)
+
+
+def _num_expired_in_spite_of_time(records):
+    """Requests whose deadline was generous, and that still met it without an end: they count as failed."""
+    accepted_s = {record.key: record.timestamp_s for record in records[INGEST.name]}
+    late = set()
+    for record in records[RESULTS.name]:
+        result = RESULT_DECODER.decode(record.value)
+        if result.status == "expired" and record.timestamp_s - accepted_s[record.key] > GENEROUS_S:
+            late.add(record.key)
+    return len(late)
+
+
+def _named(fault, cluster):
+    seat = cluster.seats.get(fault.target)
+    return f"{fault.kind} {seat.role}" if seat else str(fault.kind)
+
+
+def _for_history(fault, cluster):
+    seat = cluster.seats.get(fault.target)
+    return history.Fault(
+        fault.at_s,
+        (fault.until_s or time.time()) + 5.0,
+        str(fault.kind),
+        fault.target,
+        fault.incarnation or "",
+        seat.url if seat and seat.role == "edge" else "",
+    )
+
+
+async def fault_run(options, say=print):
+    """Start a cluster, trouble it, judge it. The folder with all logs is kept when a promise broke."""
+    folder = Path(tempfile.mkdtemp(prefix="baton-faults-"))
+    outcome = None
+    try:
+        async with running_cluster(folder, Shape(brokers=options.brokers)) as cluster:
+            protected = frozenset(f"{role}-0" for role in ("edge", "ingest", "prefill", "decode"))
+            injector = Injector(cluster, protected if options.protect else frozenset())
+            mix = Mix(MODEL, options.rate_per_s, timeout_s=options.timeout_s)
+            began_s = time.monotonic()
+            sampler = Sampler(cluster)
+            async with loaded(cluster, mix, options.seed) as load, sampler.running():
+                await asyncio.sleep(WARM_UP_S)
+                plans = draw_plans(options.seed, options.faults, options.minutes)
+                telling = asyncio.create_task(_tell(injector, load, len(plans), say))
+                try:
+                    await injector.run(plans)
+                finally:
+                    telling.cancel()
+                cluster.restore_all()
+                await cluster.all_ready()
+                await load.end()
+            load_s = time.monotonic() - began_s
+            captures = load.clients.captures
+            say("calm; judging")
+            outcome = await judge(cluster, injector, captures)
+            await sampler.sample()
+            outcome.report |= {
+                "options": asdict(options),
+                "load_s": load_s,
+                "faults_done": [fault.told() for fault in injector.faults],
+                "memory": sampler.report(),
+            }
+            if options.protect:
+                outcome.broken += growths(sampler, protected)
+            outcome.report["broken"] = outcome.broken
+            if outcome.broken:
+                write_captures(folder / "captures.jsonl", captures)
+            return replace(outcome, load_s=load_s)
+    finally:
+        if outcome is not None and not outcome.broken:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            say(f"logs: {folder}")
+
+
+async def _tell(injector, load, num_plans, say):
+    while True:
+        await asyncio.sleep(30.0)
+        say(
+            f"{len(injector.faults)} of {num_plans} faults, {len(load.clients.captures)} requests, "
+            f"{len(load.clients.captures) - load.num_done} under way"
+        )
