@@ -28,6 +28,7 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -67,6 +68,9 @@ STALE_ID_ERROR = "equal or smaller than the target stream top item"
 
 REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLError)
 """Another try does not mend it; whoever gives out the rights must."""
+
+# For a command in a script that the user may not use: the words of Valkey, and of Redis.
+SCRIPT_REFUSED_ERRORS = ("ACL failure in script", "The user executing the script can't")
 
 AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 
@@ -261,11 +265,9 @@ class RedisState:
         """
         try:
             await self._client.ping()
-        except Exception as error:
-            if isinstance(error, REFUSED) or isinstance(error.__cause__, ssl.SSLError):
+        except (*REFUSED, *AWAY) as error:
+            if _is_refusal(error):
                 raise StartupError(f"Redis and this process do not come together: {error}") from error
-            if not isinstance(error, AWAY):
-                raise
 
     async def reachable(self) -> bool:
         try:
@@ -300,13 +302,23 @@ async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await command()
-        except REFUSED as error:
-            raise StateUnavailable(f"refused: {error}") from error
-        except AWAY as error:
+        except (*REFUSED, ResponseError, *AWAY) as error:
+            if _is_refusal(error):
+                raise StateUnavailable(f"refused: {error}") from error
+            if not isinstance(error, AWAY):
+                raise
             if loop.time() + backoff_s > deadline:
                 raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error
             await asyncio.sleep(backoff_s)
             backoff_s *= 2
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether one side does not trust the other; the client says of a failed handshake only that it failed."""
+    if error is None:
+        return False
+    refused = isinstance(error, REFUSED) or any(words in str(error) for words in SCRIPT_REFUSED_ERRORS)
+    return refused or _is_refusal(error.__cause__ or error.__context__)
 
 
 def _placement_key(key: PlacementKey) -> str:
