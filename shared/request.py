@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import NewType
+from typing import Annotated, NewType
 from zlib import crc32
+
+from pydantic import Field
 
 RequestId = NewType("RequestId", str)
 """Names one request for ever; chosen by whoever submits it."""
@@ -20,6 +22,25 @@ REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 
 NUM_REQUEST_PARTITIONS = 16
 """Partitions of `ingest`, `ingest-resume`, `stream-out` and `results`."""
+
+
+NUM_SLOTS = 64
+"""Worker slots; slot n reads partition n of `prefill` and of `decode`."""
+
+MAX_CHOICES = 8
+"""Choices that one request may ask for."""
+
+MAX_INT32 = 2**31 - 1
+
+# Bounds of what is read from the log: nobody computes with a number out of them.
+Slot = Annotated[int, Field(ge=0, lt=NUM_SLOTS)]
+ChoiceIndex = Annotated[int, Field(ge=0, lt=MAX_CHOICES)]
+Epoch = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Count = Annotated[int, Field(ge=0, le=MAX_INT32)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+StopString = Annotated[str, Field(min_length=1)]
+UnixSeconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
 def partition_of(request_id: RequestId) -> int:
@@ -64,7 +85,7 @@ class Event(StrEnum):
     DELIVERED = "delivered"
 
 
-Stamps = dict[Event, float]
+Stamps = dict[Event, UnixSeconds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +109,19 @@ class SamplingParams:
         logprobs: number of alternatives to report per token beside the chosen one; None reports nothing.
     """
 
-    max_tokens: int
-    seed: int = 0
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    min_tokens: Count = 0
+    temperature: Finite = 1.0
+    top_k: Count = 0
+    top_p: Finite = 1.0
+    min_p: Finite = 0.0
+    repetition_penalty: Finite = 1.0
+    presence_penalty: Finite = 0.0
+    frequency_penalty: Finite = 0.0
+    stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: Count | None = None
 
     @property
     def has_penalty(self) -> bool:
@@ -122,13 +143,13 @@ class TokenLogprob:
         top: (token id, logprob) of the likeliest tokens, best first.
     """
 
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    logprob: Finite
+    top: tuple[tuple[TokenId, Finite], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRef:
     """One process start of a worker: the slot it reads and the name of this start."""
 
-    slot: int
+    slot: Slot
     incarnation: Incarnation

@@ -19,7 +19,7 @@ from shared.wire.results import (
     HEADER_SOURCE_TOPIC,
 )
 from shared.wire.to_ingest import Resume, body_hash
-from shared.wire.to_stream_out import Cut, ErrorBody, Open, View
+from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody, Open, View
 from shared.wire.to_worker import Assignment, PrefillWork
 from shared.wire.topics import DEAD_LETTER, MAX_RECORD_BYTES, PREFILL, STREAM_OUT
 from shared.wire.wire_format import WireFormat
@@ -70,7 +70,7 @@ class StoryWriter:
         cut = Cut(job.request_id, 0, 2, "refused", FinishReason.REJECTED, error_body(error), refused_view(job))
         await self._tell(job, cut)
 
-    async def end(self, waiting: Waiting, outcome: FinishReason, reason: str, error: ErrorBody) -> None:
+    async def end(self, waiting: Waiting, outcome: CutOutcome, reason: str, error: ErrorBody) -> None:
         """End an admitted choice that is not placed."""
         job = waiting.admitted.job
         view = view_of(waiting) if waiting.epoch == 1 else None

@@ -17,7 +17,7 @@ from shared.bus.port import Committed
 from shared.policy.fold import Change, Finished, RequestState, Vacated, Voided
 from shared.request import FinishReason, Incarnation, PlacementId, RequestId
 from shared.wire.to_ingest import Resume
-from shared.wire.to_stream_out import Cut, ErrorBody
+from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody
 from shared.wire.to_worker import Stop
 
 FORGET_AFTER_S = 60.0
@@ -205,7 +205,7 @@ class PartitionOwner:
             return False
         return now_s >= self._unattached_since_s.setdefault(state.request_id, now_s) + self._grace_s
 
-    def _end_all(self, state: RequestState, outcome: FinishReason, reason: str, error: ErrorBody) -> Iterator[Cut]:
+    def _end_all(self, state: RequestState, outcome: CutOutcome, reason: str, error: ErrorBody) -> Iterator[Cut]:
         """Cuts for the open choices, each once: a cut that lost its race is followed by one for the later epoch."""
         written = self._cuts.setdefault(state.request_id, set())
         for index in state.open_choices:

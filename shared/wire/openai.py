@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from shared.blocks import TokenIds, token_ids
 from shared.errors import BodyTooLarge, InvalidRequest
-from shared.request import SamplingParams
+from shared.request import MAX_CHOICES, MAX_INT32, SamplingParams
 
 MAX_BODY_BYTES = 1_000_000
 """Size of a body; leaves room for headers under Kafka's usual 1 MiB a record."""
@@ -24,7 +24,6 @@ MAX_BODY_BYTES = 1_000_000
 MAX_DEPTH = 32
 """Objects and lists that a body may have inside each other, itself among them."""
 
-MAX_CHOICES = 8
 MAX_MESSAGES = 4096
 MAX_CONTENT_PARTS = 1024
 MAX_STOP_STRINGS = 4
@@ -32,7 +31,6 @@ MAX_STOP_CHARS = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHAT_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
-MAX_INT32 = 2**31 - 1
 
 MIN_REPETITION_PENALTY = 0.01
 """Logits are divided by it: a far smaller one would take them beyond float32."""

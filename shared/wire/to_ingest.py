@@ -3,8 +3,11 @@
 import re
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Annotated
 
-from shared.request import RequestId
+from pydantic import Field
+
+from shared.request import MAX_INT32, NUM_REQUEST_PARTITIONS, ChoiceIndex, Epoch, RequestId
 from shared.wire.codec import Decoder, WireIds
 
 HEADER_TENANT = "tenant"
@@ -30,8 +33,8 @@ def body_hash(job: bytes) -> str:
 class LogPosition:
     """Where a record stands."""
 
-    partition: int
-    offset: int
+    partition: Annotated[int, Field(ge=0, lt=NUM_REQUEST_PARTITIONS)]
+    offset: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,10 @@ class Resume:
     """
 
     request_id: RequestId
-    choice: int
-    epoch: int
+    choice: ChoiceIndex
+    epoch: Epoch
     job: LogPosition
-    max_tokens: int
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)]
     accepted_ids: WireIds
 
 

@@ -1,15 +1,25 @@
 """What stands on `stream-out`: the whole story of each request, in one partition, read by `policy/fold.py` alone."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from shared.request import (
+    MAX_CHOICES,
+    ChoiceIndex,
+    Count,
+    Epoch,
     Event,
     FinishReason,
     Incarnation,
     PlacementId,
     RequestId,
     SamplingParams,
+    Stamps,
+    StopString,
     TokenLogprob,
+    UnixSeconds,
     WorkerRef,
 )
 from shared.wire.codec import Decoder, WireIds
@@ -23,10 +33,10 @@ class ErrorBody:
 
     message: str
     type: str
-    http_status: int
+    http_status: Annotated[int, Field(ge=400, le=599)]
     param: str | None = None
     code: str | None = None
-    retry_after_s: float | None = None
+    retry_after_s: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
 
 NOT_ADMITTED = SamplingParams(max_tokens=1)
@@ -51,16 +61,16 @@ class View:
     model: str
     body_hash: str
     chat: bool
-    num_choices: int
-    num_prompt_tokens: int
-    deadline_s: float
+    num_choices: Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+    num_prompt_tokens: Count
+    deadline_s: UnixSeconds
     job: LogPosition
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[StopString, ...] = ()
     sampling: SamplingParams = NOT_ADMITTED
     include_usage: bool = False
     edge: Incarnation | None = None
     traceparent: str | None = None
-    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+    stamps: Stamps = field(default_factory=dict[Event, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +83,13 @@ class Open:
     """
 
     request_id: RequestId
-    choice: int
-    epoch: int
+    choice: ChoiceIndex
+    epoch: Epoch
     placement: PlacementId
     prefill: WorkerRef
     decode: WorkerRef
     view: View | None = None
-    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+    stamps: Stamps = field(default_factory=dict[Event, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +106,17 @@ class FrameEntry:
     """
 
     request_id: RequestId
-    choice: int
+    choice: ChoiceIndex
     placement: PlacementId
-    index: int
+    index: Count
     ids: WireIds
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     error: ErrorBody | None = None
-    num_cached_tokens: int | None = None
+    num_cached_tokens: Count | None = None
     wire_format: WireFormat = WireFormat.NATIVE
-    stamps: dict[Event, float] = field(default_factory=dict[Event, float])
+    stamps: Stamps = field(default_factory=dict[Event, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,11 @@ class Frame:
 
     worker: WorkerRef
     entries: tuple[FrameEntry, ...]
-    made_s: float
+    made_s: UnixSeconds
+
+
+CutOutcome = Literal[FinishReason.FAILED, FinishReason.REJECTED, FinishReason.CANCELLED, FinishReason.EXPIRED]
+"""How a cut may end a choice: only a worker's frame says that it is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +149,10 @@ class Cut:
     """
 
     request_id: RequestId
-    choice: int
-    epoch: int
+    choice: ChoiceIndex
+    epoch: Epoch
     reason: str
-    outcome: FinishReason | None = None
+    outcome: CutOutcome | None = None
     error: ErrorBody | None = None
     view: View | None = None
 

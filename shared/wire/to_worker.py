@@ -5,7 +5,19 @@ Every message names the incarnation it is meant for; a worker ignores those for 
 
 from dataclasses import dataclass, field
 
-from shared.request import Incarnation, PlacementId, RequestId, SamplingParams, WorkerRef
+from shared.request import (
+    ChoiceIndex,
+    Count,
+    Epoch,
+    Incarnation,
+    PlacementId,
+    RequestId,
+    SamplingParams,
+    StopString,
+    TokenId,
+    UnixSeconds,
+    WorkerRef,
+)
 from shared.wire.codec import Decoder, WireBytes, WireIds
 from shared.wire.wire_format import WireFormat
 
@@ -22,13 +34,13 @@ class Assignment:
     """
 
     request_id: RequestId
-    choice: int
-    epoch: int
+    choice: ChoiceIndex
+    epoch: Epoch
     placement: PlacementId
-    prompt_len: int
+    prompt_len: Count
     sampling: SamplingParams
-    deadline_s: float
-    stop_strings: tuple[str, ...] = ()
+    deadline_s: UnixSeconds
+    stop_strings: tuple[StopString, ...] = ()
     cache_salt: str = ""
     max_wire_loss: WireFormat = WireFormat.NATIVE
 
@@ -65,7 +77,7 @@ class KvTicket:
     address: str
     source: Incarnation
     secret: WireBytes = field(repr=False)
-    num_tokens: int
+    num_tokens: Count
     layout_fingerprint: str
     max_loss: WireFormat = WireFormat.NATIVE
 
@@ -95,7 +107,7 @@ class FirstToken:
 
     placement: PlacementId
     target: WorkerRef
-    token_id: int
+    token_id: TokenId
 
 
 @dataclass(frozen=True, slots=True)

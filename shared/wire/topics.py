@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-from shared.request import NUM_REQUEST_PARTITIONS
-
-NUM_SLOTS = 64
-"""Worker slots; slot n reads partition n of `prefill` and of `decode`."""
+from shared.request import NUM_REQUEST_PARTITIONS, NUM_SLOTS
 
 MAX_DEADLINE_S = 6 * 3600
 """Longest time a job may ask for."""

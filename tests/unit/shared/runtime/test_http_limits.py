@@ -141,7 +141,9 @@ async def test_who_does_not_come_to_the_point_is_cut_off(monkeypatch, begun):
 async def test_an_answer_under_way_is_not_cut_by_what_comes_behind_its_request(monkeypatch):
     monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.1)
     async with a_connection() as (reader, writer):
-        writer.write(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\nGET /ear")
+        writer.write(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.05)
+        writer.write(b"GET /ear")
         assert (await all_of(reader)).endswith(b"slow")
 
 
