@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from services.ingest.admission import ModelFacts
@@ -80,7 +80,6 @@ class Load:
     clients: Clients
     stopping: bool = False
     _task: asyncio.Task = None
-    _extra: set = field(default_factory=set)
 
     def begin(self, mix, seed):
         self._task = asyncio.create_task(self.clients.run_all(self._wants(mix, seed), math.inf))
@@ -95,6 +94,11 @@ class Load:
         """No more requests; wait until all have their outcome."""
         self.stopping = True
         await self._task
+
+    async def cancel(self):
+        """Whoever still waits is sent home."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
     @property
     def num_done(self):
@@ -111,8 +115,7 @@ async def loaded(cluster, mix, seed):
         try:
             yield load
         finally:
-            load._task.cancel()
-            await asyncio.gather(load._task, return_exceptions=True)
+            await load.cancel()
 
 
 async def judge(cluster, injector, captures):

@@ -1,0 +1,17 @@
+"""A short run of what `make faults` does at length: real Kafka, Redis, services and clients, and faults by seeds."""
+
+import pytest
+
+from tests.faults.cluster.run import Options, fault_run
+
+FAULTS = 25
+MINUTES = 0.7
+
+
+@pytest.mark.parametrize("seed", [7])
+async def test_no_promise_breaks_under_random_faults(seed):
+    told = []
+    outcome = await fault_run(Options(faults=FAULTS, minutes=MINUTES, seed=seed, timeout_s=60.0), told.append)
+    assert outcome.report["faults"] == FAULTS
+    assert outcome.report["tokens"] > 0
+    assert outcome.broken == [], told
