@@ -36,6 +36,12 @@ class Authority:
         )
         return signed
 
+    def encrypted(self, signed: Signed) -> Path:
+        """Its key behind a password."""
+        path = signed.key.with_suffix(".encrypted")
+        _openssl("pkcs8", "-topk8", "-in", signed.key, "-out", path, "-passout", "pass:swordfish")
+        return path
+
 
 def _openssl(*arguments: object) -> None:
     done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True, check=False)
