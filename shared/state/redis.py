@@ -74,6 +74,9 @@ SCRIPT_REFUSED_ERRORS = ("ACL failure in script", "The user executing the script
 
 AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 
+# uvloop's word, a RuntimeError, for a write to a connection that was reset since it was made.
+CLOSED_TRANSPORT_ERROR = "the handler is closed"
+
 T = TypeVar("T")
 
 
@@ -302,10 +305,10 @@ async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await command()
-        except (*REFUSED, ResponseError, *AWAY) as error:
+        except (*REFUSED, ResponseError, *AWAY, RuntimeError) as error:
             if _is_refusal(error):
                 raise StateUnavailable(f"refused: {error}") from error
-            if not isinstance(error, AWAY):
+            if not (isinstance(error, AWAY) or CLOSED_TRANSPORT_ERROR in str(error)):
                 raise
             if loop.time() + backoff_s > deadline:
                 raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error
