@@ -30,7 +30,7 @@ from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
-from shared.runtime.run import serve_http
+from shared.runtime.run import health_routes, serve_http
 from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
 from shared.state.port import Role, State
@@ -202,7 +202,8 @@ class System:
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def run(stop: asyncio.Event) -> None:
-            routes = [*Api(edge, requests).routes(), not_found_route(edge)]
+            health = health_routes(CollectorRegistry(), edge.ready)
+            routes = [*health, *Api(edge, requests).routes(), not_found_route(edge)]
             async with edge.running(), serve_http(routes, host="127.0.0.1", port=0) as port:
                 ready.set_result(port)
                 await stop.wait()
