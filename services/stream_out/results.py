@@ -159,6 +159,12 @@ def result_of(state: RequestState, tokeniser: Tokeniser) -> Result:
     return result
 
 
+def unmakeable_result(state: RequestState) -> Result:
+    """Ends a request of which the log tells what no answer can be made of."""
+    error = _DEFAULT_ERRORS[FinishReason.FAILED]
+    return Result(request_id=state.request_id, status=FinishReason.FAILED, error=error)
+
+
 def _answer_choice(index: int, choice: ChoiceState, view: View, tokeniser: Tokeniser) -> AnswerChoice:
     assert choice.end is not None, "an answer is made of choices that ended"
     stream = text_stream(view, tokeniser)

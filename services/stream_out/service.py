@@ -14,7 +14,7 @@ from typing import Any
 
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import Duty, PartitionOwner, WriteResult
-from services.stream_out.results import result_of, timings_of, usage_of
+from services.stream_out.results import result_of, timings_of, unmakeable_result, usage_of
 from services.stream_out.settings import Settings
 from services.stream_out.streams import Hold, PartitionLog
 from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
@@ -372,7 +372,12 @@ class StreamOut:
                     await self._producer.send(topic, duty.target.slot, encode(duty))
 
     async def _write_result(self, partition: int, owner: PartitionOwner, state: RequestState) -> None:
-        result = result_of(state, self.tokeniser)
+        try:
+            result = result_of(state, self.tokeniser)
+        except Exception:
+            # Of a story that nobody of ours would write, or a defect: the request must end, or it holds up the commit.
+            self.logger.exception("result cannot be made", request_id=state.request_id)
+            result = unmakeable_result(state)
         offset = await self.send(RESULTS.name, state.request_id, encode(result))
         now_s = self.clock_s()
         owner.result_acked(state, offset, now_s)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -321,6 +322,15 @@ def test_stories(live):
     live.check_good_request()
     check_ends_are_told(live)
     live.check_quiet()
+
+
+def test_a_story_of_which_no_answer_can_be_made_ends_all_the_same(live):
+    request_id = RequestId("forged-without-view")
+    opened, ended = story(request_id, view())
+    for message in (replace(opened, view=None), ended):
+        live.send(STREAM_OUT.name, partition_of(request_id), encode(message))
+    live.check_each_has_one_result({request_id.encode()})
+    live.check_good_request()
 
 
 def check_ends_are_told(live) -> None:
