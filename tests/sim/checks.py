@@ -1,0 +1,227 @@
+"""What must be true of a schedule that has come to rest."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from shared.blocks import token_ids
+from shared.bus.port import Record
+from shared.engine.fake import fake_answer
+from shared.policy.fold import PartitionFold, RequestState
+from shared.request import FinishReason, PlacementId, RequestId, SamplingParams, WorkerRef
+from shared.wire.results import RESULT_DECODER, Result
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Frame, FrameEntry, Open
+from shared.wire.topics import INGEST, RESULTS, STREAM_OUT
+from tests.sim.clients import Capture
+from tests.sim.world import Host, World
+
+MAX_LOSSES = 3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request body, as it was submitted.
+
+    Attributes:
+        refused_by_decode: decode workers cannot run it.
+    """
+
+    prompt: list[int]
+    num_new: int
+    num_choices: int
+    refused_by_decode: bool = False
+
+
+def accepted(world: World) -> dict[RequestId, Record]:
+    """The first record of each job that stands on `ingest`."""
+    found: dict[RequestId, Record] = {}
+    for partition in range(INGEST.num_partitions):
+        for record in world.log.records(INGEST.name, partition):
+            assert record.key is not None
+            found.setdefault(RequestId(record.key.decode()), record)
+    return found
+
+
+def results(world: World) -> dict[RequestId, list[bytes]]:
+    found: defaultdict[RequestId, list[bytes]] = defaultdict(list)
+    for partition in range(RESULTS.num_partitions):
+        for record in world.log.records(RESULTS.name, partition):
+            assert record.key is not None
+            found[RequestId(record.key.decode())].append(record.value)
+    return dict(found)
+
+
+class Told:
+    """All of `stream-out`, as the fold tells it."""
+
+    def __init__(self, world: World) -> None:
+        self.requests: dict[RequestId, RequestState] = {}
+        self.opens: defaultdict[tuple[RequestId, int], list[Open]] = defaultdict(list)
+        self.cuts: list[tuple[Record, Cut]] = []
+        self.entries: defaultdict[PlacementId, list[tuple[WorkerRef, FrameEntry]]] = defaultdict(list)
+        for partition in range(STREAM_OUT.num_partitions):
+            fold = PartitionFold()
+            for record in world.log.records(STREAM_OUT.name, partition):
+                message = STREAM_OUT_DECODER.decode(record.value)
+                fold.apply(record.offset, record.timestamp_s, message)
+                match message:
+                    case Open():
+                        self.opens[message.request_id, message.choice].append(message)
+                    case Cut():
+                        self.cuts.append((record, message))
+                    case Frame():
+                        for entry in message.entries:
+                            self.entries[entry.placement].append((message.worker, entry))
+                    case _:
+                        pass
+            self.requests |= fold.requests
+
+
+def findings(world: World, asked: dict[RequestId, Asked], captures: Iterable[Capture]) -> Iterator[str]:
+    """What is wrong."""
+    told, written = Told(world), results(world)
+    followed = {capture.request_id: capture for capture in captures}
+    for request_id in accepted(world):
+        state = told.requests.get(request_id)
+        copies = written.pop(request_id, [])
+        if state is None or not state.finished:
+            yield f"{request_id} has not ended"
+            continue
+        if len(set(copies)) != 1:
+            yield f"{request_id} has {len(set(copies))} different results"
+            continue
+        yield from _request(world, told, state, RESULT_DECODER.decode(copies[0]), asked[request_id], followed)
+    yield from (f"{request_id} has a result and was never accepted" for request_id in written)
+    yield from _order(told)
+    yield from _verdicts(world, told)
+    yield from _workers(world)
+    yield from world.journal.errors
+
+
+def _request(
+    world: World,
+    told: Told,
+    state: RequestState,
+    result: Result,
+    asked: Asked,
+    followed: dict[RequestId, Capture],
+) -> Iterator[str]:
+    capture = followed.get(state.request_id)
+    if not _may_end_so(told, state, result, asked, capture):
+        yield f"{state.request_id} ended {result.status}: {result.error}"
+    for index in range(asked.num_choices if state.view else 0):
+        ids = list(state.choice(index).ids)
+        if not _is_explained(asked, index, ids, told.opens[state.request_id, index]):
+            yield f"{state.request_id} choice {index}: no placements give {ids}"
+        if result.status == "completed":
+            name = f"{state.request_id} choice {index}"
+            yield from (f"{name}: {wrong}" for wrong in _text(world, result, asked, index, ids, capture))
+    if capture is not None:
+        cursors = [cursor for cursor, _ in capture.events]
+        if any(later <= earlier for earlier, later in pairwise(cursors)):
+            yield f"{state.request_id}: the client saw events twice or out of order"
+        if capture.status is not None and capture.status != result.status:
+            yield f"{state.request_id}: DELETE said {capture.status}, the result says {result.status}"
+
+
+def _may_end_so(told: Told, state: RequestState, result: Result, asked: Asked, capture: Capture | None) -> bool:
+    match result.status:
+        case "completed":
+            return not asked.refused_by_decode or asked.num_new == 1
+        case FinishReason.CANCELLED:
+            return capture is not None and (capture.asked_to_cancel or capture.was_alone)
+        case FinishReason.FAILED:
+            return asked.refused_by_decode or _three_losses(told, state.request_id)
+        case _:
+            return False
+
+
+def _text(
+    world: World, result: Result, asked: Asked, index: int, ids: list[int], capture: Capture | None
+) -> Iterator[str]:
+    """What is wrong with one choice of an answer."""
+    if len(ids) != asked.num_new:
+        yield f"{len(ids)} tokens of {asked.num_new}"
+    text = world.tokeniser.decode(ids)
+    assert result.response is not None
+    if result.response["choices"][index]["text"] != text:
+        yield "the result is not what the log tells"
+    if capture is not None and capture.ended and capture.text(index) != text:
+        yield f"the client saw {capture.text(index)!r} of {text!r}"
+
+
+def _is_explained(asked: Asked, choice: int, ids: list[int], opens: Sequence[Open]) -> bool:
+    """Whether one placement an epoch, in the order of the epochs, gives the tokens."""
+    epochs = sorted({opened.epoch for opened in opens})
+    by_epoch = [{opened.placement for opened in opens if opened.epoch == epoch} for epoch in epochs]
+    reached = {0}
+    for placements in by_epoch:
+        reached |= {
+            end for start in reached for placement in placements for end in _ends(asked, choice, ids, start, placement)
+        }
+    return len(ids) in reached
+
+
+def _ends(asked: Asked, choice: int, ids: list[int], start: int, placement: PlacementId) -> Iterator[int]:
+    """How far the placement, begun behind the first `start` tokens, gives the ids."""
+    sampling = SamplingParams(max_tokens=asked.num_new, temperature=0.0, ignore_eos=True)
+    known = token_ids([*asked.prompt, *ids[:start]])
+    made = fake_answer(known, len(asked.prompt), sampling, choice, len(ids) - start, salted_by=placement)
+    for count, (is_so, should) in enumerate(zip(ids[start:], made, strict=False), 1):
+        if is_so != should:
+            return
+        yield start + count
+
+
+def _three_losses(told: Told, request_id: RequestId) -> bool:
+    cuts = [cut for _, cut in told.cuts if cut.request_id == request_id and cut.outcome is None]
+    return len({cut.epoch for cut in cuts}) >= MAX_LOSSES
+
+
+def _order(told: Told) -> Iterator[str]:
+    """What decode makes stands behind the token of prefill that it goes on from. A failure need not."""
+    for opened in (opened for found in told.opens.values() for opened in found):
+        for worker, entry in told.entries[opened.placement]:
+            if worker == opened.prefill:
+                break
+            if entry.finish is not FinishReason.FAILED:
+                yield f"{entry.request_id}: token {entry.index} of {opened.placement} stands before prefill's"
+                break
+
+
+def _verdicts(world: World, told: Told) -> Iterator[str]:
+    """A worker that was given up for lost must not have gone on as if nothing was."""
+    live = {host.incarnation: host for host in world.hosts if host.live}
+    for record, cut in told.cuts:
+        lost = getattr(cut, "lost", None)
+        host = live.get(lost.incarnation) if lost is not None else None
+        if host is not None and not _was_cut_from_log(host, record.timestamp_s):
+            yield f"{cut.request_id}: {host.incarnation} was given up at {record.timestamp_s - 1000:.3f} and lives"
+
+
+def _was_cut_from_log(host: Host, at_s: float) -> bool:
+    return any(start_s <= at_s <= end_s for start_s, end_s in host.log_cuts)
+
+
+def _workers(world: World) -> Iterator[str]:
+    for host in world.running("prefill", "decode"):
+        assert host.engine is not None
+        stats = host.engine.stats()
+        if stats.num_free_pages != stats.num_pages:
+            yield f"{host.incarnation} has {stats.num_free_pages} free pages of {stats.num_pages}"
+        try:
+            host.engine.check()
+        except AssertionError as error:
+            yield f"{host.incarnation}: {error}"
+        traces = world.store.traces(host.incarnation)
+        if traces is not None and traces.credits:
+            yield f"{host.incarnation}: credits not given back: {traces.credits}"
+
+
+def at_rest(world: World) -> bool:
+    """Whether nothing is left to do, as far as can be seen from outside."""
+    told, written = Told(world), results(world)
+    if any(request_id not in written or not told.requests[request_id].finished for request_id in accepted(world)):
+        return False
+    return not any(_workers(world))

@@ -1,0 +1,147 @@
+"""The rules of the protocol, each of which can be taken out: the simulation must find what then goes wrong."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from services.ingest.story import StoryWriter
+from services.prefill.role import PrefillRole
+from services.stream_out import service as edge_service
+from services.stream_out.service import StreamOut
+from shared.policy import fold
+from shared.policy.fold import PartitionFold
+from shared.wire.codec import encode
+from shared.wire.to_ingest import Resume
+from shared.wire.to_stream_out import Cut
+from shared.wire.topics import INGEST_RESUME, PREFILL
+
+Mutant = Callable[[], AbstractContextManager[Any]]
+
+
+def without_placement_id() -> AbstractContextManager[Any]:
+    """A frame counts for the placement that is open, whichever it was made for."""
+    original = PartitionFold._apply_entry
+
+    def apply_entry(self, offset, timestamp_s, entry, worker):
+        state = self.requests.get(entry.request_id)
+        choice = state.choices.get(entry.choice) if state is not None else None
+        if choice is not None and choice.placement is not None:
+            entry = replace(entry, placement=choice.placement.placement)
+        return original(self, offset, timestamp_s, entry, worker)
+
+    return patch.object(PartitionFold, "_apply_entry", apply_entry)
+
+
+def without_compare_and_set() -> AbstractContextManager[Any]:
+    """An `open` of the current epoch counts though another placement is open."""
+    original = fold._apply_open
+
+    def apply_open(state, message):
+        choice = state.choices.get(message.choice)
+        if choice is not None and choice.placement is not None and choice.epoch == message.epoch:
+            choice.placement = None
+        return original(state, message)
+
+    return patch.object(fold, "_apply_open", apply_open)
+
+
+def without_read_back() -> AbstractContextManager[Any]:
+    """The owner has a choice placed again when it writes the cut, behind what it has read by then."""
+    original = StreamOut._do
+
+    async def do(self, partition, owner, duty):
+        if isinstance(duty, Resume):
+            return
+        if isinstance(duty, Cut) and duty.outcome is None:
+            state = owner.log.fold.requests[duty.request_id]
+            ids = state.choice(duty.choice).ids[:]
+            resume = Resume(
+                duty.request_id, duty.choice, duty.epoch, state.view.job, state.view.sampling.max_tokens, ids
+            )
+            await self.send(INGEST_RESUME.name, duty.request_id, encode(resume))
+        await original(self, partition, owner, duty)
+
+    return patch.object(StreamOut, "_do", do)
+
+
+class _WorkLater:
+    """A producer that keeps the work records back."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self._held: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    async def send(self, topic: str, *args: Any, **kwargs: Any) -> int:
+        if topic == PREFILL.name:
+            self._held.append(((topic, *args), kwargs))
+            return 0
+        return await self._producer.send(topic, *args, **kwargs)
+
+    async def send_work(self) -> None:
+        for args, kwargs in self._held:
+            await self._producer.send(*args, **kwargs)
+
+
+def with_open_before_work() -> AbstractContextManager[Any]:
+    """The `open` is written first, the work record when it is acknowledged."""
+    original = StoryWriter.dispatch
+
+    async def dispatch(self, waiting, placement):
+        other = copy.copy(self)
+        later = other._producer = _WorkLater(self._producer)
+        await original(other, waiting, placement)
+        await later.send_work()
+
+    return patch.object(StoryWriter, "dispatch", dispatch)
+
+
+def without_ack_before_token() -> AbstractContextManager[Any]:
+    """Decode gets the first token while its frame is on its way."""
+
+    async def write(self, prefill, entry, made_s):
+        self._context.tasks.create_task(self._context.frames.send(entry, made_s))
+
+    return patch.object(PrefillRole, "_write", write)
+
+
+def without_finished_ids() -> AbstractContextManager[Any]:
+    """A new owner does not ask which requests have their result."""
+    original = edge_service.prepare
+
+    async def prepare(*args):
+        return [replace(each, done={}) for each in await original(*args)]
+
+    return patch.object(edge_service, "prepare", prepare)
+
+
+def without_held_gaps() -> AbstractContextManager[Any]:
+    """A frame that leaves a gap is dropped."""
+    original = fold._take_entry
+
+    def take_entry(state, entry, worker):
+        if entry.index > len(state.choice(entry.choice).ids):
+            return iter(())
+        return original(state, entry, worker)
+
+    return patch.object(fold, "_take_entry", take_entry)
+
+
+MUTANTS: dict[str, Mutant] = {
+    "placement-id": without_placement_id,
+    "open-compare-and-set": without_compare_and_set,
+    "read-back": without_read_back,
+    "work-before-open": with_open_before_work,
+    "ack-before-token": without_ack_before_token,
+    "finished-ids": without_finished_ids,
+    "held-gaps": without_held_gaps,
+}
+
+
+@contextmanager
+def taken_out(name: str | None) -> Iterator[None]:
+    """Run without the rule of that name."""
+    with nullcontext() if name is None else MUTANTS[name]():
+        yield

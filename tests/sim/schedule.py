@@ -1,0 +1,280 @@
+"""One seed, one schedule: what is asked of the system and what befalls it, then calm until all has ended."""
+
+import asyncio
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from shared.bus.memory import Append, Fate
+from shared.bus.port import BusUnavailable
+from shared.errors import LeaseLost
+from shared.request import RequestId
+from shared.state.port import Role
+from shared.wire import topics
+from tests.flow.system import MODEL
+from tests.sim.checks import Asked, accepted, at_rest, findings
+from tests.sim.clients import Client, Manners
+from tests.sim.faults import FAULTS, FURTHER_FAULTS, SENDER_FAULTS, Fault, Strike, calm_down, outside
+from tests.sim.processes import Process, run_processes
+from tests.sim.world import EDGE, INGEST, KINDS, REFUSED_ID, Host, Toolbox, World
+
+TROUBLE_S = 6.0
+"""Requests come and faults happen for so long."""
+
+CALM_S = 45.0
+"""Then all must have ended within this."""
+
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a schedule gave."""
+
+    seed: int
+    findings: tuple[str, ...]
+    journal: tuple[str, ...]
+    num_requests: int
+    num_faults: int
+    virtual_s: float
+    digest: int
+
+
+def run_schedule(seed: int, tools: Toolbox, *, full_journal: bool = False) -> Outcome:
+    """Run the schedule of a seed; the same each time."""
+    processes: list[Process] = []
+
+    async def run() -> Outcome:
+        schedule = Schedule(seed, tools, processes, full_journal=full_journal)
+        return await schedule.run()
+
+    return run_processes(run(), processes)
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A fault in the moment in which a process of this kind appends to this topic for the n-th time."""
+
+    kind: str
+    topic: str
+    number: int
+    after: bool
+    faults: tuple[Fault, ...]
+
+
+TRIGGERS = (
+    (INGEST, topics.PREFILL.name),
+    (INGEST, topics.STREAM_OUT.name),
+    (EDGE, topics.INGEST.name),
+    (EDGE, topics.RESULTS.name),
+    (EDGE, topics.INGEST_RESUME.name),
+    (EDGE, topics.STREAM_OUT.name),
+    (Role.PREFILL, topics.DECODE.name),
+    (Role.PREFILL, topics.STREAM_OUT.name),
+    (Role.DECODE, topics.STREAM_OUT.name),
+)
+
+
+class Schedule:
+    """See the module."""
+
+    def __init__(self, seed: int, tools: Toolbox, processes: list[Process], *, full_journal: bool) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.world = World(seed, tools, full_journal=full_journal)
+        self.world.processes = processes
+        self.asked: dict[RequestId, Asked] = {}
+        self.clients: list[Client] = []
+        self.loop = asyncio.get_running_loop()
+        self.calm = False
+        self.num_faults = 0
+        self.appends: Counter[tuple[str, str]] = Counter()
+        self.triggers: list[Trigger] = []
+        self.keepers: list[asyncio.Task] = []
+        self.bodies: dict[bytes, Asked] = {}
+
+    async def run(self) -> Outcome:
+        world, rng = self.world, self.rng
+        counts = {INGEST: 2, EDGE: 2, Role.PREFILL: rng.choice((2, 2, 3)), Role.DECODE: rng.choice((2, 3))}
+        for kind, count in counts.items():
+            self.keepers += [asyncio.create_task(self._keep(kind)) for _ in range(count)]
+        step_s = rng.choice((0.02, 0.1, 0.3))
+        world.step_s = lambda: step_s * world.rng.uniform(0.5, 1.5)
+        async with asyncio.timeout(30):
+            await asyncio.sleep(0.1)
+            await world.ready()
+        self._draw_ways()
+        work = [asyncio.create_task(self._ask(rng.uniform(0, 0.6 * TROUBLE_S))) for _ in range(rng.randint(3, 6))]
+        if rng.random() < 0.8:
+            work += [asyncio.create_task(self._cluster(rng.uniform(0.1, TROUBLE_S))) for _ in range(rng.randint(1, 3))]
+        self.triggers = [self._draw_trigger() for _ in range(rng.choice((0, 0, 1, 2)))]
+        await asyncio.sleep(TROUBLE_S)
+        self.calm = True
+        world.journal.note("world", "calm")
+        calm_down(world)
+        rested = await self._rest(work)
+        found = list(findings(world, self._asked_by_id(), self._captures()))
+        if not rested and not found:
+            found.append("clients did not come to their end")
+        if world.journal.full:
+            world.journal.lines += [f"FOUND {each}" for each in found]
+        return Outcome(
+            self.seed,
+            tuple(found),
+            tuple(world.journal.lines),
+            len(accepted(world)),
+            self.num_faults,
+            world.clock_s() - 1000,
+            self._digest(),
+        )
+
+    # What is asked
+
+    async def _ask(self, at_s: float) -> None:
+        rng = Random(self.rng.random())
+        await asyncio.sleep(at_s)
+        asked = Asked(
+            prompt=[rng.randrange(3, 990) for _ in range(rng.choice((3, 20, 70, 140)))],
+            num_new=rng.choice((1, 2, 4, 8, 16)),
+            num_choices=rng.choice((1, 1, 1, 2)),
+            refused_by_decode=rng.random() < 0.03,
+        )
+        if asked.refused_by_decode:
+            asked.prompt[0] = REFUSED_ID
+        body = {
+            "model": MODEL,
+            "prompt": asked.prompt,
+            "max_tokens": asked.num_new,
+            "n": asked.num_choices,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        way = rng.random()
+        if way < 0.5:
+            request_id = RequestId(self.world.name("job"))
+            self.asked[request_id] = asked
+            await self.world.submit(body, request_id=request_id)
+            return
+        manners = Manners(
+            key=self.world.name("key") if rng.random() < 0.5 else None,
+            patience_s=rng.uniform(1.5, 4),
+            leaves_after_s=rng.uniform(0, 4) if rng.random() < 0.15 else None,
+            cancels_after_s=rng.uniform(0, 4) if rng.random() < 0.15 else None,
+        )
+        client = Client(self.world, body, manners, rng)
+        self.bodies[client.body] = asked
+        self.clients.append(client)
+        await client.run()
+
+    def _asked_by_id(self) -> dict[RequestId, Asked]:
+        by_body = {request_id: self.bodies.get(record.value) for request_id, record in accepted(self.world).items()}
+        return self.asked | {request_id: asked for request_id, asked in by_body.items() if asked is not None}
+
+    def _captures(self):
+        return [capture for client in self.clients for capture in client.captures.values()]
+
+    # Who runs
+
+    async def _keep(self, kind: str) -> None:
+        """Run one of the kind, and the next one when it has ended."""
+        while True:
+            host = self.world.start_host(kind)
+            error = await asyncio.shield(host.process.ended)
+            self._explain(host, error)
+            self.world.kill(host)
+            await asyncio.sleep(self.world.rng.uniform(0.1, 1.0))
+
+    def _explain(self, host: Host, error: BaseException | None) -> None:
+        self.world.journal.note(host.incarnation, f"ended: {error!r}")
+        rest: BaseException | None = error
+        if isinstance(error, BaseExceptionGroup):
+            rest = error.split((LeaseLost, BusUnavailable))[1]
+        if rest is not None and not isinstance(rest, LeaseLost):
+            self.world.journal.error(host.incarnation, f"ended by {rest!r}")
+
+    # What befalls it
+
+    def _draw_ways(self) -> None:
+        """How sure and how quick log and store are in this schedule."""
+        rng, world = self.rng, self.world
+        log_rng, store_rng = Random(rng.random()), Random(rng.random())
+        loss = rng.choice((0.0, 0.02, 0.1))
+        late = rng.choice((0.0, 0.03, 0.1))
+        slow = rng.choice((0.0, 0.05, 0.2))
+        store_slow = rng.choice((0.0, 0.02, 0.1))
+
+        def fate(append: Append) -> Fate:
+            self._count(append)
+            draw = log_rng.random
+            return Fate(
+                delay_s=log_rng.uniform(0.1, 1.0) if draw() < slow else log_rng.uniform(0, 0.005),
+                lands=draw() >= loss,
+                acked=draw() >= loss,
+                late_copy_s=log_rng.uniform(0.0, 6.0) if draw() < late else None,
+            )
+
+        def way_s() -> tuple[float, float]:
+            if store_rng.random() >= store_slow:
+                return 0.0, 0.0
+            return store_rng.uniform(0, 0.4), store_rng.uniform(0, 0.4)
+
+        world.log.fate, world.store.way_s = fate, way_s
+
+    def _draw_trigger(self) -> Trigger:
+        rng = self.rng
+        kind, topic = rng.choice(TRIGGERS)
+        faults = [rng.choice(SENDER_FAULTS)]
+        if rng.random() < 0.6:
+            faults.append(rng.choice(FURTHER_FAULTS))
+        return Trigger(kind, topic, rng.randint(1, 6), rng.random() < 0.5, tuple(faults))
+
+    def _count(self, append: Append) -> None:
+        if self.calm:
+            return
+        kind = append.client_id.rpartition("-")[0]
+        self.appends[kind, append.topic] += 1
+        for trigger in self.triggers:
+            if (trigger.kind, trigger.topic, trigger.number) == (kind, append.topic, self.appends[kind, append.topic]):
+                host = next(host for host in self.world.hosts if host.incarnation == append.client_id)
+                for fault in trigger.faults:
+                    outside(partial(self._strike, fault, host), 0.02 if trigger.after else 0.0)
+
+    async def _cluster(self, at_s: float) -> None:
+        """One fault, or some at about the same time: it takes more than one for most things to go wrong."""
+        rng = Random(self.rng.random())
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            fault, kind = rng.choice(FAULTS), rng.choice(KINDS)
+            outside(partial(self._strike_any, fault, kind), at_s + rng.uniform(0, 0.8))
+
+    def _strike_any(self, fault: Fault, kind: str) -> None:
+        self._strike(fault, self.world.any(kind))
+
+    def _strike(self, fault: Fault, host: Host | None) -> None:
+        if self.calm or host is None or not host.live:
+            return
+        rng = self.world.rng
+        self.num_faults += 1
+        lasts_s = rng.choice((rng.uniform(0.2, 1.5), rng.uniform(2.5, 5.0)))
+        self.world.journal.note("world", f"{fault.__name__}: {host.incarnation}, {lasts_s:.2f} s if it heals")
+        fault(Strike(self.world, host, lasts_s))
+
+    async def _rest(self, work: list[asyncio.Task]) -> bool:
+        """Wait for the end of all; False if it does not come."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CALM_S):
+                await asyncio.gather(*work)
+                while not at_rest(self.world):
+                    await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(LOOK_S)
+                return True
+        return False
+
+    def _digest(self) -> int:
+        """Tells schedules that went differently apart."""
+        log = self.world.log
+        places = [(topic, partition) for topic in topics.TOPICS for partition in range(topic.num_partitions)]
+        ends = [tuple(r.timestamp_s for r in log.records(topic.name, partition)) for topic, partition in places]
+        return hash(tuple(ends))
