@@ -98,5 +98,5 @@ def worker_view(worker: LiveWorker) -> WorkerView:
         max_running=worker.card.max_running,
         max_context=worker.card.max_context,
         layout_fingerprint=worker.card.layout_fingerprint,
-        draining=worker.load.draining,
+        takes_work=worker.load.takes_work,
     )

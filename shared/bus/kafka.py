@@ -68,6 +68,9 @@ class KafkaBus:
         """Raise StartupError if the brokers refuse us or are not those we trust; brokers that are away are no error."""
         await check_access(self._address, self._client_id, self._access)
 
+    def silent_s(self) -> float:
+        return max((reader.silent_s() for reader in self.open_readers), default=0.0)
+
     async def reachable(self) -> bool:
         try:
             client = await started_client(

@@ -88,6 +88,7 @@ class KafkaReader:
         self._counters = counters
         self._positions: dict[int, int] = {}
         self._ends: dict[int, int] = {}
+        self._heard_s: dict[int, float] = {}
         self._assigned = asyncio.Event()
         self._records: list[Record] = []
         self._arrived = asyncio.Event()
@@ -105,6 +106,8 @@ class KafkaReader:
             return
         self._positions = {partition: (self._positions | settled)[partition] for partition in starts}
         self._ends = {partition: end for partition, end in self._ends.items() if partition in starts}
+        now_s = asyncio.get_running_loop().time()
+        self._heard_s = {partition: self._heard_s.get(partition, now_s) for partition in starts}
         self._records = [record for record in self._records if record.partition in starts]
         self._tell_of_records()
         self._assigned.set()
@@ -156,6 +159,12 @@ class KafkaReader:
         """Records that the broker has told of and that were not handed out."""
         not_fetched = sum(max(0, end - self._positions[partition]) for partition, end in self._ends.items())
         return not_fetched + len(self._records)
+
+    def silent_s(self) -> float:
+        """See `Bus.silent_s`. A reader that asks for nothing, because nobody takes what it has, waits for no answer."""
+        if not self._heard_s or not self._room.is_set():
+            return 0.0
+        return asyncio.get_running_loop().time() - min(self._heard_s.values())
 
     async def run(self) -> None:
         """Fetch what is assigned, over one client after another, until cancelled."""
@@ -219,12 +228,15 @@ class KafkaReader:
         """One fetch after another, until there is a new assignment."""
         session = FetchSession(self.topic)
         while True:
-            await self._room.wait()
+            if not self._room.is_set():
+                await self._room.wait()
+                self._heard(partitions)
             if self._assigned.is_set():
                 return
             asked = {partition: self._positions[partition] for partition in partitions}
             response = await client.send(leader, session.request(asked))
             session.answered(response)
+            self._heard(partitions)
             for partition, error_code, end, _, _, _, _, batches in _of_partitions(response):
                 if self._positions.get(partition) != asked[partition]:
                     continue  # given up, and perhaps taken again elsewhere, while the broker held the poll
@@ -233,6 +245,10 @@ class KafkaReader:
                     continue
                 _check(error_code)
                 self._take_in(partition, end, batches)
+
+    def _heard(self, partitions: Sequence[int]) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._heard_s |= {partition: now_s for partition in partitions if partition in self._heard_s}
 
     def _take_in(self, partition: int, end: int, batches: bytes | None) -> None:
         self._ends[partition] = end

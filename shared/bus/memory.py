@@ -66,7 +66,7 @@ class MemoryLog:
 
     def __init__(self, *, clock: Callable[[], float], random: Random) -> None:
         self.fate: Callable[[Append], Fate] = no_faults
-        self.away = False
+        self._away_since_s: float | None = None
         self._clock = clock
         self._random = random
         self._records: defaultdict[Place, list[Record]] = defaultdict(list)
@@ -74,6 +74,22 @@ class MemoryLog:
         self._commits: dict[tuple[str, Place], Committed] = {}
         # In the order of their coming, as everything here: a schedule must run the same way each time.
         self._waiting: defaultdict[Place, dict[asyncio.Future[None], None]] = defaultdict(dict)
+
+    @property
+    def away(self) -> bool:
+        return self._away_since_s is not None
+
+    @away.setter
+    def away(self, is_away: bool) -> None:
+        self._away_since_s = self._clock() if is_away else None
+
+    @property
+    def away_since_s(self) -> float | None:
+        """By the log's clock; None while it is there."""
+        return self._away_since_s
+
+    def now_s(self) -> float:
+        return self._clock()
 
     def append(self, topic: str, partition: int, records: Sequence[Unsent]) -> int:
         """Add records now; the offset of the first."""
@@ -150,7 +166,7 @@ class MemoryBus:
 
     def __init__(self, log: MemoryLog, *, client_id: str) -> None:
         self.can_send = True
-        self.can_read = True
+        self._deaf_since_s: float | None = None
         self.num_failed_appends = 0
         self._log = log
         self._client_id = client_id
@@ -173,8 +189,20 @@ class MemoryBus:
     async def reader(self, topic: str, *, group: str) -> AsyncGenerator[Reader]:
         yield MemoryReader(self._log, self._can_read, topic, group)
 
+    @property
+    def can_read(self) -> bool:
+        return self._deaf_since_s is None
+
+    @can_read.setter
+    def can_read(self, can_read: bool) -> None:
+        self._deaf_since_s = None if can_read else self._log.now_s()
+
     async def reachable(self) -> bool:
         return self._can_read()
+
+    def silent_s(self) -> float:
+        sinces = [since_s for since_s in (self._deaf_since_s, self._log.away_since_s) if since_s is not None]
+        return self._log.now_s() - min(sinces) if sinces else 0.0
 
     def kill(self, *, zombie_after_s: float | None = None) -> None:
         """SIGKILL: from now on nothing is sent or read through this connection.

@@ -148,6 +148,14 @@ class Bus(Protocol):
         """Whether the log answers now (readiness)."""
         ...
 
+    def silent_s(self) -> float:
+        """Seconds since the log last answered for the partition, of all that are read here, that has waited longest.
+
+        0 where nothing is read. An idle log answers twice a second, so more than a few seconds say that it is away, for
+        this process at least.
+        """
+        ...
+
 
 def record_bytes(value: bytes, key: bytes | None, headers: Headers) -> int:
     """Upper bound of what the record takes in the log; at most topics.MAX_RECORD_BYTES may be sent."""

@@ -80,7 +80,7 @@ def _with_room(pool: tuple[WorkerView, ...], model: str, num_pages: int) -> list
         worker
         for worker in pool
         if worker.model == model
-        and not worker.draining
+        and worker.takes_work
         and worker.num_credits < worker.max_running
         and worker.num_credit_pages + num_pages <= worker.num_pages
     ]

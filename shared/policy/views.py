@@ -27,7 +27,7 @@ class WorkerView:
     max_running: int
     max_context: int
     layout_fingerprint: str
-    draining: bool = False
+    takes_work: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,7 +300,7 @@ class MemoryState:
 
     def _has_room(self, worker: WorkerRef, num_pages: int) -> bool:
         held = self._store.holder(worker.slot)
-        if held is None or held.card.incarnation != worker.incarnation or held.load.draining:
+        if held is None or held.card.incarnation != worker.incarnation or not held.load.takes_work:
             return False
         traces = self._store.traces(worker.incarnation)
         taken = traces.credits.values() if traces is not None else ()

@@ -57,12 +57,18 @@ class WorkerLoad:
 
     Attributes:
         draining: it takes no new work.
+        log_away: the log has answered it nothing for a lease: what it makes reaches nobody.
     """
 
     num_free_pages: int
     num_running: int
     num_waiting: int
     draining: bool = False
+    log_away: bool = False
+
+    @property
+    def takes_work(self) -> bool:
+        return not (self.draining or self.log_away)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +191,8 @@ class State(Protocol):
         """Take credits on both workers and record the placement, atomically.
 
         Returns the placement that stands for `key` (an earlier one, if this was asked before), or None: one of the
-        workers lost its slot, has said that it is draining, has credits for max_running placements already, or has not
-        enough pages left beside the credits taken (capacity = its card's num_pages).
+        workers lost its slot, has said that it is draining or that the log is away, has credits for max_running
+        placements already, or has not enough pages left beside the credits taken (capacity = its card's num_pages).
         Prefill and decode may be the same worker; it then needs the sum. `keep_ms` must exceed the time within which
         the call may be made again.
         """

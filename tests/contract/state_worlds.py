@@ -84,8 +84,8 @@ def a_card(name: str, *, num_pages: int = 100, max_running: int = 8, role: Role 
     )
 
 
-def a_load(num_free_pages: int = 100, *, draining: bool = False) -> WorkerLoad:
-    return WorkerLoad(num_free_pages, num_running=1, num_waiting=2, draining=draining)
+def a_load(num_free_pages: int = 100, *, draining: bool = False, log_away: bool = False) -> WorkerLoad:
+    return WorkerLoad(num_free_pages, num_running=1, num_waiting=2, draining=draining, log_away=log_away)
 
 
 def a_key(name: str = "r", choice: int = 0, epoch: int = 1) -> PlacementKey:

@@ -320,6 +320,17 @@ async def test_reachable(world):
     assert not await world.cut_off_bus().reachable()
 
 
+async def test_an_idle_log_answers_all_the_same(world, topic):
+    bus = world.bus()
+    assert bus.silent_s() == 0.0
+    async with bus.reader(topic, group="g") as reader:
+        await reader.assign({0: Start.END})
+        for _ in range(3):
+            assert not await reader.read(0.5)
+            assert bus.silent_s() < 2.5
+    assert bus.silent_s() == 0.0
+
+
 async def test_a_log_that_is_away_gives_nothing_and_takes_nothing_in(world, topic, monkeypatch):
     monkeypatch.setattr("shared.bus.kafka_reader.CALL_TIMEOUT_S", 0.1)
     monkeypatch.setattr("shared.bus.memory.CALL_TIMEOUT_S", 0.1)

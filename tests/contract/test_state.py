@@ -330,10 +330,11 @@ async def test_nothing_is_placed_on_a_worker_that_lost_its_slot(world, state):
     assert await place(world, a, c) is not None
 
 
-async def test_nothing_is_placed_on_a_worker_that_has_said_it_drains(world, state):
+@pytest.mark.parametrize("why_not", ["draining", "log_away"])
+async def test_nothing_is_placed_on_a_worker_that_has_said_it_takes_none(world, state, why_not):
     a, b = await claim(world, "a"), await claim(world, "b")
     assert await place(world, a, b, "p", a_key("r1")) is not None
-    assert await state.beat(b.slot, a_card("b"), a_load(draining=True), lease_ms=world.lease_ms)
+    assert await state.beat(b.slot, a_card("b"), a_load(**{why_not: True}), lease_ms=world.lease_ms)
     assert await place(world, a, b, "q", a_key("r2")) is None
     assert await place(world, a, b, "p", a_key("r1")) == a_placement("p", a, b), "what stands, stands"
     assert await credits_of(world) == {"a": (10, 1), "b": (20, 1)}

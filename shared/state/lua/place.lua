@@ -1,10 +1,10 @@
 -- Record a placement and take its credits; answers the placement that stands, or false if a worker cannot take it.
 -- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
 -- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
--- Invariant: nothing is placed on a worker that has said it is draining. `total` of a worker's credits is the sum of
--- the others in that hash and at most its num_pages, the others are at most as many as its max_running, and a
--- placement's credits are taken once, with its record. The operation's name is the key of the record: made again it
--- finds the record and takes nothing, even if the credits have been given back since.
+-- Invariant: nothing is placed on a worker that has said it is draining, or that the log is away. `total` of a worker's
+-- credits is the sum of the others in that hash and at most its num_pages, the others are at most as many as its
+-- max_running, and a placement's credits are taken once, with its record. The operation's name is the key of the record:
+-- made again it finds the record and takes nothing, even if the credits have been given back since.
 
 local standing = redis.call('GET', KEYS[1])
 if standing then
@@ -18,7 +18,8 @@ for i = 0, num_workers - 1 do
     return false
   end
   local card, load, capacity = unpack(redis.call('HMGET', worker, 'card', 'load', 'num_pages'))
-  if not load or cjson.decode(load).draining then
+  local says = load and cjson.decode(load)
+  if not says or says.draining or says.log_away then
     return false
   end
   local total = redis.call('HGET', credits, 'total')

@@ -130,3 +130,16 @@ async def test_while_the_log_is_away_calls_end_unavailable(log):
 def test_a_note_is_bounded():
     with pytest.raises(ValueError, match="4097 bytes, the limit is 4096"):
         Committed(0, "x" * 4097)
+
+
+async def test_a_bus_that_hears_nothing_knows_since_when():
+    now_s = 100.0
+    log = MemoryLog(clock=lambda: now_s, random=Random(1))
+    deaf, other = MemoryBus(log, client_id="deaf"), MemoryBus(log, client_id="other")
+    deaf.can_read = False
+    now_s += 2
+    log.away = True
+    now_s += 3
+    assert (deaf.silent_s(), other.silent_s()) == (5.0, 3.0)
+    log.away, deaf.can_read = False, True
+    assert (deaf.silent_s(), other.silent_s()) == (0.0, 0.0)

@@ -65,12 +65,12 @@ def test_ties_are_spread():
     assert chosen == {1, 2, 3}
 
 
-def test_full_draining_and_foreign_workers_are_passed_over():
+def test_full_leaving_and_foreign_workers_are_passed_over():
     full = a_worker(1, num_credit_pages=99)
     busy = a_worker(2, num_credits=8)
-    draining = a_worker(3, draining=True)
+    leaving = a_worker(3, takes_work=False)
     other_model = a_worker(4, model="x")
-    assert decide([a_worker(0)], [full, busy, draining, other_model]) == NoRoomNow()
+    assert decide([a_worker(0)], [full, busy, leaving, other_model]) == NoRoomNow()
 
 
 def test_kv_moves_only_between_equal_layouts():
