@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -15,9 +15,9 @@ from shared.transfer.port import Refusal
 from shared.wire.codec import Decoder, UndecodableMessage, WireBytes, WireIds, encode
 from shared.wire.wire_format import WireFormat
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """1: pages as the layout has them, asked for message by message. 2: parts in several formats, announced by the source
-as they are computed; self-test."""
+as they are computed; self-test. 3: a ticket is proven, not shown."""
 
 MAX_CONTROL_BYTES = 2**20
 """Longest control message, and the most that may wait for a peer that does not read."""
@@ -53,6 +53,7 @@ class Hello:
         layout_fingerprint: of its pages.
         max_part_bytes: the largest part that it sends or receives; the smaller of the two holds.
         ucx_address: its UCX worker address.
+        challenge: the source's, new on each connection: proofs answer it. Nobody challenges the source.
     """
 
     protocol: int
@@ -61,6 +62,7 @@ class Hello:
     max_part_bytes: Number
     ucx_address: WireBytes
     host: HostFacts
+    challenge: WireBytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,13 @@ class Pull:
 
     Attributes:
         pull: the puller's number for this pull, higher than all before on the connection.
-        secret: never logged.
+        proof: that the puller has the ticket; see `Claim`.
         want: indexes of pages in the offer; parts are of this list.
     """
 
     pull: Number
     key: str
-    secret: WireBytes = field(repr=False)
+    proof: WireBytes
     want: WireIds
 
 

@@ -20,6 +20,7 @@ from shared.transfer.feed import Load, PartFeed
 from shared.transfer.offers import Offer, Offering, Offers, PullRefused, check_pull, is_allowed
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Clock, LinkReport, Outcome, Pulled, Refusal
+from shared.transfer.proof import Claim
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
@@ -188,7 +189,8 @@ class LocalTransfer(Offering):
         if known is None or known.incarnation != ticket.source:
             self._links[ticket.address] = LinkReport(ticket.address, ticket.source, TRANSPORT, speed=None)
         try:
-            offer = source.offers.find(ticket.key, ticket.secret, self.incarnation, want)
+            claim = Claim(b"", self.incarnation, self.address.encode(), ticket.key, want)
+            offer = source.offers.find(claim, claim.proof(ticket.secret))
         except PullRefused as refusal:
             raise KvTransferFailed(f"{ticket.address} refused {ticket.key}: {refusal}") from refusal
         link = network.link(offer, source, self)

@@ -13,7 +13,6 @@ is there or the offer is settled, whichever is first.
 """
 
 import asyncio
-import hmac
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
@@ -27,6 +26,7 @@ from shared.kv.progress import KvProgress
 from shared.kv.wire_format import page_formats
 from shared.request import Incarnation
 from shared.transfer.port import Clock, OnEnd, Outcome, Refusal
+from shared.transfer.proof import Claim
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
@@ -129,11 +129,12 @@ class Offer:
         assert state in TRANSITIONS[self._state], f"an offer does not go from {self._state.name} to {state.name}"
         self._state = state
 
-    def refusal(self, secret: bytes, puller: Incarnation, want: Sequence[int], now_s: float) -> Refusal | None:
+    def refusal(self, claim: Claim, proof: bytes, now_s: float) -> Refusal | None:
         """Why this pull must not be served; None: it may be. Says nothing about the offer without its secret."""
-        if not hmac.compare_digest(secret, self._secret):
+        want = claim.want
+        if not claim.is_proven(proof, self._secret):
             return Refusal.WRONG_SECRET
-        if puller != self.puller:
+        if claim.puller != self.puller:
             return Refusal.WRONG_PULLER
         if self.outcome is not None:
             return REFUSAL_AFTER[self.outcome]
@@ -268,10 +269,10 @@ class Offers:
             max_loss=max_loss,
         )
 
-    def find(self, key: str, secret: bytes, puller: Incarnation, want: Sequence[int]) -> Offer:
+    def find(self, claim: Claim, proof: bytes) -> Offer:
         """The offer that a puller asks for, if it may have it. Raises PullRefused; the offer then stays as it was."""
-        offer = self._open.get(key) or self._ended.get(key)
-        refusal = Refusal.UNKNOWN_KEY if offer is None else offer.refusal(secret, puller, want, self._clock())
+        offer = self._open.get(claim.key) or self._ended.get(claim.key)
+        refusal = Refusal.UNKNOWN_KEY if offer is None else offer.refusal(claim, proof, self._clock())
         if offer is None or refusal is not None:
             raise self.refused(refusal or Refusal.UNKNOWN_KEY)
         return offer

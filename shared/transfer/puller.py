@@ -24,6 +24,7 @@ from shared.transfer.host_facts import can_access_peer
 from shared.transfer.link import Link
 from shared.transfer.port import Clock, LinkReport, Pulled
 from shared.transfer.progress_thread import ProgressThread
+from shared.transfer.proof import Claim
 from shared.transfer.pulling import Pulling
 from shared.transfer.self_test import measure
 from shared.transfer.staging import Staging, to_completion
@@ -138,11 +139,13 @@ class Puller:
             except TimeoutError as error:
                 raise too_late from error
         number = next(connection.numbers)
+        us = self._hello
+        claim = Claim(connection.hello.challenge, us.incarnation, us.ucx_address, ticket.key, want)
         pulling = connection.pulls[number] = Pulling(
             number,
             connection.link,
             ticket,
-            want,
+            claim,
             into,
             staging=self._staging,
             new_tag=self._new_tag,

@@ -14,6 +14,7 @@ from shared.transfer.cover import Cover
 from shared.transfer.link import Link
 from shared.transfer.offers import is_allowed
 from shared.transfer.port import Pulled
+from shared.transfer.proof import Claim
 from shared.transfer.staging import Staging
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
@@ -33,7 +34,7 @@ class Pulling:
         number: int,
         link: Link,
         ticket: KvTicket,
-        want: Sequence[int],
+        claim: Claim,
         into: Sequence[int],
         *,
         staging: Staging,
@@ -48,7 +49,8 @@ class Pulling:
         self._number = number
         self._link = link
         self._ticket = ticket
-        self._want = want
+        self._claim = claim
+        self._want = claim.want
         self._into = into
         self._staging = staging
         self._layout = staging.cache.layout
@@ -56,14 +58,16 @@ class Pulling:
         self._tasks = tasks
         self._answer_timeout_s = answer_timeout_s
         self._answer_timer: asyncio.TimerHandle | None = None
-        self._cover = Cover(len(want), self._layout.num_layers)
+        self._cover = Cover(len(claim.want), self._layout.num_layers)
         self._num_to_arrive = self._cover.num_left
         self._num_in_flight = 0
         self._released = False
 
     def start(self) -> None:
         """Ask. Raises KvTransferFailed."""
-        self._link.post(Pull(self._number, self._ticket.key, self._ticket.secret, token_ids(self._want)))
+        claim = self._claim
+        proof = claim.proof(self._ticket.secret)
+        self._link.post(Pull(self._number, claim.key, proof, token_ids(claim.want)))
         self._confirm_if_all_arrived()
 
     def announced(self, part: Part) -> None:

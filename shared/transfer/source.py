@@ -5,6 +5,7 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from shared.errors import KvTransferFailed
 from shared.kv.wire_format import packed_bytes
@@ -30,6 +31,7 @@ from shared.transfer.offers import Offers, PullRefused
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome, Refusal
 from shared.transfer.progress_thread import ProgressThread
+from shared.transfer.proof import CHALLENGE_BYTES, Claim
 from shared.transfer.serving import Probing, Serving
 from shared.transfer.staging import Staging
 from shared.wire.codec import UndecodableMessage
@@ -43,15 +45,17 @@ class Visit:
     """One puller on one connection.
 
     Attributes:
+        challenge: what its proofs must answer.
         pulls: let in and not confirmed or given up, by number.
         probing: the probe that the puller is not ready for yet; one at a time. (It may have the message of the one
             before while our send of it has not ended.)
         last_number: of a pull or probe; each is higher than the one before.
     """
 
-    def __init__(self, link: Link, hello: Hello) -> None:
+    def __init__(self, link: Link, hello: Hello, challenge: bytes) -> None:
         self.link = link
         self.hello = hello
+        self.challenge = challenge
         self.pulls: dict[int, Serving] = {}
         self.probing: Probing | None = None
         self.last_number = 0
@@ -111,7 +115,9 @@ class Source:
         progress: ProgressThread | None,
         tasks: asyncio.TaskGroup,
         peer_timeout_s: float,
+        random_bytes: Callable[[int], bytes],
     ) -> None:
+        self._random_bytes = random_bytes
         self._hello = hello
         self._staging = staging
         self._offers = offers
@@ -169,7 +175,8 @@ class Source:
         hello = TO_SOURCE_DECODER.decode(await link.read())
         if not isinstance(hello, Hello):
             raise ProtocolViolation("a knock without a hello")
-        link.post(self._hello)
+        challenge = self._random_bytes(CHALLENGE_BYTES)
+        link.post(replace(self._hello, challenge=challenge))
         if (hello.protocol, hello.layout_fingerprint) != (PROTOCOL_VERSION, self._hello.layout_fingerprint):
             await self._see_off(link)
             if hello.protocol != PROTOCOL_VERSION:
@@ -177,7 +184,7 @@ class Source:
             raise PullRefused(Refusal.WRONG_LAYOUT)
         if hello.max_part_bytes < packed_bytes(self._staging.cache.layout, WireFormat.NATIVE, 1, 1):
             raise ProtocolViolation("the peer's parts hold no layer of a page")
-        return Visit(link, hello)
+        return Visit(link, hello, challenge)
 
     async def _answer_knock(self, link: Link) -> None:
         knock = TO_SOURCE_DECODER.decode(await link.read())
@@ -214,8 +221,9 @@ class Source:
     async def _begin(self, visit: Visit, pull: Pull) -> None:
         visit.take_number(pull.pull)
         link = visit.link
+        claim = Claim(visit.challenge, visit.hello.incarnation, visit.hello.ucx_address, pull.key, pull.want)
         try:
-            offer = self._offers.find(pull.key, pull.secret, visit.hello.incarnation, pull.want)
+            offer = self._offers.find(claim, pull.proof)
         except PullRefused as refusal:
             link.post(visit.refuse(pull.pull, refusal.reason))
             return

@@ -4,7 +4,7 @@
       │── TCP connect ────────────────────────────────────────>│  its address stands in the ticket
       │── Knock: the source's incarnation ────────────────────>│  another one: Refused
       │── Hello: protocol, layout, incarnation, UCX address ──>│
-      │<── Hello ──────────────────────────────────────────────│  either end hangs up if protocol or layout differ
+      │<── Hello, with a challenge ────────────────────────────│  either end hangs up if protocol or layout differ
       │                                                        │
       │   once, when the two register: the self-test           │
       │── Probe: so many bytes ───────────────────────────────>│
@@ -12,7 +12,7 @@
       │── Speed: what was measured ───────────────────────────>│  the source plans with it, and refines it as it sends
       │                                                        │
       │   for each pull, many at once on one connection:       │
-      │── Pull: key, secret, wanted page indexes ─────────────>│  ticket checked, else Refused(reason)
+      │── Pull: key, wanted page indexes, proof of the ticket ─>│  checked, else Refused(reason)
       │                                                        │
       │   for each part, as soon as its KV is computed:        │  lease room in the outgoing arena
       │<── Part: which pages and layers, format, length ───────│  pack the pages into it
@@ -170,7 +170,9 @@ class UcxTransfer(Offering):
         self._port = port
         self._lifetime = AsyncExitStack()
         progress = context.progress if staging.cache.device.type == "cuda" else None
-        self._source = Source(hello, staging, self.offers, clock, progress, self._tasks, peer_timeout_s)
+        self._source = Source(
+            hello, staging, self.offers, clock, progress, self._tasks, peer_timeout_s, secrets.token_bytes
+        )
         self._puller = Puller(hello, staging, context.new_tag, clock, progress, self._tasks, peer_timeout_s)
 
     async def __aenter__(self) -> Self:

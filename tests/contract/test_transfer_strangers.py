@@ -29,6 +29,7 @@ from shared.transfer.control import (
 )
 from shared.transfer.link import Link
 from shared.transfer.port import Outcome, Refusal
+from shared.transfer.proof import Claim
 from shared.transfer.ucx import PEER_TIMEOUT_S
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
@@ -59,7 +60,7 @@ class Stranger:
 
     def say(self, *messages):
         for message in messages:
-            self.link.post(message)
+            self.link.post(proven(self, message) if isinstance(message, Pull) else message)
 
     async def hear(self):
         async with asyncio.timeout(TIMEOUT_S):
@@ -82,7 +83,9 @@ async def a_source():
         link = Link(*await asyncio.open_connection(host, int(port)), asyncio.get_running_loop().time, None)
         stranger = Stranger(world, link, TO_PULLER_DECODER)
         stranger.say(Knock("source"), a_hello(world, "stranger"))
-        await link.open_endpoint((await stranger.hear()).ucx_address)
+        hello = await stranger.hear()
+        stranger.challenge = hello.challenge
+        await link.open_endpoint(hello.ucx_address)
         try:
             yield source, stranger, ends
         finally:
@@ -91,7 +94,14 @@ async def a_source():
         await world.check_nothing_leaked()
 
 
-PULL = Pull(1, "k", SECRET, token_ids((0, 1)))
+PULL = Pull(1, "k", b"", token_ids((0, 1)))
+"""Proven when it is said."""
+
+
+def proven(stranger, pull):
+    ucx_address = stranger.world._context.address
+    claim = Claim(stranger.challenge, Incarnation("stranger"), ucx_address, pull.key, pull.want)
+    return replace(pull, proof=claim.proof(SECRET))
 
 
 async def receive(stranger, part, num_bytes):
@@ -232,7 +242,8 @@ async def a_puller(pages_per_part=4):
         ticket = KvTicket("k", f"{host}:{port}", "stranger", SECRET, 2 * PAGE_TOKENS, LAYOUT.fingerprint)
         pull = asyncio.create_task(puller.pull(ticket, want=(0, 1), into=(4, 5), timeout_s=TIMEOUT_S))
         stranger, asked = await strangers.get()
-        assert asked == PULL
+        claim = Claim(b"", Incarnation("puller"), world._context.address, "k", asked.want)
+        assert asked == replace(PULL, proof=claim.proof(SECRET))
         try:
             yield stranger, pull
         finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+from base64 import b64encode
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -13,9 +14,21 @@ from shared.blocks import token_ids
 from shared.engine.fake import fake_engine
 from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.request import Incarnation, PlacementId, RequestId
-from shared.transfer.control import MAX_CONTROL_BYTES, PROTOCOL_VERSION, Hello, Knock, Probe, Pull, to_frame
+from shared.transfer.control import (
+    MAX_CONTROL_BYTES,
+    PROTOCOL_VERSION,
+    TO_PULLER_DECODER,
+    Hello,
+    Knock,
+    Probe,
+    Pull,
+    read_frame,
+    to_frame,
+)
 from shared.transfer.host_facts import HostFacts
+from shared.transfer.link import Link
 from shared.transfer.port import Outcome, Refusal
+from shared.transfer.proof import Claim
 from shared.wire.to_worker import Assignment, DecodeWork, FirstToken
 from shared.worker.link_metrics import LinkMetrics
 from tests.contract.transfer_pair import TIMEOUT_S, a_pair
@@ -157,7 +170,8 @@ async def test_a_ticket_for_other_ids_than_it_came_with_costs_decode_a_prefill_a
 
 
 async def say(source, *messages):
-    """What a stranger with the right layout sends; returns when the source has hung up."""
+    """What a stranger with the right layout sends, each message a frame, or a function that makes one of the source's
+    challenge; returns when the source has hung up."""
     hello = Hello(
         protocol=PROTOCOL_VERSION,
         layout_fingerprint=a_layout().fingerprint,
@@ -170,7 +184,9 @@ async def say(source, *messages):
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         with suppress(OSError):
-            writer.write(to_frame(Knock(Incarnation("source"))) + to_frame(hello) + b"".join(messages))
+            writer.write(to_frame(Knock(Incarnation("source"))) + to_frame(hello))
+            challenge = TO_PULLER_DECODER.decode(await read_frame(reader)).challenge
+            writer.write(b"".join(message(challenge) if callable(message) else message for message in messages))
             async with asyncio.timeout(TIMEOUT_S):
                 while await reader.read(2**16):
                     pass
@@ -178,7 +194,18 @@ async def say(source, *messages):
         writer.transport.abort()
 
 
-A_PULL = Pull(1, "k", SECRET, token_ids((0,)))
+A_PULL = Pull(1, "k", bytes(32), token_ids((0,)))
+
+
+def proven(pull, *, secret=SECRET, **changes):
+    """Frame of a pull by who has the ticket; of one who proves another claim than it makes, with `changes`."""
+
+    def frame(challenge):
+        claim = Claim(challenge, Incarnation("stranger"), b"not an address", pull.key, pull.want)
+        return to_frame(replace(pull, proof=replace(claim, **changes).proof(secret)))
+
+    return frame
+
 
 OVERSIZED = {
     "a message over the limit": (struct.pack("!I", MAX_CONTROL_BYTES + 1), "oversized"),
@@ -205,11 +232,48 @@ async def test_as_many_pages_as_a_message_holds():
     """Wanted pages that fit the message and not the offer are refused as such, before anything is read or lent."""
     async with a_pair(UcxWorld()) as pair:
         ticket = pair.offer(puller="stranger")
-        many = to_frame(replace(A_PULL, want=token_ids(range(190_000))))
-        assert len(many) > MAX_CONTROL_BYTES * 0.9
-        twice = to_frame(replace(A_PULL, pull=2, want=token_ids([0] * 100_000)))
+        many = proven(replace(A_PULL, want=token_ids(range(190_000))))
+        assert len(many(b"")) > MAX_CONTROL_BYTES * 0.9
+        twice = proven(replace(A_PULL, pull=2, want=token_ids([0] * 100_000)))
         beyond = struct.pack("!I", MAX_CONTROL_BYTES + 1)
         await say(pair.source, many, twice, beyond)
         assert counted(pair.source) == {"wrong_pages": 2, "oversized": 1}
         assert pair.ends.outcomes == {}
         pair.source.withdraw(ticket.key)
+
+
+GARBAGE = struct.pack("!I", 5) + b"what?"
+"""Ends the talk."""
+
+
+@pytest.mark.parametrize(
+    "overheard",
+    [
+        {"challenge": bytes(16)},  # what was said on another connection
+        {"puller": "source"},
+        {"ucx_address": b"the puller's own"},
+        {"key": "j"},
+        {"want": (1,)},
+        {"secret": bytes(16)},
+    ],
+    ids=str,
+)
+async def test_a_proof_that_was_overheard_is_worth_nothing(overheard):
+    """It proves another claim than the one that comes with it."""
+    async with a_pair(UcxWorld()) as pair:
+        pair.offer(puller="stranger")
+        await say(pair.source, proven(A_PULL, **overheard), GARBAGE)
+        assert counted(pair.source) == {"wrong_secret": 1, "protocol": 1}
+        assert pair.ends.outcomes == {}
+        pair.source.withdraw("k")
+
+
+async def test_the_secret_of_a_ticket_never_crosses_the_wire(monkeypatch):
+    sent = []
+    post = Link.post
+    monkeypatch.setattr(Link, "post", lambda link, message: (sent.append(to_frame(message)), post(link, message))[1])
+    async with a_pair(UcxWorld()) as pair:
+        await pair.pull(pair.offer())
+    assert any(b'"pull"' in frame for frame in sent)
+    for form in (SECRET, b64encode(SECRET), SECRET.hex().encode()):
+        assert form not in b"".join(sent)

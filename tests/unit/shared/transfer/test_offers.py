@@ -2,12 +2,14 @@ import asyncio
 import gc
 import weakref
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from shared.kv.progress import KvProgress
 from shared.transfer.offers import TRANSITIONS, Offer, Offers, OfferState, PullRefused
 from shared.transfer.port import Outcome, Refusal
+from shared.transfer.proof import Claim
 from shared.wire.wire_format import WireFormat
 from tests.contract.transfer_worlds import SECRET, a_cache
 
@@ -24,6 +26,9 @@ def an_offer(on_end=lambda outcome: None):
         hold_s=1.0,
         on_end=on_end,
     )
+
+
+CLAIM = Claim(b"challenge", "puller", b"address", "k", (0, 1))
 
 
 class Book:
@@ -49,8 +54,9 @@ class Book:
         )
 
     def begin(self, **changes):
-        arguments = {"key": "k", "secret": SECRET, "puller": "puller", "want": (0, 1)} | changes
-        offer = self.offers.find(**arguments)
+        secret = changes.pop("secret", SECRET)
+        claim = replace(CLAIM, **changes)
+        offer = self.offers.find(claim, claim.proof(secret))
         offer.begin(self._cut, lambda: self.settled.append(offer.outcome))
         return offer
 
@@ -258,7 +264,7 @@ async def test_an_ended_offer_keeps_nothing_alive_but_its_answer():
             progress=None,
             max_loss=WireFormat.NATIVE,
         )
-        offer = book.offers.find("k", SECRET, "puller", (0,))
+        offer = book.offers.find(CLAIM, CLAIM.proof(SECRET))
         offer.begin(hold.cut, hold.settled)
         offer.settle(Outcome.PULLED)
         held = weakref.ref(hold)

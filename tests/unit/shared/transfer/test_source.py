@@ -10,7 +10,14 @@ async def test_a_puller_that_comes_while_the_source_closes_is_hung_up_on():
     writer = SimpleNamespace(transport=SimpleNamespace(abort=lambda: aborted.append(True)))
     async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
         source = Source(
-            hello=None, staging=None, offers=None, clock=None, progress=None, tasks=tasks, peer_timeout_s=60
+            hello=None,
+            staging=None,
+            offers=None,
+            clock=None,
+            progress=None,
+            tasks=tasks,
+            peer_timeout_s=60,
+            random_bytes=None,
         )
         await source.close()
         source.accept(asyncio.StreamReader(), writer)
