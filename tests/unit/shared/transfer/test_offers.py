@@ -264,7 +264,8 @@ async def test_an_ended_offer_keeps_nothing_alive_but_its_answer():
             progress=None,
             max_loss=WireFormat.NATIVE,
         )
-        offer = book.offers.find(CLAIM, CLAIM.proof(SECRET))
+        claim = replace(CLAIM, want=(0,))
+        offer = book.offers.find(claim, claim.proof(SECRET))
         offer.begin(hold.cut, hold.settled)
         offer.settle(Outcome.PULLED)
         held = weakref.ref(hold)
