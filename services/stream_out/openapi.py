@@ -185,7 +185,7 @@ def _error_answer(status: int) -> Json:
 _LAST_EVENT_ID = _parameter(
     "Last-Event-ID",
     "header",
-    {"type": "string", "pattern": rf"^{REQUEST_ID_PATTERN.pattern}:[0-9]{{1,19}}\.[0-9]{{1,19}}$"},
+    {"type": "string", "pattern": rf"^({REQUEST_ID_PATTERN.pattern}:[0-9]{{1,19}}\.[0-9]{{1,19}})?$"},
     "Go on behind this event, on whichever edge.",
 )
 
