@@ -30,6 +30,7 @@ from shared.request import FinishReason, RequestId, keyed_request_id
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import encode
 from shared.wire.results import HEADER_SOURCE_OFFSET, HEADER_SOURCE_PARTITION, RESULT_DECODER, Result
+from shared.wire.to_ingest import RESUME_DECODER
 from tests.faults.capture import Capture, Manner, Outcome
 from tests.faults.stories import ChoiceStory, Story, read_stories
 
@@ -129,6 +130,7 @@ class _Checker:
         self._admission = Admission(rules.tokeniser, rules.facts)
         self._jobs = _by_key(history.ingest)
         self._results = _by_key(history.results)
+        self._resumes = _by_key(history.resumes)
         self._letters = _by_key(history.dead_letters)
         self._at = {(record.partition, record.offset): record for record in history.ingest}
         self._captures: dict[RequestId, list[Capture]] = defaultdict(list)
@@ -176,6 +178,7 @@ class _Checker:
         if encode(expected) != results[0].value:
             yield f"its result is not what the fold says: {result.status} instead of {expected.status}, or another text"
         yield from self._of_tokens(story)
+        yield from self._of_resumes(request_id, story)
         yield from self._of_end(request_id, story, expected)
         if expected.status == "completed" and expected.response is not None:
             yield from self._of_texts(story, expected.response)
@@ -261,6 +264,14 @@ class _Checker:
 
     def _text(self, ids: TokenIds, ends: frozenset[int]) -> str:
         return self._rules.tokeniser.decode([token_id for token_id in ids if token_id not in ends])
+
+    def _of_resumes(self, request_id: RequestId, story: Story) -> Iterator[str]:
+        """What was to be placed again must go on behind what was accepted."""
+        for record in self._resumes.get(request_id, ()):
+            resume = RESUME_DECODER.decode(record.value)
+            accepted = story.state.choice(resume.choice).ids[: len(resume.accepted_ids)]
+            if resume.accepted_ids != accepted:
+                yield f"choice {resume.choice} was resumed for epoch {resume.epoch} behind other ids than the accepted"
 
     def _of_texts(self, story: Story, response: Mapping[str, Any]) -> Iterator[str]:
         """The answer's text, made another way than the edge makes it."""
@@ -429,35 +440,7 @@ class _Checker:
             "result_copies": sum(len(records) - 1 for records in self._results.values()),
             "dead_letters": len(self._letters),
             "faults_by_kind": dict(Counter(_name_of(fault) for fault in self._history.faults)),
-            "recovery_s": self._recoveries(choices),
         }
-
-    def _recoveries(self, choices: Sequence[ChoiceStory]) -> dict[str, dict[str, float]]:
-        """By kind of fault: from it to the next accepted token of each choice that had to be placed again for it."""
-        times: dict[str, list[float]] = defaultdict(list)
-        for fault in self._history.faults:
-            if fault.incarnation:
-                found = (_recovery_s(choice, fault) for choice in choices)
-                times[_name_of(fault)] += [time_s for time_s in found if time_s is not None]
-        return {name: _spread(found) for name, found in sorted(times.items()) if found}
-
-
-def _recovery_s(choice: ChoiceStory, fault: Fault) -> float | None:
-    """None: the choice did not need the worker, or survived it, or ended before it had another token."""
-    for placed in choice.placed:
-        if placed.needed(fault.incarnation, fault.at_s) and placed.was_cut:
-            behind = [growth.at_s for growth in choice.grown if growth.at_s >= placed.until_s]
-            return min(behind) - fault.at_s if behind else None
-    return None
-
-
-def _spread(times_s: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(times_s)
-
-    def share(part: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3)
-
-    return {"count": len(ordered), "p50": share(0.5), "p99": share(0.99), "max": round(ordered[-1], 3)}
 
 
 def _name_of(fault: Fault) -> str:

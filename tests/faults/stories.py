@@ -22,6 +22,7 @@ class Placed:
         until_s: when it was closed or the choice ended.
         prefill_until_s: when its decode worker had taken over.
         was_cut: it was closed while the choice went on.
+        lost: the worker for whose loss it was closed.
     """
 
     open: Open
@@ -29,6 +30,7 @@ class Placed:
     prefill_until_s: float = NEVER_S
     until_s: float = NEVER_S
     was_cut: bool = False
+    lost: str = ""
 
     def needed(self, incarnation: str, at_s: float) -> bool:
         """Whether the choice could not go on without the worker then."""
@@ -122,12 +124,12 @@ class _StoryReader:
                 for entry in message.entries:
                     if entry.request_id == story.state.request_id:
                         self._hear(story, entry, message, now_s)
-            case Cut() if any(isinstance(change, Vacated | Ended) for change in changes):
-                _cut(story, message, now_s)
             case _:
                 pass
         for change in changes:
             _change(story, change, now_s)
+        if isinstance(message, Cut) and any(isinstance(change, Vacated | Ended) for change in changes):
+            _cut(story, message, now_s)
 
     def _open(self, story: Story, message: Open, now_s: float) -> None:
         if not story.state.wants(message.choice) or story.state.choice(message.choice).placement != message:
@@ -155,9 +157,11 @@ def _request_ids(message: StreamOutMessage) -> Iterator[RequestId]:
 
 def _cut(story: Story, message: Cut, now_s: float) -> None:
     """A cut that counted."""
-    lost = getattr(message, "lost", None)
-    if lost is not None:
-        story.choices[message.choice].losses.append(lost.incarnation)
+    choice = story.choices[message.choice]
+    if message.lost is not None:
+        choice.losses.append(message.lost.incarnation)
+        if choice.placed and choice.placed[-1].until_s == now_s:
+            choice.placed[-1].lost = message.lost.incarnation
     if message.outcome is not None:
         story.ending = message, now_s
 

@@ -5,129 +5,34 @@ from dataclasses import replace
 
 import pytest
 
-from services.ingest.admission import ModelFacts
-from services.stream_out.results import cancelled_error, result_of
+from services.stream_out.results import cancelled_error
 from shared.blocks import token_ids
 from shared.bus.port import Record
-from shared.engine.fake import FAKE_VOCAB_SIZE, fake_answer
-from shared.request import FinishReason, Incarnation, PlacementId, RequestId, SamplingParams, TokenLogprob, WorkerRef
+from shared.engine.fake import fake_answer
+from shared.request import FinishReason, Incarnation, RequestId, TokenLogprob
 from shared.wire.codec import encode
-from shared.wire.results import HEADER_SOURCE_OFFSET, HEADER_SOURCE_PARTITION, RESULT_DECODER
-from shared.wire.to_ingest import LogPosition, body_hash
-from shared.wire.to_stream_out import Attach, Cut, ErrorBody, Frame, FrameEntry, Open, View
-from tests.fake_tokeniser import fake_tokeniser
-from tests.faults.capture import Attempt, Capture, Manner, Outcome, Received
-from tests.faults.history import Fault, History, Rules, check, stream_of
-from tests.faults.stories import read_stories
-
-REQUEST = RequestId("r1")
-TOKENISER = fake_tokeniser()
-RULES = Rules(TOKENISER, ModelFacts("fake", 4096, FAKE_VOCAB_SIZE), salted=True, grace_s=5.0)
-PROMPT = token_ids([300, 301, 302])
-GREEDY = SamplingParams(max_tokens=4, seed=7, temperature=0, ignore_eos=True)
-P1, D1, D2, D3 = (WorkerRef(slot, Incarnation(name)) for slot, name in enumerate(("p1", "d1", "d2", "d3")))
-BEGIN_S = 1000.0
-DEADLINE_S = 1100.0
-
-
-def job_body(**changes):
-    body = {"model": "fake", "user": "c1", "prompt": list(PROMPT), "max_tokens": 4, "temperature": 0, "seed": 7}
-    return json.dumps(body | {"ignore_eos": True, "stream": True} | changes).encode()
-
-
-def salted(placement, num, before=(), sampling=GREEDY):
-    ids = PROMPT + token_ids(before)
-    return fake_answer(ids, len(PROMPT), sampling, 0, num, salted_by=placement)
-
-
-class Tape:
-    """A history in the making: one job on `ingest`, and what is told of it, a tenth of a second a record."""
-
-    def __init__(self, body=None, **view):
-        self.body = body or job_body()
-        self.now_s = BEGIN_S
-        self.story = []
-        self.letters = []
-        self.view = View(
-            tenant="default",
-            model="fake",
-            body_hash=body_hash(self.body),
-            chat=False,
-            num_choices=1,
-            num_prompt_tokens=3,
-            deadline_s=DEADLINE_S,
-            job=LogPosition(3, 0),
-            sampling=GREEDY,
-        )
-        self.view = replace(self.view, **view)
-
-    def tell(self, message):
-        self.now_s += 0.1
-        self.story.append(Record("stream-out", 5, len(self.story), None, encode(message), (), self.now_s))
-        return self
-
-    def open(self, placement, epoch=1, decode=D1):
-        view = self.view if epoch == 1 else None
-        return self.tell(Open(REQUEST, 0, epoch, PlacementId(placement), P1, decode, view))
-
-    def frame(self, placement, index, ids, worker=D1, finish=None, **entry):
-        told = FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids), finish=finish, **entry)
-        return self.tell(Frame(worker, (told,), made_s=self.now_s))
-
-    def cut(self, epoch, outcome=None, error=None, reason="worker lost", lost=None):
-        return self.tell(lost_cut(Cut(REQUEST, 0, epoch, reason, outcome, error), lost))
-
-    def letter(self, value=None, offset=0):
-        headers = ((HEADER_SOURCE_PARTITION, b"3"), (HEADER_SOURCE_OFFSET, str(offset).encode()))
-        self.letters.append(Record("dead-letter", 3, 0, REQUEST.encode(), value or self.body, headers, self.now_s))
-        return self
-
-    def state(self):
-        stories, _ = read_stories(self.story)
-        return stories[REQUEST]
-
-    def history(self, **changes):
-        """With the right result."""
-        headers = (("deadline-unix-ms", b"1100000"),)
-        parts = {
-            "ingest": [Record("ingest", 3, 0, REQUEST.encode(), self.body, headers, BEGIN_S)],
-            "stream_out": self.story,
-            "dead_letters": self.letters,
-        }
-        if "results" not in changes:
-            parts["results"] = [result_record(encode(result_of(self.state().state, TOKENISER)))]
-        return History(**(parts | changes))
-
-    def capture(self, outcome=Outcome.DONE, **changes):
-        """Of a client that streamed it."""
-        events = [Received(BEGIN_S + 1, *event) for event in stream_of(self.state(), TOKENISER)]
-        capture = Capture("c1", Manner.STREAM, BEGIN_S, 100.0, request_id=REQUEST, events=events, outcome=outcome)
-        return replace(capture, ended_s=self.now_s, **changes)
-
-
-def lost_cut(cut, lost):
-    """A cut that names the worker which was lost."""
-    return cut if lost is None else replace(cut, lost=lost)
-
-
-def result_record(value, key=REQUEST):
-    return Record("results", 5, 0, key.encode(), value, (), BEGIN_S + 2)
-
-
-def resumed():
-    """One request, its decode worker lost in the middle: tokens of placements a and b."""
-    first = salted("a", 2)
-    rest = salted("b", 2, first)
-    return (
-        Tape()
-        .open("a")
-        .frame("a", 0, first[:1], worker=P1, num_cached_tokens=0)
-        .frame("a", 1, first[1:])
-        .cut(2)
-        .open("b", epoch=2, decode=D2)
-        .frame("b", 2, rest[:1], worker=P1, num_cached_tokens=0)
-        .frame("b", 3, rest[1:], worker=D2, finish=FinishReason.LENGTH)
-    )
+from shared.wire.results import RESULT_DECODER
+from shared.wire.to_ingest import LogPosition, Resume
+from shared.wire.to_stream_out import Attach, ErrorBody
+from tests.faults.capture import Attempt, Manner, Outcome
+from tests.faults.history import Fault, check
+from tests.faults.tape import (
+    BEGIN_S,
+    D1,
+    D2,
+    D3,
+    GREEDY,
+    P1,
+    PROMPT,
+    REQUEST,
+    RULES,
+    TOKENISER,
+    Tape,
+    job_body,
+    result_record,
+    resumed,
+    salted,
+)
 
 
 def ended(outcome, error=None, reason="test", **view):
@@ -151,15 +56,11 @@ def found(history, part):
 
 def test_a_resumed_stream_is_right_and_counted():
     tape = resumed()
-    kill = Fault(BEGIN_S + 0.35, BEGIN_S + 0.35, "kill", "decode-1", incarnation="d1")
-    other = Fault(BEGIN_S + 0.35, BEGIN_S + 0.35, "kill", "prefill-0", incarnation="p1")
-    report = check(tape.history(captures=[tape.capture(num_resumes=1)], faults=[kill, other]), RULES)
+    report = check(tape.history(captures=[tape.capture(num_resumes=1)]), RULES)
     assert report.findings == []
     assert report.numbers["requests_by_end"] == {"completed": 1}
     assert (report.numbers["tokens"], report.numbers["streams_resumed"]) == (4, 1)
     assert report.numbers["choices_by_placements"] == {2: 1}
-    # Killed at 0.35, the next token stands at 0.6; the prefill worker was not needed any more.
-    assert report.numbers["recovery_s"] == {"kill decode": {"count": 1, "p50": 0.25, "p99": 0.25, "max": 0.25}}
 
 
 def test_copies_of_records_and_of_results_are_nothing():
@@ -275,6 +176,14 @@ def test_other_parameters_than_the_job_asks_for():
 def test_a_view_that_names_another_place():
     tape = Tape(job=LogPosition(3, 1)).open("a").frame("a", 0, salted("a", 4), finish=FinishReason.LENGTH)
     assert found(tape.history(), "does not stand where its view says")
+
+
+@pytest.mark.parametrize(("change", "is_right"), [(0, True), (1, False)])
+def test_a_request_is_resumed_behind_what_was_accepted(change, is_right):
+    first = salted("a", 2)
+    resume = Resume(REQUEST, 0, 2, LogPosition(3, 0), 4, token_ids([first[0], first[1] + change]))
+    record = Record("ingest-resume", 5, 0, REQUEST.encode(), encode(resume), (), BEGIN_S)
+    assert found(resumed().history(resumes=[record]), "behind other ids than the accepted") is not is_right
 
 
 # Whether an end may be.

@@ -78,13 +78,16 @@ def _choices(fault, stories, role):
                 continue
             if role in {"prefill", "decode"} and (placed is None or not placed.needed(fault.incarnation, at_s)):
                 continue
-            yield _went_on(choice, story, at_s)
+            # What the lost worker had on its way when it was hit is no recovery.
+            after_s = placed.until_s if placed is not None and placed.lost == fault.incarnation else at_s
+            yield _went_on(choice, story, at_s, after_s)
 
 
-def _went_on(choice, story, at_s):
-    """How long until it went on, how much of that was the prefill of a new placement, and all its workers."""
+def _went_on(choice, story, at_s, after_s):
+    """How long until it went on behind `after_s`, how much of that was the prefill of a new placement, and all its
+    workers."""
     workers = {worker.incarnation for placed in choice.placed for worker in (placed.open.prefill, placed.open.decode)}
-    index = bisect_right(choice.grown, at_s, key=lambda growth: growth.at_s)
+    index = bisect_right(choice.grown, after_s, key=lambda growth: growth.at_s)
     ends = [] if story.finished_s is None else [story.finished_s]
     then_s = min(chain((growth.at_s for growth in choice.grown[index : index + 1]), ends), default=None)
     if then_s is None:
