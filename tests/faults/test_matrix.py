@@ -55,7 +55,7 @@ class Scene:
         number = next(self._numbers)
         clients = Clients(self.cluster.edge_urls, self._producer, random.Random(number), silence_s=CLIENT_SILENCE_S)
         load = Load(clients)
-        load.begin(BACKGROUND, f"matrix {number}")
+        load.begin(BACKGROUND, f"matrix-{number}")
         streams = [asyncio.create_task(clients.run(_long(f"long-{number}-{k}", k))) for k in range(NUM_STREAMS)]
         try:
             async with asyncio.timeout(TIMEOUT_S):
@@ -136,7 +136,7 @@ async def test_edge_killed_while_clients_stream_and_resume_on_the_other(scene):
     async with scene.under_load() as clients:
         edge = scene.some("edge", 1)
         there = [capture for capture in clients.captures if capture.attempts[-1].edge == edge.url]
-        await scene.injector.kill(edge, down_s=30.0 if not there else 3.0)
+        await scene.injector.kill(edge, down_s=3.0)
     assert all(capture.num_resumes for capture in there if capture.name.startswith("long-"))
 
 
@@ -160,15 +160,13 @@ async def test_kafka_away_for_long(scene):
         await scene.injector.kill_server(Kind.BROKER_KILL, scene.cluster.brokers[0], KAFKA_AWAY_S)
 
 
-@pytest.mark.parametrize("how", [Path.RESET, Path.FROZEN])
-@pytest.mark.parametrize("role", ["decode", "prefill"])
+@pytest.mark.parametrize(("role", "how"), [("decode", Path.FROZEN), ("prefill", Path.RESET)])
 async def test_worker_cut_from_only_redis(scene, role, how):
     async with scene.under_load():
         await scene.injector.cut(Kind.CUT_REDIS, scene.some(role), how, CUT_S)
 
 
-@pytest.mark.parametrize("how", [Path.RESET, Path.FROZEN])
-@pytest.mark.parametrize("role", ["decode", "prefill"])
+@pytest.mark.parametrize(("role", "how"), [("decode", Path.FROZEN), ("prefill", Path.RESET)])
 async def test_worker_cut_from_only_kafka(scene, role, how):
     async with scene.under_load():
         await scene.injector.cut(Kind.CUT_KAFKA, scene.some(role), how, CUT_S)

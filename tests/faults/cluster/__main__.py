@@ -4,6 +4,7 @@ Exit status 1 if a promise broke.
 """
 
 import argparse
+import asyncio
 import json
 import sys
 import time
@@ -72,7 +73,10 @@ def main():
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         sys.stdout.flush()
 
-    outcome = run_in_loop(fault_run(options, say))
+    try:
+        outcome = run_in_loop(fault_run(options, say))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("interrupted: nothing is left running")
     if out is not None:
         out.write_text(json.dumps(outcome.report, indent=1, default=str) + "\n")
     lines = [*table(outcome.report), *(f"BROKEN       {finding}" for finding in outcome.broken[:SHOWN_FINDINGS])]

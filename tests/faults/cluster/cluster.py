@@ -210,8 +210,8 @@ async def running_cluster(folder, shape=Shape()):
                         "BATON_MAX_BATCH_TOKENS": "256",
                         "BATON_FAKE_STEP_S": str(shape.step_s),
                         "BATON_DRAIN_S": str(DRAIN_S),
-                        "BATON_HOLD_S": "10",
-                        "BATON_PULL_TIMEOUT_S": "5",
+                        "BATON_HOLD_S": "5",
+                        "BATON_PULL_TIMEOUT_S": "3",
                     }
                 template = heavy if role in {"prefill", "decode"} else light
                 seats[name] = Seat(name, role, template, env, paths, folder)

@@ -8,7 +8,6 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,6 +22,10 @@ SHORTEST_CUT_S, LONGEST_CUT_S = 0.5, 8.0
 LONGEST_SERVER_PAUSE_S = 4.0
 LONGEST_DOWN_S = 4.0
 """How long who was killed stays away at most, beside his start."""
+
+
+BEARABLE_S = 0.6
+"""So short that nobody's lease runs out."""
 
 
 class Kind(StrEnum):
@@ -127,13 +130,11 @@ class Injector:
     """Does it, and keeps what was done.
 
     Attributes:
-        protected: names of seats and servers that are never killed (all else may happen to them).
-        on_fault: is told of each.
+        protected: names of seats that are never killed, nor blinded for a lease, which may end a worker.
     """
 
     cluster: object
     protected: frozenset = frozenset()
-    on_fault: Callable = lambda _: None
     faults: list = field(default_factory=list)
     _busy: set = field(default_factory=set)
     _tasks: set = field(default_factory=set)
@@ -174,11 +175,13 @@ class Injector:
                 return seat and (lambda: strike(seat, down_s))
             case Kind.PAUSE:
                 seat = self._seat(plan, plan.role)
-                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_PAUSE_S - SHORTEST_PAUSE_S)
+                for_s = self._bearable_s(seat, SHORTEST_PAUSE_S + how_long * (LONGEST_PAUSE_S - SHORTEST_PAUSE_S))
                 return seat and (lambda: self.pause(seat, for_s))
             case Kind.CUT_KAFKA | Kind.CUT_REDIS | Kind.CUT_PEERS:
                 seat = self._seat(plan, "prefill" if plan.kind is Kind.CUT_PEERS else plan.role)
                 for_s = SHORTEST_CUT_S + how_long * (LONGEST_CUT_S - SHORTEST_CUT_S)
+                if plan.kind is Kind.CUT_REDIS:
+                    for_s = self._bearable_s(seat, for_s)
                 how = Path.RESET if plan.hard else Path.FROZEN
                 return seat and (lambda: self.cut(plan.kind, seat, how, for_s))
             case Kind.REDIS_KILL:
@@ -199,6 +202,9 @@ class Injector:
         free = [seat for seat in self.cluster.of(role) if self._free(seat)]
         return self._pick(plan, [seat for seat in free if not (may_end and seat.name in self.protected)])
 
+    def _bearable_s(self, seat, for_s):
+        return min(for_s, BEARABLE_S) if seat is not None and seat.name in self.protected else for_s
+
     def _free(self, target):
         return target.is_alive and target.name not in self._busy
 
@@ -210,7 +216,6 @@ class Injector:
         fault = Fault(len(self.faults), kind, target.name, time.time(), detail=detail, life=life)
         self.faults.append(fault)
         self._busy.add(target.name)
-        self.on_fault(fault)
         return fault
 
     def _done(self, fault):

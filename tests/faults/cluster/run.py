@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from services.ingest.admission import ModelFacts
@@ -56,7 +56,6 @@ class Options:
     rate_per_s: float = 4.0
     timeout_s: float = 90.0
     protect: bool = False
-    soak: bool = False
 
 
 @dataclass(slots=True)
@@ -70,7 +69,6 @@ class Outcome:
 
     broken: list
     report: dict
-    load_s: float = 0.0
 
 
 @dataclass
@@ -207,7 +205,7 @@ def _for_history(fault, cluster):
 async def fault_run(options, say=print):
     """Start a cluster, trouble it, judge it. The folder with all logs is kept when a promise broke."""
     folder = Path(tempfile.mkdtemp(prefix="baton-faults-"))
-    outcome = None
+    is_of_use = True
     try:
         async with running_cluster(folder, Shape(brokers=options.brokers)) as cluster:
             protected = frozenset(f"{role}-0" for role in ("edge", "ingest", "prefill", "decode"))
@@ -226,28 +224,32 @@ async def fault_run(options, say=print):
                 cluster.restore_all()
                 await cluster.all_ready()
                 await load.end()
-            load_s = time.monotonic() - began_s
+            lasted_s = time.monotonic() - began_s
             captures = load.clients.captures
             say("calm; judging")
             outcome = await judge(cluster, injector, captures)
             await sampler.sample()
             outcome.report |= {
                 "options": asdict(options),
-                "load_s": load_s,
+                "load_s": lasted_s,
                 "faults_done": [fault.told() for fault in injector.faults],
                 "memory": sampler.report(),
             }
             if options.protect:
-                outcome.broken += growths(sampler, protected)
+                outcome.broken += growths(sampler, protected, len(cluster.workers))
             outcome.report["broken"] = outcome.broken
             if outcome.broken:
                 write_captures(folder / "captures.jsonl", captures)
-            return replace(outcome, load_s=load_s)
+            is_of_use = bool(outcome.broken)
+            return outcome
+    except asyncio.CancelledError:
+        is_of_use = False
+        raise
     finally:
-        if outcome is not None and not outcome.broken:
-            shutil.rmtree(folder, ignore_errors=True)
+        if is_of_use:
+            say(f"logs and what the clients saw: {folder}")
         else:
-            say(f"logs: {folder}")
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _tell(injector, load, num_plans, say):
