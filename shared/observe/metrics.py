@@ -52,6 +52,9 @@ class IngestMetrics:
             "Request fields that were ignored because nothing knows them",
             registry=registry,
         )
+        self.undecodable = Counter(
+            "baton_undecodable_records_total", "Records of ingest-resume that were skipped", registry=registry
+        )
         self.placed = Counter("baton_placements_total", "Placements made", registry=registry)
         self.backlog = Gauge("baton_backlog_requests", "Choices admitted and not placed yet", registry=registry)
         self.place_seconds = Histogram(

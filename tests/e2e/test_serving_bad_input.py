@@ -1,5 +1,6 @@
 """Every wrong request gets OpenAI's error, at once, naming field and limit; no worker notices, the next one works."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 COMPLETION = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 0}
 TOO_LONG = "context_length_exceeded"
+MEDIA = "unsupported_media_type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,24 @@ def without(body: dict, field: str) -> dict:
     return {name: value for name, value in body.items() if name != field}
 
 
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth > 1 else []
+
+
 CASES = {
     "malformed JSON": Case(b'{"model": "smollm2", "prompt"', None, "JSON"),
     "no UTF-8": Case(b'{"model": "smollm2", "prompt": "\xff\xfe"}', None, "JSON"),
     "half a character": Case(b'{"model": "smollm2", "prompt": "\\ud800"}', None, "JSON"),
     "NaN": Case(b'{"model": "smollm2", "prompt": "a", "temperature": NaN}', None, "JSON"),
-    "nested without end": Case(b"[" * 100_000, None, "JSON"),
+    "nested without end": Case(b"[" * 100_000, None, "32 objects and lists"),
+    "a field nested too deeply": completion("x_extra", "32 objects and lists", x_extra=nested(40)),
+    "too many messages": chat("messages", "4096", messages=[{"role": "user", "content": ""}] * 4097),
+    "too many parts": chat(
+        "messages[0].content", "1024", messages=[{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}]
+    ),
+    "too long a user": completion("user", "1024", user="u" * 1025),
+    "too many stop ids": completion("stop_token_ids", "64", stop_token_ids=[5] * 65),
+    "too long a stop string": completion("stop[0]", "1 to 128", stop=["x" * 129]),
     "empty body": Case(b"", None, "JSON"),
     "no object": Case([1, 2], None, "object"),
     "a body over the limit": Case(b"x" * 2_000_000, None, "1000000", 413, "request_too_large"),
@@ -113,6 +127,8 @@ CASES = {
     "functions": chat("functions", "not supported", functions=[{"name": "f"}]),
     "response_format": chat("response_format", "not supported", response_format={"type": "json_object"}),
     "modalities": chat("modalities", "not supported", modalities=["text", "audio"]),
+    "verbosity": chat("verbosity", "not supported", verbosity="low"),
+    "moderation": chat("moderation", "not supported", moderation={"model": "m"}),
     "guided_json": completion("guided_json", "not supported", guided_json={}),
 }
 
@@ -174,6 +190,60 @@ async def test_a_wrong_header_is_refused(serving, healthy, header):
     error = answer.json()["error"]
     assert error["param"].lower() in {header, header.removeprefix("x-baton-")}
     assert words in error["message"]
+
+
+@pytest.mark.parametrize("header", WRONG_HEADERS)
+async def test_a_header_that_comes_twice_is_refused(serving, healthy, header):
+    headers = [(header, "a"), (header, "b")]
+    answer = await serving.http.post(f"{serving.edge()}/v1/completions", json=COMPLETION, headers=headers)
+    check_error(answer, 400, header, "once")
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("content-encoding", "gzip"),
+        ("content-type", "text/plain"),
+        ("content-type", "application/x-www-form-urlencoded"),
+        ("content-type", "application/json; charset=utf-16"),
+    ],
+)
+async def test_a_body_in_another_form_is_refused(serving, healthy, header, value):
+    body = json.dumps(COMPLETION).encode()
+    answer = await serving.http.post(f"{serving.edge()}/v1/completions", content=body, headers={header: value})
+    check_error(answer, 415, header, "body must not" if header == "content-encoding" else "application/json", MEDIA)
+
+
+@pytest.mark.parametrize(
+    "value", ["application/json", "Application/JSON; charset=UTF-8", "application/json;charset=utf8"]
+)
+async def test_a_body_of_the_right_type_is_served(serving, value):
+    body = json.dumps(COMPLETION).encode()
+    headers = {"content-type": value, "content-encoding": "identity"}
+    answer = await serving.http.post(f"{serving.edge()}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+async def test_headers_without_end_are_refused(serving, healthy):
+    headers = [(f"x-many-{number}", "y" * 1000) for number in range(100)]
+    answer = await serving.http.post(f"{serving.edge()}/v1/completions", json=COMPLETION, headers=headers)
+    check_error(answer, 431, None, "65536")
+
+
+async def test_template_syntax_in_a_message_is_only_text(serving, healthy):
+    content = "{{ 7 * 7 }}{% for x in range(9) %}{{ messages.__class__.__mro__ }}{% endfor %}{# no #}"
+    asked = CHAT | {"messages": [{"role": "user", "content": content}]}
+    answer = await serving.http.post(f"{serving.edge()}/v1/chat/completions", json=asked)
+    plain = CHAT | {"messages": [{"role": "user", "content": "{" * 20}]}
+    other = await serving.http.post(f"{serving.edge()}/v1/chat/completions", json=plain)
+    assert (answer.status_code, other.status_code) == (200, 200)
+    assert answer.json()["usage"]["prompt_tokens"] > other.json()["usage"]["prompt_tokens"]
+
+
+async def test_the_document_is_served(serving):
+    document = (await serving.http.get(f"{serving.edge()}/openapi.json")).json()
+    assert document["openapi"].startswith("3.1")
+    assert "/v1/chat/completions" in document["paths"]
 
 
 @pytest.mark.parametrize(

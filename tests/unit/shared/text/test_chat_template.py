@@ -60,6 +60,27 @@ def test_a_failing_template_is_the_messages_fault_and_quotes_no_prompt(source, r
     assert "Grüße" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ 7 * 7 }}",
+        "{% for m in messages %}{{ m }}{% endfor %}",
+        "{% set messages = [] %}",
+        "{# gone #}",
+        "{% raw %}{{ x }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception('no') }}",
+        "%} {{ unclosed",
+    ],
+)
+@pytest.mark.parametrize(
+    "source", ["{{ messages[0].content }}", "{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)
+def test_template_syntax_in_a_message_is_only_text(content, source):
+    template = ChatTemplate(source, {})
+    assert template.render([ChatMessage("user", content)], now=NOW) == content
+
+
 def test_a_runaway_loop_is_cut_off_at_the_limit():
     source = "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}"
     with pytest.raises(InvalidRequest, match="more than 1000 characters"):
