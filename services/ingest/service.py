@@ -203,6 +203,7 @@ class IngestService:
         try:
             resume = RESUME_DECODER.decode(record.value)
         except UndecodableMessage as error:
+            self._metrics.undecodable.inc()
             self._log.error("resume record ignored", error=str(error), offset=record.offset)
             self._done(in_hand)
             return
