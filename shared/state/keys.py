@@ -63,3 +63,23 @@ def placement(request_id: RequestId, choice: int, epoch: int) -> str:
 def request(request_id: RequestId) -> str:
     """String "partition offset": where the request's story begins, a hint for edges that do not own it."""
     return f"{PREFIX}:request:{request_id}"
+
+
+def backlogs() -> str:
+    """Hash: ingest -> "at_ms report" (JSON), as each said at its last beat; older ones are passed over."""
+    return f"{PREFIX}:backlogs"
+
+
+def place_of(request_id: RequestId) -> str:
+    """String "cost tenant": an edge accepted the request for the tenant and guessed its cost in tokens."""
+    return f"{PREFIX}:place:{request_id}"
+
+
+def places(tenant: str) -> str:
+    """Sorted set: request that has not ended -> server time (ms) at which its place ends in any case."""
+    return f"{PREFIX}:places:{tenant}"
+
+
+def budgets(tenant: str) -> str:
+    """Hash: `requests` and `tokens` left, in units of 1/60000, and `at_ms`, up to when they have grown."""
+    return f"{PREFIX}:budgets:{tenant}"

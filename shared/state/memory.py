@@ -5,6 +5,7 @@ effect, as a round trip would.
 """
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from shared.blocks import BlockHash
+from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys
 from shared.state.port import (
@@ -19,6 +21,7 @@ from shared.state.port import (
     LiveWorker,
     Placement,
     PlacementKey,
+    PublishedBacklog,
     RequestHint,
     StateUnavailable,
     WorkerCard,
@@ -26,6 +29,9 @@ from shared.state.port import (
 )
 
 FEED_READ_LENGTH = 512
+
+UNITS = 60_000
+"""As in take_place.lua."""
 
 T = TypeVar("T")
 
@@ -67,6 +73,23 @@ class Traces:
 
 
 @dataclass(slots=True)
+class Place:
+    """An accepted request's; `num_tokens` were charged for it."""
+
+    tenant: str
+    num_tokens: int
+    ends_ms: int
+
+
+@dataclass(slots=True)
+class Budgets:
+    """A tenant's: what is left of each limit, in units, and up to when it has grown."""
+
+    at_ms: int
+    left: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(slots=True)
 class Contents:
     """All that the store knows; `up_since` and `up_last` as in `keys.up`."""
 
@@ -78,6 +101,11 @@ class Contents:
     placements: dict[PlacementKey, tuple[Placement, int]] = field(
         default_factory=dict[PlacementKey, tuple[Placement, int]]
     )
+    backlogs: dict[Incarnation, tuple[BacklogReport, int]] = field(
+        default_factory=dict[Incarnation, tuple[BacklogReport, int]]
+    )
+    places: dict[RequestId, Place] = field(default_factory=dict[RequestId, Place])
+    budgets: dict[str, Budgets] = field(default_factory=dict[str, Budgets])
     requests: dict[RequestId, tuple[RequestHint, int]] = field(default_factory=dict[RequestId, tuple[RequestHint, int]])
 
 
@@ -259,6 +287,50 @@ class MemoryState:
     async def find_request(self, request_id: RequestId) -> RequestHint | None:
         return await self._call("find_request", lambda: self._request(request_id))
 
+    async def report_backlog(self, member: Incarnation, report: BacklogReport, *, lease_ms: int) -> None:
+        def publish() -> None:
+            self._store.contents.backlogs[member] = (report, self._store.now_ms())
+            self._drop_old_backlogs(lease_ms)
+
+        await self._call("report_backlog", publish)
+
+    async def backlogs(self, *, lease_ms: int) -> Sequence[PublishedBacklog]:
+        def read() -> list[PublishedBacklog]:
+            self._drop_old_backlogs(lease_ms)
+            now_ms = self._store.now_ms()
+            return [
+                PublishedBacklog(report, (now_ms - at_ms) / 1000)
+                for report, at_ms in self._store.contents.backlogs.values()
+            ]
+
+        return await self._call("backlogs", read)
+
+    async def take_place(
+        self, tenant: str, request_id: RequestId, limits: TenantLimits, *, num_tokens: int, keep_ms: int
+    ) -> Verdict:
+        return await self._call(
+            "take_place", lambda: _take_place(self._store, tenant, request_id, limits, num_tokens, keep_ms)
+        )
+
+    async def leave_place(self, request_id: RequestId, *, num_tokens: int) -> None:
+        def leave() -> None:
+            place = self._place(request_id)
+            if place is None:
+                return
+            del self._store.contents.places[request_id]
+            budgets = self._store.contents.budgets.get(place.tenant)
+            if budgets is not None and "tokens" in budgets.left:
+                budgets.left["tokens"] += (place.num_tokens - num_tokens) * UNITS
+
+        await self._call("leave_place", leave)
+
+    async def tenant_of(self, request_id: RequestId) -> str | None:
+        def look() -> str | None:
+            place = self._place(request_id)
+            return place.tenant if place is not None else None
+
+        return await self._call("tenant_of", look)
+
     async def announce_blocks(
         self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
     ) -> None:
@@ -306,6 +378,14 @@ class MemoryState:
         taken = traces.credits.values() if traces is not None else ()
         return len(taken) < held.card.max_running and sum(taken) + num_pages <= held.card.num_pages
 
+    def _drop_old_backlogs(self, lease_ms: int) -> None:
+        contents, oldest_ms = self._store.contents, self._store.now_ms() - lease_ms
+        contents.backlogs = {member: entry for member, entry in contents.backlogs.items() if entry[1] > oldest_ms}
+
+    def _place(self, request_id: RequestId) -> Place | None:
+        found = self._store.contents.places.get(request_id)
+        return found if found is not None and found.ends_ms > self._store.now_ms() else None
+
     def _standing(self, key: PlacementKey) -> Placement | None:
         found = self._store.contents.placements.get(key)
         return found[0] if found is not None and found[1] > self._store.now_ms() else None
@@ -326,6 +406,40 @@ class MemoryState:
         if answer is Answer.LOST:
             raise StateUnavailable(f"{name}: no answer")
         return result
+
+
+def _take_place(
+    store: MemoryStore, tenant: str, request_id: RequestId, limits: TenantLimits, num_tokens: int, keep_ms: int
+) -> Verdict:
+    """As in take_place.lua."""
+    contents, now_ms = store.contents, store.now_ms()
+    bounds = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+    limited = {name: limit for name, limit in bounds.items() if limit is not None}
+    costs = {"requests": 1, "tokens": num_tokens}
+    budgets = contents.budgets.setdefault(tenant, Budgets(now_ms))
+    left = {
+        name: min(limit * UNITS, budgets.left.get(name, limit * UNITS) + limit * (now_ms - budgets.at_ms))
+        for name, limit in limited.items()
+    }
+    contents.places = {key: place for key, place in contents.places.items() if place.ends_ms > now_ms}
+    why, retry_ms = None, 0
+    if request_id not in contents.places:
+        num_places = sum(place.tenant == tenant for place in contents.places.values())
+        if limits.max_concurrent is not None and num_places >= limits.max_concurrent:
+            why, retry_ms = "concurrent", 1000
+        for name, limit in limited.items():
+            wanted = min(costs[name], limit) * UNITS
+            if why is None and left[name] < wanted:
+                why, retry_ms = name, math.ceil((wanted - left[name]) / limit)
+        if why is None:
+            left = {name: units - costs[name] * UNITS for name, units in left.items()}
+            contents.places[request_id] = Place(tenant, num_tokens, now_ms + keep_ms)
+    contents.budgets[tenant] = Budgets(now_ms, left)
+    told = {
+        name: Budget(limit, max(0, left[name] // UNITS), math.ceil((limit * UNITS - left[name]) / limit) / 1000)
+        for name, limit in limited.items()
+    }
+    return Verdict(why, retry_ms / 1000, told)
 
 
 def _settle(group: Group, member: Incarnation, num_partitions: int, ends_ms: int) -> frozenset[int]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shared.blocks import BlockHash
 from shared.errors import BatonError
+from shared.policy.admission import BacklogReport, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 
 
@@ -117,6 +118,14 @@ class RequestHint:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedBacklog:
+    """What an ingest said of its line, `age_s` ago."""
+
+    report: BacklogReport
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFeedEntry:
     """One announcement of a worker.
 
@@ -211,6 +220,34 @@ class State(Protocol):
         ...
 
     async def find_request(self, request_id: RequestId) -> RequestHint | None: ...
+
+    # Admission
+    async def report_backlog(self, member: Incarnation, report: BacklogReport, *, lease_ms: int) -> None:
+        """Publish how long an ingest's line is; the report is gone after `lease_ms`."""
+        ...
+
+    async def backlogs(self, *, lease_ms: int) -> Sequence[PublishedBacklog]:
+        """What each ingest said at its last beat, if that was less than `lease_ms` ago."""
+        ...
+
+    async def take_place(
+        self, tenant: str, request_id: RequestId, limits: TenantLimits, *, num_tokens: int, keep_ms: int
+    ) -> Verdict:
+        """Note that the request is accepted for the tenant, and charge its budgets with it, if the limits allow it.
+
+        A request that has a place gets it again and is not charged. The place ends after `keep_ms` in any case. A
+        cost of more than a minute's tokens waits for a full budget, and leaves a debt.
+        """
+        ...
+
+    async def leave_place(self, request_id: RequestId, *, num_tokens: int) -> None:
+        """The request has ended, or never began: its place is free, and what it really cost is charged instead of
+        what was guessed. Again, or of a request without a place, does nothing."""
+        ...
+
+    async def tenant_of(self, request_id: RequestId) -> str | None:
+        """For whom the request has a place."""
+        ...
 
     # Blocks
     async def announce_blocks(

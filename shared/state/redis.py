@@ -36,6 +36,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from shared.blocks import BlockHash
 from shared.errors import StartupError
+from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId
 from shared.runtime.access import OLDEST_TLS, OPEN_REDIS, RedisAccess
 from shared.state import keys
@@ -44,6 +45,7 @@ from shared.state.port import (
     LiveWorker,
     Placement,
     PlacementKey,
+    PublishedBacklog,
     RequestHint,
     StateUnavailable,
     WorkerCard,
@@ -146,6 +148,7 @@ class RedisState:
         self._card_reader = TypeAdapter(WorkerCard)
         self._load_reader = TypeAdapter(WorkerLoad)
         self._placement_reader = TypeAdapter(Placement)
+        self._report_reader = TypeAdapter(BacklogReport)
         self._cards: dict[bytes, WorkerCard] = {}
 
     async def close(self) -> None:
@@ -232,6 +235,40 @@ class RedisState:
             return None
         partition, offset = found.split()
         return RequestHint(int(partition), int(offset))
+
+    async def report_backlog(self, member: Incarnation, report: BacklogReport, *, lease_ms: int) -> None:
+        await self._run("report_backlog", [keys.backlogs()], [member, orjson.dumps(report), lease_ms])
+
+    async def backlogs(self, *, lease_ms: int) -> Sequence[PublishedBacklog]:
+        answer: list[Any] = await self._run("backlogs", [keys.backlogs()], [lease_ms])
+        return [
+            PublishedBacklog(self._report_reader.validate_json(report), age_ms / 1000)
+            for age_ms, report in zip(answer[::2], answer[1::2], strict=True)
+        ]
+
+    async def take_place(
+        self, tenant: str, request_id: RequestId, limits: TenantLimits, *, num_tokens: int, keep_ms: int
+    ) -> Verdict:
+        names = [keys.place_of(request_id), keys.places(tenant), keys.budgets(tenant)]
+        bounds = (limits.max_concurrent, limits.requests_per_minute, limits.tokens_per_minute)
+        args = [request_id, tenant, num_tokens, keep_ms, *(-1 if bound is None else bound for bound in bounds)]
+        why, retry_ms, *rest = await self._run("take_place", names, args)
+        budgets = {
+            name: Budget(limit, remaining, reset_ms / 1000)
+            for name, limit, remaining, reset_ms in zip(
+                ("requests", "tokens"), bounds[1:], rest[::2], rest[1::2], strict=True
+            )
+            if limit is not None
+        }
+        return Verdict(why.decode() or None, retry_ms / 1000, budgets)
+
+    async def leave_place(self, request_id: RequestId, *, num_tokens: int) -> None:
+        prefixes = [keys.places(""), keys.budgets("")]
+        await self._run("leave_place", [keys.place_of(request_id)], [request_id, num_tokens, *prefixes])
+
+    async def tenant_of(self, request_id: RequestId) -> str | None:
+        found: bytes | None = await self._ask(lambda: self._client.get(keys.place_of(request_id)))
+        return None if found is None else found.decode().partition(" ")[2]
 
     async def announce_blocks(
         self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from shared.blocks import BlockHash
+from shared.policy.admission import BacklogReport, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
 from shared.state.port import LiveWorker, RequestHint, StateUnavailable
@@ -481,3 +482,124 @@ async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
             call.cancel()
             following = (number + 7) % 50
             assert await world.state.find_request(RequestId(f"r{following}")) == RequestHint(0, following)
+
+
+# Admission
+
+
+async def test_a_backlog_is_known_for_a_lease(world, state):
+    first, second = BacklogReport(3, 1.5, None), BacklogReport(0, 0.0, 12.25)
+    await state.report_backlog(Incarnation("a"), BacklogReport(9, 9.0, 9.0), lease_ms=world.lease_ms)
+    await state.report_backlog(Incarnation("a"), first, lease_ms=world.lease_ms)
+    await world.pass_time(world.lease_ms // 2)
+    await state.report_backlog(Incarnation("b"), second, lease_ms=world.lease_ms)
+
+    found = sorted(await state.backlogs(lease_ms=world.lease_ms), key=lambda each: each.age_s)
+    assert [each.report for each in found] == [second, first]
+    assert found[1].age_s >= world.lease_ms / 2000
+    await world.pass_time(world.lease_ms * 3 // 4)
+    await state.report_backlog(Incarnation("b"), second, lease_ms=world.lease_ms)
+    assert [each.report for each in await state.backlogs(lease_ms=world.lease_ms)] == [second]
+    await world.pass_time(world.lease_ms * 5 // 4)
+    assert await state.backlogs(lease_ms=world.lease_ms) == []
+
+
+async def take(state, name, limits, *, tenant="acme", num_tokens=1, keep_ms=KEEP_MS):
+    return await state.take_place(tenant, RequestId(name), limits, num_tokens=num_tokens, keep_ms=keep_ms)
+
+
+async def test_without_limits_every_request_gets_a_place(state):
+    for name in ("r1", "r2"):
+        verdict = await take(state, name, TenantLimits(), num_tokens=10**9)
+        assert verdict == Verdict(None, 0.0, {})
+    assert await state.tenant_of(RequestId("r2")) == "acme"
+    assert await state.tenant_of(RequestId("r3")) is None
+
+
+async def test_so_many_requests_of_a_tenant_at_once(state):
+    limits = TenantLimits(max_concurrent=2)
+    assert [(await take(state, name, limits)).refused_by for name in ("r1", "r2", "r3")] == [None, None, "concurrent"]
+    assert (await take(state, "r1", limits)).refused_by is None, "asked again"
+    assert (await take(state, "r3", limits, tenant="other")).refused_by is None
+    assert (await take(state, "r4", limits)).retry_after_s > 0
+
+    await state.leave_place(RequestId("r1"), num_tokens=1)
+    await state.leave_place(RequestId("r1"), num_tokens=1)
+    assert await state.tenant_of(RequestId("r1")) is None
+    assert [(await take(state, name, limits)).refused_by for name in ("r4", "r5")] == [None, "concurrent"]
+
+
+async def test_a_place_that_nobody_gives_back_ends(world, state):
+    limits = TenantLimits(max_concurrent=1)
+    await take(state, "r1", limits, keep_ms=300)
+    assert (await take(state, "r2", limits)).refused_by == "concurrent"
+    await world.pass_time(400)
+    assert await state.tenant_of(RequestId("r1")) is None
+    assert (await take(state, "r2", limits)).refused_by is None
+
+
+async def test_a_short_place_does_not_end_a_long_one(world, state):
+    limits = TenantLimits(max_concurrent=2)
+    await take(state, "long", limits)
+    await take(state, "short", limits, keep_ms=200)
+    await world.pass_time(300)
+    assert [(await take(state, name, limits)).refused_by for name in ("r1", "r2")] == [None, "concurrent"]
+
+
+async def test_requests_of_a_minute_come_back_with_time(world, state):
+    limits = TenantLimits(requests_per_minute=2, max_concurrent=100)
+    first = await take(state, "r1", limits)
+    assert (first.budgets["requests"].limit, first.budgets["requests"].remaining) == (2, 1)
+    assert 29 < first.budgets["requests"].reset_s <= 30
+    assert (await take(state, "r1", limits)).budgets["requests"].remaining == 1, "charged once"
+    await take(state, "r2", limits)
+    refused = await take(state, "r3", limits)
+    assert refused.refused_by == "requests"
+    assert 25 < refused.retry_after_s <= 30
+    assert await state.tenant_of(RequestId("r3")) is None
+    await state.leave_place(RequestId("r1"), num_tokens=0)
+    assert (await take(state, "r3", limits)).refused_by == "requests", "the end of one does not make it unasked"
+
+    fast = TenantLimits(requests_per_minute=600)
+    assert (await take(state, "r3", fast)).refused_by == "requests", "a higher limit begins with what was left"
+    for _ in range(20):  # asked again and again, it grows all the same
+        await world.pass_time(10)
+        await take(state, "r4", fast)
+    assert await state.tenant_of(RequestId("r4")) == "acme"
+
+
+async def test_tokens_are_charged_as_guessed_and_then_as_they_were(world, state):
+    limits = TenantLimits(tokens_per_minute=1000)
+    assert (await take(state, "r1", limits, num_tokens=600)).budgets["tokens"].remaining in range(400, 410)
+    refused = await take(state, "r2", limits, num_tokens=600)
+    assert refused.refused_by == "tokens"
+    assert 5 < refused.retry_after_s <= 12
+    await state.leave_place(RequestId("r1"), num_tokens=100)
+    await state.leave_place(RequestId("r1"), num_tokens=100)
+    assert (await take(state, "r2", limits, num_tokens=600)).budgets["tokens"].remaining in range(300, 320)
+    await state.leave_place(RequestId("r2"), num_tokens=1200)
+    indebted = await take(state, "r3", limits, num_tokens=1)
+    assert (indebted.refused_by, indebted.budgets["tokens"].remaining) == ("tokens", 0)
+    assert 10 < indebted.retry_after_s <= 20
+
+
+async def test_a_request_dearer_than_a_minute_waits_for_a_full_budget(state):
+    limits = TenantLimits(tokens_per_minute=1000)
+    assert (await take(state, "r1", limits, num_tokens=3000)).refused_by is None
+    assert (await take(state, "r2", limits, num_tokens=1)).retry_after_s > 100
+    assert (await take(state, "r2", limits, tenant="other", num_tokens=3000)).refused_by is None
+
+
+async def test_a_limit_that_is_taken_away_and_given_again_begins_full(state):
+    limits = TenantLimits(requests_per_minute=1)
+    await take(state, "r1", limits)
+    await take(state, "r2", TenantLimits())
+    assert (await take(state, "r3", limits)).refused_by is None
+
+
+async def test_an_emptied_store_forgets_places_and_charges(world, state):
+    limits = TenantLimits(max_concurrent=1, requests_per_minute=1)
+    await take(state, "r1", limits)
+    await world.flush()
+    await state.leave_place(RequestId("r1"), num_tokens=5)
+    assert (await take(state, "r2", limits)).refused_by is None
