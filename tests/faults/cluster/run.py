@@ -15,16 +15,15 @@ from services.ingest.admission import ModelFacts
 from shared.bus.kafka import KafkaBus
 from shared.text.tokeniser import Tokeniser
 from shared.wire.results import RESULT_DECODER
-from shared.wire.topics import DEAD_LETTER, INGEST, INGEST_RESUME, RESULTS, STREAM_OUT
 from tests.faults import history
 from tests.faults.capture import write_captures
 from tests.faults.clients import Clients, Mix, draw_wants
 from tests.faults.cluster.cluster import GRACE_S, MODEL, Shape, running_cluster
 from tests.faults.cluster.faults import Injector, draw_plans, unexplained_ends
-from tests.faults.cluster.records import read_topics
 from tests.faults.cluster.recovery import recoveries, summary
 from tests.faults.cluster.rest import unrest
 from tests.faults.cluster.soak import Sampler, growths
+from tests.faults.topics import read_history, until_all_ended
 
 MAX_FAILED_SHARE = 0.01
 
@@ -38,6 +37,7 @@ GENEROUS_S = 30.0
 """A request that expires after more time than this did not expire for its own tight deadline."""
 
 REST_TIMEOUT_S = 45.0
+JUDGE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,66 +119,43 @@ async def loaded(cluster, mix, seed):
 async def judge(cluster, injector, captures):
     """What is wrong with all that was done to the cluster, and the figures; the load has ended."""
     broken = [f"ended by itself: {told}" for told in unexplained_ends(cluster, injector.faults)]
-    broken += [f"not at rest: {told}" for told in await unrest(cluster, REST_TIMEOUT_S)]
-    records = await _settled_records(cluster)
+    bus = KafkaBus(cluster.kafka_address, client_id="judge")
+    async with asyncio.timeout(JUDGE_TIMEOUT_S):
+        await until_all_ended(bus, CALM_TIMEOUT_S)
+        broken += [f"not at rest: {told}" for told in await unrest(cluster, REST_TIMEOUT_S)]
+        told = await read_history(bus, captures, [_for_history(fault, cluster) for fault in injector.faults])
     rules = history.Rules(
         Tokeniser.load(cluster.model_folder), ModelFacts.load(cluster.model_folder, MODEL), salted=True, grace_s=GRACE_S
-    )
-    faults = [_for_history(fault, cluster) for fault in injector.faults]
-    told = history.History(
-        records[INGEST.name],
-        records[STREAM_OUT.name],
-        records[RESULTS.name],
-        records[DEAD_LETTER.name],
-        records[INGEST_RESUME.name],
-        captures,
-        faults,
     )
     report = await asyncio.to_thread(history.check, told, rules)
     broken += report.findings
     numbers = report.numbers
-    ends = numbers["requests_by_end"]
-    num_late = _num_expired_in_spite_of_time(records)
-    num_failed = ends.get("failed", 0) + num_late
+    num_late = _num_expired_in_spite_of_time(told)
+    num_failed = numbers["requests_by_end"].get("failed", 0) + num_late
     share = num_failed / max(1, numbers["requests"])
     if share > MAX_FAILED_SHARE:
         broken.append(f"{num_failed} of {numbers['requests']} requests failed: over {MAX_FAILED_SHARE:.0%}")
-    stories, _ = history.read_stories(records[STREAM_OUT.name])
-    by_kind = summary(recoveries(injector.faults, stories, captures, cluster))
-    return Outcome(
-        broken,
-        {
-            "faults": len(injector.faults),
-            "faults_by_kind": dict(Counter(_named(fault, cluster) for fault in injector.faults)),
-            "failed_share": share,
-            "expired_in_spite_of_time": num_late,
-            **numbers,
-            "recovery": by_kind,
-            "ends_by_itself": sum(
-                life.ended_s is not None and life.wanted_end is None
-                for seat in cluster.seats.values()
-                for life in seat.lives
-            ),
-        },
-    )
+    stories, _ = history.read_stories(told.stream_out)
+    figures = {
+        "faults": len(injector.faults),
+        "faults_by_kind": dict(Counter(_named(fault, cluster) for fault in injector.faults)),
+        "failed_share": share,
+        "expired_in_spite_of_time": num_late,
+        "recovery": summary(recoveries(injector.faults, stories, captures, cluster)),
+        "ends_by_itself": sum(
+            life.ended_s is not None and life.wanted_end is None
+            for seat in cluster.seats.values()
+            for life in seat.lives
+        ),
+    }
+    return Outcome(broken, numbers | figures)
 
 
-async def _settled_records(cluster):
-    """All records once each job has its result, or as they are when time is over."""
-    deadline_s = time.monotonic() + CALM_TIMEOUT_S
-    while True:
-        records = await read_topics(cluster.kafka_address)
-        jobs = {record.key for record in records[INGEST.name]}
-        if jobs <= {record.key for record in records[RESULTS.name]} or time.monotonic() > deadline_s:
-            return records
-        await asyncio.sleep(1.0)
-
-
-def _num_expired_in_spite_of_time(records):
+def _num_expired_in_spite_of_time(told):
     """Requests whose deadline was generous, and that still met it without an end: they count as failed."""
-    accepted_s = {record.key: record.timestamp_s for record in records[INGEST.name]}
+    accepted_s = {record.key: record.timestamp_s for record in told.ingest}
     late = set()
-    for record in records[RESULTS.name]:
+    for record in told.results:
         result = RESULT_DECODER.decode(record.value)
         if result.status == "expired" and record.timestamp_s - accepted_s[record.key] > GENEROUS_S:
             late.add(record.key)
