@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.stream_out.openapi import openapi_document
@@ -268,7 +268,20 @@ def not_found_route(edge: StreamOut) -> BaseRoute:
     async def refuse(request: Request, _: Send) -> None:
         raise RequestNotFound(f"no such route: {request.method} {request.url.path}", code="unknown_url")
 
-    return Route("/{path:path}", Endpoint("other", refuse, edge))
+    return _AnyPath(Endpoint("other", refuse, edge))
+
+
+class _AnyPath(BaseRoute):
+    """Takes every path and method; a pattern would let a path with a newline through."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.FULL if scope["type"] == "http" else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
