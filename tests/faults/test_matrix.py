@@ -124,6 +124,12 @@ async def test_stopped_for_longer_than_the_lease_and_woken(scene, role):
         await scene.injector.pause(scene.some(role, 1), 2 * LEASE_S)
 
 
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+async def test_hung_engine_step(scene, role):
+    async with scene.under_load():
+        await scene.injector.hang(scene.some(role))
+
+
 @pytest.mark.parametrize("role", ROLES)
 async def test_rolling_restart(scene, role):
     async with scene.under_load():

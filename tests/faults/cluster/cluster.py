@@ -16,6 +16,7 @@ from infra.local.probes import http_ready
 from infra.local.process import Child
 from infra.local.redis import redis_spec
 from tests.fake_tokeniser import write_fake_model
+from tests.faults.cluster.faults import STEP_S
 from tests.faults.cluster.proxy import HOST, Paths, Proxy
 from tests.faults.cluster.seats import Seat, Template, describe_end
 from tests.faults.cluster.worker import PEERS_REACH_IT_AT, ROLE
@@ -209,6 +210,7 @@ async def running_cluster(folder, shape=Shape()):
                         "BATON_MAX_RUNNING": str(shape.max_running),
                         "BATON_MAX_BATCH_TOKENS": "256",
                         "BATON_FAKE_STEP_S": str(shape.step_s),
+                        "BATON_STEP_S": str(STEP_S),
                         "BATON_DRAIN_S": str(DRAIN_S),
                         "BATON_HOLD_S": "5",
                         "BATON_PULL_TIMEOUT_S": "3",

@@ -5,9 +5,11 @@ seat or server that another fault still holds is passed over, and so is who is d
 """
 
 import asyncio
+import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -15,8 +17,14 @@ from redis.asyncio import Redis
 
 from tests.faults.cluster.proxy import Path
 from tests.faults.cluster.seats import describe_end
+from tests.faults.cluster.worker import HANG
 
 LEASE_S = 2.0
+
+STEP_S = 4.0
+"""BATON_STEP_S of the workers: a longer step is taken for hung."""
+
+HUNG_SLACK_S = 4.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 6.0
 SHORTEST_CUT_S, LONGEST_CUT_S = 0.5, 8.0
 LONGEST_SERVER_PAUSE_S = 4.0
@@ -32,6 +40,7 @@ class Kind(StrEnum):
     KILL = "SIGKILL"
     TERM = "SIGTERM"
     PAUSE = "SIGSTOP"
+    HANG = "hung engine step"
     CUT_KAFKA = "cut from Kafka"
     CUT_REDIS = "cut from Redis"
     CUT_PEERS = "cut from peers"
@@ -48,6 +57,7 @@ WEIGHTS = {
     Kind.KILL: 34,
     Kind.TERM: 8,
     Kind.PAUSE: 20,
+    Kind.HANG: 3,
     Kind.CUT_KAFKA: 12,
     Kind.CUT_REDIS: 10,
     Kind.CUT_PEERS: 5,
@@ -143,7 +153,7 @@ class Injector:
         """Every plan in its turn; returns when the last fault is over. A plan that can meet nobody waits a moment."""
         for plan in plans:
             await asyncio.sleep(plan.wait_s)
-            while (aim := self._aim(plan)) is None:
+            while not (aim := self._aim(plan)):
                 await asyncio.sleep(0.1)
             self._begin(aim())
         await self.over()
@@ -177,6 +187,9 @@ class Injector:
                 seat = self._seat(plan, plan.role)
                 for_s = self._bearable_s(seat, SHORTEST_PAUSE_S + how_long * (LONGEST_PAUSE_S - SHORTEST_PAUSE_S))
                 return seat and (lambda: self.pause(seat, for_s))
+            case Kind.HANG:
+                seat = self._seat(plan, "prefill" if plan.hard else "decode", may_end=True)
+                return seat and (lambda: self.hang(seat))
             case Kind.CUT_KAFKA | Kind.CUT_REDIS | Kind.CUT_PEERS:
                 seat = self._seat(plan, "prefill" if plan.kind is Kind.CUT_PEERS else plan.role)
                 for_s = SHORTEST_CUT_S + how_long * (LONGEST_CUT_S - SHORTEST_CUT_S)
@@ -255,6 +268,21 @@ class Injector:
         self._done(fault)
         return fault
 
+    async def hang(self, seat):
+        """Its engine's next step has no end: it gives its slot up and ends; idle it would not notice, and is killed."""
+        fault = self._note(Kind.HANG, seat, "", seat.life)
+        life, num_lives = seat.life, len(seat.lives)
+        os.kill(life.pid, HANG)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STEP_S + HUNG_SLACK_S):
+                while len(seat.lives) == num_lives:
+                    await asyncio.sleep(0.05)
+        if life.ended_s is None:
+            fault.detail = "was idle: killed"
+            seat.end(signal.SIGKILL)
+        self._done(fault)
+        return fault
+
     async def cut(self, kind, seat, how, for_s):
         """From one thing only that it depends on."""
         fault = self._note(kind, seat, f"{how} for {for_s:.1f} s", seat.life)
@@ -292,7 +320,7 @@ class Injector:
         return fault
 
 
-BLINDING = {Kind.PAUSE, Kind.CUT_REDIS}
+BLINDING = {Kind.PAUSE, Kind.CUT_REDIS, Kind.HANG}
 REDIS_FAULTS = {Kind.REDIS_KILL, Kind.REDIS_FLUSH, Kind.REDIS_PAUSE}
 
 EXPLAINED_WITHIN_S = 8.0
@@ -314,7 +342,8 @@ def _is_explained(seat, life, faults):
         return life.status == -signal.SIGKILL
     if life.wanted_end is signal.SIGTERM and life.status == 0:
         return True
-    return "lease" in life.last_error() and any(
+    gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step takes over"))
+    return gave_up and any(
         fault.kind in REDIS_FAULTS or (fault.kind in BLINDING and fault.target == seat.name)
         for fault in faults
         if fault.at_s <= life.ended_s <= (fault.until_s or time.time()) + EXPLAINED_WITHIN_S
