@@ -14,6 +14,7 @@ from services.ingest.work import Waiting
 from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
+from shared.policy.admission import BacklogReport, WaitingLine
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, place
 from shared.policy.views import ClusterView, RequestView
 from shared.request import PlacementId
@@ -34,7 +35,10 @@ Settled = Placement | NeverFits | Expired
 
 class Backlog:
     """Args:
-    clock_s: unix seconds.
+        clock_s: unix seconds.
+
+    Attributes:
+        line: counts the choices that wait here, and whoever else is said to it to wait.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Backlog:
         self._metrics = metrics
         self._log = log
         self._waiting: deque[Waiting] = deque()
+        self.line = WaitingLine(clock_s())
         self._first_deadline_s = math.inf
         self._grew = asyncio.Event()
         self._num_placed = 0
@@ -62,9 +67,16 @@ class Backlog:
     def add(self, waiting: Waiting) -> None:
         """Put a choice at the end of the line."""
         self._waiting.append(waiting)
+        self.line.join()
         self._first_deadline_s = min(self._first_deadline_s, waiting.admitted.job.deadline_s)
         self._metrics.backlog.set(len(self._waiting))
         self._grew.set()
+
+    def report(self, num_unread: int) -> BacklogReport:
+        """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
+        now_s = self._clock_s()
+        oldest_wait_s = max(0.0, now_s - self._waiting[0].admitted_s) if self._waiting else 0.0
+        return BacklogReport(self.line.num_waiting + num_unread, oldest_wait_s, self.line.beat(now_s))
 
     async def next(self) -> tuple[Waiting, Settled]:
         """One and what becomes of it: the first in line as soon as there is room for it, or who waited too long."""
@@ -76,6 +88,8 @@ class Backlog:
             settled = await self._settle(waiting)
             if settled is not None:
                 self._waiting.remove(waiting)
+                leave = self.line.place if isinstance(settled, Placement) else self.line.leave
+                leave()
                 self._metrics.backlog.set(len(self._waiting))
                 return waiting, settled
             await asyncio.sleep(ROOM_POLL_S)

@@ -2,15 +2,19 @@
 
 
 class LowWater:
-    """Of one partition."""
+    """Of one partition.
+
+    Attributes:
+        position: of the record that is dealt with next.
+    """
 
     def __init__(self, position: int) -> None:
-        self._position = position
+        self.position = position
         self._pending: dict[int, None] = {}
 
     def begin(self, offset: int) -> None:
         """The record at `offset`, the next in order, is being dealt with."""
-        self._position = offset + 1
+        self.position = offset + 1
         self._pending[offset] = None
 
     def end(self, offset: int) -> None:
@@ -20,4 +24,4 @@ class LowWater:
     @property
     def offset(self) -> int:
         """All below are dealt with."""
-        return next(iter(self._pending), self._position)
+        return next(iter(self._pending), self.position)

@@ -63,6 +63,12 @@ class Partitions:
         """The record is dealt with."""
         self._low_water[in_hand.topic, in_hand.position.partition].end(in_hand.position.offset)
 
+    async def num_unread(self, topic: str) -> int:
+        """Records of the topic that stand behind those in hand. Raises BusUnavailable."""
+        reader = self._readers[topic]
+        ends = {partition: await reader.end_offset(partition) for partition in self.owned}
+        return sum(max(0, end - self._low_water[topic, p].position) for p, end in ends.items() if p in self.owned)
+
     async def commit(self) -> None:
         """Commit for each partition that all below an offset is dealt with, where that changed."""
         for topic, reader in self._readers.items():

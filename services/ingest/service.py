@@ -87,6 +87,7 @@ class IngestService:
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
         self._sees_workers = True
+        self._num_unread = 0
         self._room = asyncio.Semaphore(MAX_JOBS_IN_HAND)
         self._partitions: Partitions | None = None
         self._hands: set[asyncio.Task[None]] = set()
@@ -112,6 +113,7 @@ class IngestService:
             loops = [
                 _every(keys.BEAT_INTERVAL_S, partitions.renew),
                 _every(COMMIT_INTERVAL_S, partitions.commit),
+                _every(keys.BEAT_INTERVAL_S, self._report_backlog),
                 _every(VIEW_INTERVAL_S, self._look_at_workers),
                 _every(FEED_INTERVAL_S, self._follow_feeds),
                 self._read_for_ever(jobs, partitions, self._take_job),
@@ -150,6 +152,22 @@ class IngestService:
                 else:
                     self._take_in_hand(take(record, in_hand))
 
+    async def _report_backlog(self) -> None:
+        """Tell edges how long the line is; all that stands in the log is in hand, unless the hands are full."""
+        assert self._partitions is not None
+        try:
+            if self._room.locked():
+                self._num_unread = await self._partitions.num_unread(INGEST.name)
+            else:
+                self._num_unread = 0
+        except BusUnavailable as error:
+            self._log.warning("unread jobs not counted", error=str(error))
+        try:
+            report = self._backlog.report(self._num_unread)
+            await self._state.report_backlog(self._incarnation, report, lease_ms=keys.LEASE_MS)
+        except StateUnavailable as error:
+            self._log.warning("backlog not reported", error=str(error))
+
     async def _look_at_workers(self) -> None:
         try:
             await self._cluster.refresh()
@@ -170,6 +188,13 @@ class IngestService:
 
     async def _take_job(self, record: Record, in_hand: InHand) -> None:
         self._metrics.jobs.inc()
+        self._backlog.line.join()
+        try:
+            await self._take_counted_job(record, in_hand)
+        finally:
+            self._backlog.line.leave()
+
+    async def _take_counted_job(self, record: Record, in_hand: InHand) -> None:
         try:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
