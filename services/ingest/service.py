@@ -21,6 +21,7 @@ from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Waiting
+from shared.bus.one_record import record_at
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import ContextTooLong, RequestError, RequestFailed
 from shared.observe.log import Logger
@@ -30,7 +31,7 @@ from shared.request import FinishReason, Incarnation, PlacementId
 from shared.state import keys
 from shared.state.port import Placement, State, StateUnavailable
 from shared.wire.codec import UndecodableMessage
-from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume
+from shared.wire.to_ingest import RESUME_DECODER, Resume
 from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
@@ -247,22 +248,18 @@ class IngestService:
     async def _look_up(self, resume: Resume) -> Record:
         """The record of the job, from its place in the log. Raises RequestFailed if it is not there."""
         wanted = resume.job
-        async with self._bus.reader(INGEST.name, group=GROUP) as reader:
-            if await self._is_kept(reader, wanted):
-                await reader.assign({wanted.partition: wanted.offset})
-                while not (records := await reader.read(READ_TIMEOUT_S)):
-                    continue
-                if records[0].offset == wanted.offset and request_id_of(records[0]) == resume.request_id:
-                    return records[0]
-        raise RequestFailed(f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}")
-
-    async def _is_kept(self, reader: Reader, wanted: LogPosition) -> bool:
         while True:
             try:
-                first = await reader.beginning_offset(wanted.partition)
-                return first <= wanted.offset < await reader.end_offset(wanted.partition)
+                record = await record_at(self._bus, INGEST.name, wanted.partition, wanted.offset, group=GROUP)
             except BusUnavailable as error:
                 self._log.warning("looking up a job waits for the log", error=str(error))
+            else:
+                break
+        if record is None or request_id_of(record) != resume.request_id:
+            raise RequestFailed(
+                f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}"
+            )
+        return record
 
     async def _admit(self, job: Job, capacity: int | None) -> Admitted:
         """Raises RequestError, for a defect of ours too: it ends one job, or the service would fail on it for ever."""

@@ -5,23 +5,17 @@ from collections.abc import Callable
 from services.ingest.jobs import Job
 from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Waiting
-from shared.bus.port import Producer, record_bytes
+from shared.bus.dead_letter import dead_letter
+from shared.bus.port import Producer
 from shared.errors import RequestError
 from shared.observe.log import Logger
 from shared.request import Event, FinishReason, partition_of
 from shared.state.port import Placement, RequestHint, State, StateUnavailable
 from shared.wire.codec import encode
-from shared.wire.results import (
-    HEADER_ERROR,
-    HEADER_SOURCE_BYTES,
-    HEADER_SOURCE_OFFSET,
-    HEADER_SOURCE_PARTITION,
-    HEADER_SOURCE_TOPIC,
-)
 from shared.wire.to_ingest import Resume, body_hash
 from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody, Open, View
 from shared.wire.to_worker import Assignment, PrefillWork
-from shared.wire.topics import DEAD_LETTER, MAX_RECORD_BYTES, PREFILL, STREAM_OUT
+from shared.wire.topics import DEAD_LETTER, PREFILL, STREAM_OUT
 from shared.wire.wire_format import WireFormat
 
 HINT_KEEP_S = 3600
@@ -103,17 +97,18 @@ class StoryWriter:
             self._log.warning("request not noted; other edges search the log for it", error=str(error))
 
     async def _bury(self, job: Job, in_hand: InHand, error: RequestError) -> None:
-        """Keep the original bytes where an operator finds them, as far as they fit beside the headers."""
-        key = job.request_id.encode()
-        headers = (
-            (HEADER_ERROR, error.message.encode()),
-            (HEADER_SOURCE_TOPIC, in_hand.topic.encode()),
-            (HEADER_SOURCE_PARTITION, str(in_hand.position.partition).encode()),
-            (HEADER_SOURCE_OFFSET, str(in_hand.position.offset).encode()),
-            (HEADER_SOURCE_BYTES, str(len(job.body)).encode()),
+        """Keep the original bytes where an operator finds them."""
+        letter = dead_letter(
+            job.request_id,
+            job.body,
+            topic=in_hand.topic,
+            position=in_hand.position,
+            tenant=job.tenant,
+            error=error.message,
         )
-        letter = job.body[: MAX_RECORD_BYTES - record_bytes(b"", key, headers)]
-        await self._producer.send(DEAD_LETTER.name, in_hand.position.partition, letter, key=key, headers=headers)
+        await self._producer.send(
+            DEAD_LETTER.name, letter.partition, letter.value, key=letter.key, headers=letter.headers
+        )
 
 
 def assignment(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> Assignment:
@@ -128,7 +123,7 @@ def assignment(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat
         sampling=admitted.sampling,
         deadline_s=job.deadline_s,
         stop_strings=admitted.spec.stop,
-        cache_salt=job.tenant,
+        cache_salt=admitted.cache_salt,
         max_wire_loss=max_wire_loss,
     )
 

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from services.stream_out.results import COMPLETED, timings_of
+from services.stream_out.results import COMPLETED, WORKER_LOST, WORKERS_LOST, timings_of
 from shared.observe.metrics import LATENCY_BUCKETS_S
 from shared.policy.fold import ChoiceState, RequestState
 from shared.request import Event
+from shared.state.port import Role
 from shared.wire.openai_answers import ENDS_AS_ERROR, Usage
 
 FRAME_AGE_BUCKETS_S = (*(n / 4000 for n in range(1, 21)), *(bound for bound in LATENCY_BUCKETS_S if bound > 0.005))
@@ -17,8 +18,11 @@ STAGE_BUCKETS_S = tuple(round(mantissa * 10.0**exponent, 6) for exponent in rang
 """From 0.1 ms to 50 s, coarser than other latencies: a request has eight stages, and a scrape holds up the loop that
 reads frames for some 6 µs a bucket."""
 
-CUT_REASONS = ("deadline", "client gone")
+CUT_REASONS = ("deadline", "client gone", WORKER_LOST, WORKERS_LOST)
 """Why an owner cuts."""
+
+REFUSAL_REASONS = ("overloaded", "streams", "concurrent", "requests", "tokens")
+"""What an edge refuses by: the wait, its own clients at once, a tenant's limits."""
 
 
 class EdgeMetrics:
@@ -36,6 +40,10 @@ class EdgeMetrics:
         self.streams = Gauge("baton_streams_open", "Streams being sent now", registry=registry)
         self.resumed = counter("baton_streams_resumed", "Streams that went on behind an event")
         self.clients_gone = counter("baton_clients_gone", "Clients that left before their answer was complete")
+        self.refused = counter("baton_edge_refused", "Requests refused before they were accepted", "reason")
+        for reason in REFUSAL_REASONS:
+            self.refused.labels(reason)  # from the start, as above
+        self.unlimited = counter("baton_edge_unlimited", "Requests for which Redis could not be asked about limits")
         self.partitions = Gauge("baton_stream_out_partitions", "Partitions of stream-out owned", registry=registry)
         self.take_overs = counter("baton_take_overs", "Partitions of stream-out taken over")
         self.followers = counter("baton_followers", "Requests read from partitions that this edge does not own")
@@ -44,6 +52,10 @@ class EdgeMetrics:
         for reason in CUT_REASONS:
             self.cuts.labels(reason)  # from the start, or the first of its kind would not count as an increase
         self.resumes = counter("baton_placed_again", "Choices sent back to ingest to be placed again")
+        self.placements_lost = counter("baton_placements_lost", "Placements cut because their worker was lost", "role")
+        for role in Role:
+            self.placements_lost.labels(role)  # from the start, as above
+        self.dead_letters = counter("baton_dead_letters", "Requests given up after too many losses, kept for operators")
         self.stops = counter("baton_stops", "Workers told to stop void work")
         self.finished = counter("baton_requests_finished", "Requests whose result was written", "status")
         for status in (COMPLETED, *sorted(ENDS_AS_ERROR)):

@@ -1,21 +1,30 @@
 """What the owner of a `stream-out` partition owes its requests. It decides; the service does.
 
-    Finished ──> WriteResult      Vacated ──> Resume      Voided ──> Stop
-    deadline passed ──> Cut(expired)      nobody attached for the grace ──> Cut(cancelled)
+    Finished ──> WriteResult      Vacated ──> Resume, or Cut(failed) after too many losses      Voided ──> Stop
+    deadline passed ──> Cut(expired)      nobody attached for the grace ──> Cut(cancelled)      worker lost ──> Cut
 
 Every duty is harmless when done twice or by two owners, so a lease only says when to begin. The commit is a statement
 about the log: all below its offset belongs to requests whose result is acknowledged; its note is an offset of
 `results` from which on the results of all later requests stand.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from services.stream_out.results import EXPIRED_ERROR, cancelled_error
+from services.stream_out.results import (
+    EXPIRED_ERROR,
+    WORKER_LOST,
+    WORKERS_LOST,
+    WORKERS_LOST_ERROR,
+    cancelled_error,
+    is_given_up,
+)
+from services.stream_out.sight import Alive
 from services.stream_out.streams import PartitionLog
 from shared.bus.port import Committed
 from shared.policy.fold import Change, Finished, RequestState, Vacated, Voided
-from shared.request import FinishReason, Incarnation, PlacementId, RequestId
+from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
 from shared.wire.to_ingest import Resume
 from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody
 from shared.wire.to_worker import Stop
@@ -82,6 +91,7 @@ class PartitionOwner:
         self._cuts: dict[RequestId, set[tuple[int, int]]] = {}
         self._unattached_since_s: dict[RequestId, float] = {}
         self._stopped_at_s: dict[tuple[PlacementId, Incarnation], float] = {}
+        self._voided_before: dict[tuple[PlacementId, Incarnation], Voided] = {}
         held = {story.request_id for story in log.held}
         for request_id in done.keys() - held:
             log.fold.forget(request_id, now_s)
@@ -94,15 +104,27 @@ class PartitionOwner:
     def answer(self, changes: Iterable[Change], now_s: float) -> list[Duty]:
         """What follows from a record's changes."""
         if not self._settled:
+            self._note_voided(changes)
             return []
         return [duty for change in changes for duty in self._answer(change, now_s)]
 
-    def settle(self) -> list[Duty]:
+    def _note_voided(self, changes: Iterable[Change]) -> None:
+        """What the owner before perhaps did not live to stop. A result stands only behind the stops before it."""
+        for change in changes:
+            if isinstance(change, Voided) and change.request_id not in self._acked:
+                self._voided_before[change.placement, change.worker.incarnation] = change
+
+    def settle(self, now_s: float) -> list[Duty]:
         """What the owner before perhaps left undone; once, when the log has been read up to where it stood then."""
         if self._settled or self.log.position < self._end_offset:
             return []
         self._settled = True
-        duties: list[Duty] = []
+        duties: list[Duty] = [
+            stop
+            for voided in self._voided_before.values()
+            for stop in self._stop(voided.placement, voided.worker, now_s)
+        ]
+        self._voided_before.clear()
         for state in self.log.fold.requests.values():
             if state.finished:
                 duties.extend(self._finish(state))
@@ -110,12 +132,18 @@ class PartitionOwner:
                 duties.extend(self._place_again(state))
         return duties
 
-    def judge(self, now_s: float, edges: frozenset[Incarnation]) -> list[Duty]:
-        """Cuts for requests that nobody wants any more; `edges` are alive."""
+    def judge(self, now_s: float, alive: Alive | None) -> list[Cut]:
+        """Cuts for requests that nobody wants any more, and for placements whose worker is lost.
+
+        Args:
+            alive: None where this edge could not see that for a while: then every grace begins again.
+        """
+        if alive is None:
+            self._unattached_since_s.clear()
         if not self._settled:
             return []
         running = [state for state in self.log.fold.requests.values() if state.view is not None and not state.finished]
-        return [cut for state in running for cut in self._judge(state, now_s, edges)]
+        return [cut for state in running for cut in self._judge(state, now_s, alive)]
 
     def result_acked(self, state: RequestState, results_offset: int, now_s: float) -> None:
         """The request's result stands at this offset of `results`."""
@@ -163,14 +191,17 @@ class PartitionOwner:
             case Finished(state):
                 yield from self._finish(state)
             case Vacated(state, choice):
-                yield from self._resume(state, choice)
-            case Voided(placement, worker):
-                key = (placement, worker.incarnation)
-                if self._stopped_at_s.get(key, -STOP_AGAIN_AFTER_S) <= now_s - STOP_AGAIN_AFTER_S:
-                    self._stopped_at_s[key] = now_s
-                    yield Stop(placement, worker)
+                yield from self._go_on(state, choice)
+            case Voided(_, placement, worker):
+                yield from self._stop(placement, worker, now_s)
             case _:
                 return
+
+    def _stop(self, placement: PlacementId, worker: WorkerRef, now_s: float) -> Iterator[Stop]:
+        key = (placement, worker.incarnation)
+        if self._stopped_at_s.get(key, -math.inf) <= now_s - STOP_AGAIN_AFTER_S:
+            self._stopped_at_s[key] = now_s
+            yield Stop(placement, worker)
 
     def _finish(self, state: RequestState) -> Iterator[Duty]:
         self._unattached_since_s.pop(state.request_id, None)
@@ -183,7 +214,14 @@ class PartitionOwner:
         for index in state.open_choices:
             choice = state.choice(index)
             if choice.placement is None and choice.epoch > 1:
-                yield from self._resume(state, index)
+                yield from self._go_on(state, index)
+
+    def _go_on(self, state: RequestState, index: int) -> Iterator[Duty]:
+        """A choice lost its placement: another, or the end of the request."""
+        if is_given_up(state):
+            yield from self._give_up(state)
+        else:
+            yield from self._resume(state, index)
 
     def _resume(self, state: RequestState, index: int) -> Iterator[Duty]:
         choice = state.choice(index)
@@ -192,12 +230,29 @@ class PartitionOwner:
             max_tokens = view.sampling.max_tokens
             yield Resume(state.request_id, index, choice.epoch, view.job, max_tokens, choice.ids[:])
 
-    def _judge(self, state: RequestState, now_s: float, edges: frozenset[Incarnation]) -> Iterator[Cut]:
+    def _judge(self, state: RequestState, now_s: float, alive: Alive | None) -> Iterator[Cut]:
         assert state.view is not None
         if now_s >= state.view.deadline_s:
             yield from self._end_all(state, FinishReason.EXPIRED, "deadline", EXPIRED_ERROR)
-        elif state.view.edge is not None and self._is_abandoned(state, now_s, edges):
+        elif is_given_up(state):
+            yield from self._give_up(state)
+        elif alive is None:
+            return
+        elif state.view.edge is not None and self._is_abandoned(state, now_s, alive.edges):
             yield from self._end_all(state, FinishReason.CANCELLED, "client gone", cancelled_error("client gone"))
+        else:
+            yield from self._cut_lost(state, alive)
+
+    def _cut_lost(self, state: RequestState, alive: Alive) -> Iterator[Cut]:
+        """Close the placements of which a worker is gone that they still need."""
+        for index in state.open_choices:
+            choice = state.choice(index)
+            lost = next((worker for worker in choice.needed if worker.incarnation not in alive.workers), None)
+            if lost is not None:
+                yield from self._cut_once(Cut(state.request_id, index, choice.epoch + 1, WORKER_LOST, lost=lost))
+
+    def _give_up(self, state: RequestState) -> Iterator[Cut]:
+        yield from self._end_all(state, FinishReason.FAILED, WORKERS_LOST, WORKERS_LOST_ERROR)
 
     def _is_abandoned(self, state: RequestState, now_s: float, edges: frozenset[Incarnation]) -> bool:
         if any(edge in edges for edge, _ in state.attached):
@@ -206,14 +261,13 @@ class PartitionOwner:
         return now_s >= self._unattached_since_s.setdefault(state.request_id, now_s) + self._grace_s
 
     def _end_all(self, state: RequestState, outcome: CutOutcome, reason: str, error: ErrorBody) -> Iterator[Cut]:
-        """Cuts for the open choices, each once: a cut that lost its race is followed by one for the later epoch."""
-        written = self._cuts.setdefault(state.request_id, set())
         for index in state.open_choices:
             epoch = state.choice(index).epoch + 1
-            if (index, epoch) not in written:
-                written.add((index, epoch))
-                yield Cut(state.request_id, index, epoch, reason, outcome, error)
+            yield from self._cut_once(Cut(state.request_id, index, epoch, reason, outcome, error))
 
-    def clear_sight(self) -> None:
-        """The owner could not see who is alive for a while: every grace begins again."""
-        self._unattached_since_s.clear()
+    def _cut_once(self, cut: Cut) -> Iterator[Cut]:
+        """One for each epoch: a cut that lost its race is followed by one for the later epoch."""
+        written = self._cuts.setdefault(cut.request_id, set())
+        if (cut.choice, cut.epoch) not in written:
+            written.add((cut.choice, cut.epoch))
+            yield cut

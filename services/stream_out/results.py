@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.blocks import TokenIds
 from shared.errors import RequestError
-from shared.policy.fold import ChoiceState, RequestState
+from shared.policy.fold import ChoiceState, Loss, RequestState
 from shared.request import Event, FinishReason, TokenLogprob
 from shared.text.stream import TextStream
 from shared.text.tokeniser import Tokeniser
@@ -45,6 +45,22 @@ EXPIRED_ERROR = ErrorBody(
     "the request's deadline passed before its answer was complete", "timeout_error", 504, code="deadline_exceeded"
 )
 
+WORKER_LOST = "worker lost"
+"""Reason of a cut that closes the placement of a worker that is gone."""
+
+WORKERS_LOST = "workers lost"
+"""Reason of a cut that ends a request after too many of these."""
+
+MAX_LOSSES = 3
+"""So many workers lost in a row, without a token between, end a request: it may be what they died of."""
+
+WORKERS_LOST_ERROR = ErrorBody(
+    f"{MAX_LOSSES} workers in a row were lost with the request, without a new token between",
+    "server_error",
+    500,
+    code="workers_lost",
+)
+
 MAX_RESULT_BYTES = MAX_RECORD_BYTES - 1024
 """Admission bounds results by an estimate; a larger one could never be written, and its request would never end."""
 
@@ -70,6 +86,16 @@ def error_of(state: RequestState) -> ErrorBody | None:
     """Why the finished request has no whole answer; None if it has one."""
     failure = _failed_choice(state)
     return None if failure is None else failure[1]
+
+
+def is_given_up(state: RequestState) -> bool:
+    """Whether too many workers were lost with the request for it to be placed again."""
+    return any(len(choice.losses) >= MAX_LOSSES for choice in state.choices.values())
+
+
+def losses_of(state: RequestState) -> list[Loss]:
+    """The workers that were lost with the choice that ended it."""
+    return max((choice.losses for choice in state.choices.values()), key=len, default=[])
 
 
 def _failed_choice(state: RequestState) -> tuple[FinishReason, ErrorBody] | None:

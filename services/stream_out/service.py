@@ -7,29 +7,41 @@ stream-out ──> read ──> PartitionLog ──changes──> PartitionOwner
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import Duty, PartitionOwner, WriteResult
-from services.stream_out.results import result_of, timings_of, unmakeable_result, usage_of
+from services.stream_out.results import (
+    WORKERS_LOST_ERROR,
+    is_given_up,
+    losses_of,
+    result_of,
+    timings_of,
+    unmakeable_result,
+    usage_of,
+)
 from services.stream_out.settings import Settings
+from services.stream_out.sight import Alive, Sight
 from services.stream_out.streams import Hold, PartitionLog
 from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
+from shared.bus.dead_letter import dead_letter
+from shared.bus.one_record import record_at
 from shared.bus.port import Bus, BusUnavailable, Committed, Reader, Record
 from shared.observe.log import Logger
 from shared.policy.fold import Change, RequestState
-from shared.request import NUM_REQUEST_PARTITIONS, Event, Incarnation, RequestId, partition_of
+from shared.request import NUM_REQUEST_PARTITIONS, Event, Incarnation, RequestId, WorkerRef, partition_of
 from shared.state.keys import BEAT_INTERVAL_S, LEASE_MS
-from shared.state.port import RequestHint, State, StateUnavailable
+from shared.state.port import RequestHint, Role, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import UndecodableMessage, encode
 from shared.wire.to_ingest import Resume
-from shared.wire.to_stream_out import STREAM_OUT_DECODER, Attach, Cut, Detach, Frame
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Attach, Cut, Detach, Frame, View
 from shared.wire.to_worker import Stop
-from shared.wire.topics import DECODE, INGEST_RESUME, PREFILL, RESULTS, STREAM_OUT
+from shared.wire.topics import DEAD_LETTER, DECODE, INGEST, INGEST_RESUME, NUM_SLOTS, PREFILL, RESULTS, STREAM_OUT
 
 COMMIT_INTERVAL_S = 1.0
 
@@ -79,14 +91,12 @@ class StreamOut:
         self._partitions: dict[int, _Partition] = {}
         self._leased: frozenset[int] = frozenset()
         self._assigned: frozenset[int] = frozenset()
-        self._edges: frozenset[Incarnation] = frozenset()
         self._prepared: list[TakeOver] = []
         self._committed: dict[int, Committed] = {}
         self._duties: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._has_leased = False
-        self._seeing_since_s = clock_s()
-        self._last_beat_s = clock_s()
+        self._sight = Sight(clock_s())
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -222,9 +232,11 @@ class StreamOut:
             leased = await self.state.lease_partitions(
                 GROUP, self.incarnation, num_partitions=NUM_REQUEST_PARTITIONS, lease_ms=LEASE_MS
             )
-            self._edges = await self.state.group_members(GROUP)
+            alive = await self._look_who_lives()
         except StateUnavailable as error:
             self.logger.warning("coordination is away: no verdicts", error=str(error))
+            self._sight.fail(self.clock_s())
+            self._judge(None)
             return
         gained, self._leased, self._has_leased = leased - self._leased, leased, True
         self.metrics.partitions.set(len(leased))
@@ -234,7 +246,17 @@ class StreamOut:
             task = self._tasks.create_task(self._prepare(gained))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        self._judge()
+        self._judge(alive)
+
+    async def _look_who_lives(self) -> Alive | None:
+        """None: this edge cannot tell. Raises StateUnavailable."""
+        edges = await self.state.group_members(GROUP)
+        workers = await self.state.workers(num_slots=NUM_SLOTS)
+        up_ms = await self.state.up_ms(lease_ms=LEASE_MS)
+        now_s = self.clock_s()
+        self._sight.look(now_s, up_ms=up_ms, silent_s=self.bus.silent_s())
+        heard = frozenset(worker.card.incarnation for worker in workers if not worker.load.log_away)
+        return Alive(edges, heard) if self._sight.is_clear(now_s) else None
 
     async def _prepare(self, partitions: frozenset[int]) -> None:
         while partitions:
@@ -247,20 +269,23 @@ class StreamOut:
             else:
                 return
 
-    def _judge(self) -> None:
-        """Verdicts on requests, unless this edge was blind (no beat for a lease) until less than a lease ago."""
+    def _judge(self, alive: Alive | None) -> None:
+        """Verdicts on requests and on the workers that they need."""
         now_s = self.clock_s()
-        lease_s = LEASE_MS / 1000
-        if now_s - self._last_beat_s > lease_s:
-            self._seeing_since_s = now_s
-        self._last_beat_s = now_s
+        num_lost: Counter[WorkerRef] = Counter()
         owners = [(p, found.owner) for p, found in self._partitions.items() if found.owner and p in self._leased]
         for partition, owner in owners:
-            if now_s - self._seeing_since_s < lease_s:
-                owner.clear_sight()
-            else:
-                self._do_all(partition, owner, owner.judge(now_s, self._edges))
+            cuts = owner.judge(now_s, alive)
+            for cut in cuts:
+                if cut.lost is not None:
+                    num_lost[cut.lost] += 1
+                    self.metrics.placements_lost.labels(_role_of_lost(owner, cut)).inc()
+            self._do_all(partition, owner, cuts)
             owner.tidy(now_s)
+        for worker, num_placements in num_lost.items():
+            self.logger.warning(
+                "worker lost", slot=worker.slot, incarnation=worker.incarnation, num_placements=num_placements
+            )
 
     async def _leave(self) -> None:
         if self._duties:
@@ -287,7 +312,7 @@ class StreamOut:
         if found.owner is not None:
             now_s = self.clock_s()
             self._do_all(record.partition, found.owner, found.owner.answer(changes, now_s))
-            self._do_all(record.partition, found.owner, found.owner.settle())
+            self._do_all(record.partition, found.owner, found.owner.settle(now_s))
 
     def _take(self, log: PartitionLog, record: Record) -> list[Change]:
         log.position = record.offset + 1
@@ -335,7 +360,7 @@ class StreamOut:
         )
         self._partitions[take_over.partition] = _Partition(log, owner)
         self.metrics.take_overs.inc()
-        self._do_all(take_over.partition, owner, owner.settle())
+        self._do_all(take_over.partition, owner, owner.settle(self.clock_s()))
 
     async def _assign(self) -> None:
         starts = {partition: found.log.start for partition, found in self._partitions.items()}
@@ -346,10 +371,22 @@ class StreamOut:
     # Duties
 
     def _do_all(self, partition: int, owner: PartitionOwner, duties: Iterable[Duty]) -> None:
+        """A result is written behind the stops before it: where it stands, they do too."""
+        stops: list[asyncio.Task[None]] = []
         for duty in duties:
-            task = asyncio.create_task(self._do(partition, owner, duty))
+            before = tuple(stops) if isinstance(duty, WriteResult) else ()
+            task = asyncio.create_task(self._do_behind(before, partition, owner, duty))
+            if isinstance(duty, Stop):
+                stops.append(task)
             self._duties.add(task)
             task.add_done_callback(self._duty_done)
+
+    async def _do_behind(
+        self, before: Sequence[asyncio.Task[None]], partition: int, owner: PartitionOwner, duty: Duty
+    ) -> None:
+        if before:
+            await asyncio.wait(before)
+        await self._do(partition, owner, duty)
 
     def _duty_done(self, task: asyncio.Task[None]) -> None:
         self._duties.discard(task)
@@ -372,6 +409,8 @@ class StreamOut:
                     await self._producer.send(topic, duty.target.slot, encode(duty))
 
     async def _write_result(self, partition: int, owner: PartitionOwner, state: RequestState) -> None:
+        if is_given_up(state):
+            await self._bury(state)
         try:
             result = result_of(state, self.tokeniser)
         except Exception:
@@ -383,6 +422,34 @@ class StreamOut:
         owner.result_acked(state, offset, now_s)
         self.metrics.observe_end(state, result.status, now_s)
         self._log_end(partition, state, result.status, now_s)
+
+    async def _bury(self, state: RequestState) -> None:
+        """Keep the job where an operator finds it, with what was lost on it."""
+        assert state.view is not None, "a placement was lost, so it was opened"
+        letter = dead_letter(
+            state.request_id,
+            await self._job_of(state.view),
+            topic=INGEST.name,
+            position=state.view.job,
+            tenant=state.view.tenant,
+            error=WORKERS_LOST_ERROR.message,
+            history=losses_of(state),
+        )
+        await self._producer.send(
+            DEAD_LETTER.name, letter.partition, letter.value, key=letter.key, headers=letter.headers
+        )
+        self.metrics.dead_letters.inc()
+
+    async def _job_of(self, view: View) -> bytes:
+        """The job as it came; nothing if the log has it no more."""
+        while True:
+            try:
+                record = await record_at(self.bus, INGEST.name, view.job.partition, view.job.offset, group=GROUP)
+            except BusUnavailable as error:
+                self.logger.warning("a dead letter waits for the log", error=str(error))
+                await asyncio.sleep(BEAT_INTERVAL_S)
+            else:
+                return b"" if record is None else record.value
 
     def _log_end(self, partition: int, state: RequestState, status: str, now_s: float) -> None:
         """The one line of a request."""
@@ -440,3 +507,8 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _role_of_lost(owner: PartitionOwner, cut: Cut) -> Role:
+    placement = owner.log.fold.requests[cut.request_id].choice(cut.choice).placement
+    return Role.DECODE if placement is not None and placement.decode == cut.lost else Role.PREFILL

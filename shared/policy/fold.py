@@ -79,8 +79,17 @@ class Finished:
 class Voided:
     """Nobody wants what this worker does for this placement."""
 
+    request_id: RequestId
     placement: PlacementId
     worker: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A worker was lost: with it went the placement of `epoch`."""
+
+    worker: WorkerRef
+    epoch: int
 
 
 Change = Opened | Grew | Vacated | Ended | Finished | Voided
@@ -93,6 +102,8 @@ class ChoiceState:
     Attributes:
         epoch: the epoch whose placement counts, or is awaited.
         placement: the open one.
+        decode_began: an entry of its decode worker counted: its prefill worker is not needed any more.
+        losses: of workers, since the last token came.
         held: entries that wait for an `open` or for a gap to be filled, by placement.
         logprobs: one per id, if asked for.
         wire_format: the most lossy form in which KV came that any of `ids` was computed from.
@@ -100,6 +111,8 @@ class ChoiceState:
 
     epoch: int = 1
     placement: Open | None = None
+    decode_began: bool = False
+    losses: list[Loss] = field(default_factory=list[Loss])
     ids: TokenIds = field(default_factory=lambda: token_ids(()))
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     num_cached_tokens: int | None = None
@@ -109,6 +122,15 @@ class ChoiceState:
     held: dict[PlacementId, list[tuple[FrameEntry, WorkerRef]]] = field(
         default_factory=dict[PlacementId, list[tuple[FrameEntry, WorkerRef]]]
     )
+
+    @property
+    def needed(self) -> tuple[WorkerRef, ...]:
+        """The workers without which its open placement comes to nothing."""
+        if self.placement is None:
+            return ()
+        if self.decode_began:
+            return (self.placement.decode,)
+        return (self.placement.prefill, self.placement.decode)
 
 
 @dataclass(slots=True)
@@ -176,7 +198,7 @@ class PartitionFold:
                 for entry in message.entries
                 for change in self._apply_entry(offset, timestamp_s, entry, message.worker)
             ]
-        if message.request_id in self._forgotten:
+        if self._is_over(message.request_id):
             return list(_void_open(message)) if isinstance(message, Open) else []
         state = self._state(message.request_id, offset, timestamp_s)
         match message:
@@ -205,6 +227,10 @@ class PartitionFold:
         for key in strays:
             del self.requests[key]
 
+    def _is_over(self, request_id: RequestId) -> bool:
+        """Whether the request ended and was forgotten: what still comes for it is void."""
+        return request_id in self._forgotten
+
     def _state(self, request_id: RequestId, offset: int, timestamp_s: float) -> RequestState:
         state = self.requests.get(request_id)
         if state is None:
@@ -212,33 +238,49 @@ class PartitionFold:
         return state
 
     def _apply_entry(self, offset: int, timestamp_s: float, entry: FrameEntry, worker: WorkerRef) -> Iterator[Change]:
-        if entry.request_id in self._forgotten:
-            yield Voided(entry.placement, worker)
+        void = Voided(entry.request_id, entry.placement, worker)
+        if self._is_over(entry.request_id):
+            yield void
             return
         state = self._state(entry.request_id, offset, timestamp_s)
         if not state.wants(entry.choice):
-            yield Voided(entry.placement, worker)
+            yield void
             return
         choice = state.choice(entry.choice)
         if state.finished or choice.end is not None:
-            yield Voided(entry.placement, worker)
+            yield void
         elif choice.placement is None:
-            choice.held.setdefault(entry.placement, []).append((entry, worker))
-        elif choice.placement.placement != entry.placement:
-            yield Voided(entry.placement, worker)
+            _hold(choice, entry, worker)
+        elif not _is_of(choice.placement, entry):
+            yield void
         else:
             yield from _take_entry(state, entry, worker)
 
 
+def _is_of(placement: Open, entry: FrameEntry) -> bool:
+    """Whether the entry was made for this placement, and not for another of the choice."""
+    return placement.placement == entry.placement
+
+
+def _may_open(state: RequestState, choice: ChoiceState, message: Open) -> bool:
+    """Whether the choice waits for a placement of just this epoch: of several the first one counts."""
+    is_awaited = message.epoch == choice.epoch and choice.placement is None
+    return is_awaited and choice.end is None and not state.finished
+
+
+def _hold(choice: ChoiceState, entry: FrameEntry, worker: WorkerRef) -> None:
+    choice.held.setdefault(entry.placement, []).append((entry, worker))
+
+
 def _void_open(message: Open) -> Iterator[Change]:
-    yield Voided(message.placement, message.prefill)
-    yield Voided(message.placement, message.decode)
+    yield Voided(message.request_id, message.placement, message.prefill)
+    yield Voided(message.request_id, message.placement, message.decode)
 
 
 def _void_held(choice: ChoiceState) -> Iterator[Change]:
     for placement, held in choice.held.items():
-        for worker in dict.fromkeys(worker for _, worker in held):
-            yield Voided(placement, worker)
+        for entry, worker in {worker: (entry, worker) for entry, worker in held}.values():
+            yield Voided(entry.request_id, placement, worker)
     choice.held.clear()
 
 
@@ -249,7 +291,7 @@ def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
     choice = state.choice(message.choice)
     if choice.placement is not None and choice.placement.placement == message.placement:
         return
-    if state.finished or choice.end or message.epoch != choice.epoch or choice.placement is not None:
+    if not _may_open(state, choice, message):
         yield from _void_open(message)
         return
     if state.view is None and message.view is not None:
@@ -259,6 +301,7 @@ def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
         for index in [index for index in state.choices if not state.wants(index)]:
             yield from _void_held(state.choices.pop(index))
     choice.placement = message
+    choice.decode_began = False
     choice.stamps.update(message.stamps)
     mine = choice.held.pop(message.placement, [])
     yield from _void_held(choice)
@@ -276,6 +319,8 @@ def _apply_cut(state: RequestState, message: Cut) -> Iterator[Change]:
     if state.finished or choice.end or message.epoch != choice.epoch + 1:
         return
     closed = choice.placement
+    if message.lost is not None:
+        choice.losses.append(Loss(message.lost, choice.epoch))
     choice.epoch = message.epoch
     choice.placement = None
     if closed is not None:
@@ -296,16 +341,14 @@ def _take_entry(state: RequestState, entry: FrameEntry, worker: WorkerRef) -> It
     choice = state.choice(entry.choice)
     num_known = len(choice.ids)
     if entry.index > num_known:
-        choice.held.setdefault(entry.placement, []).append((entry, worker))
+        _hold(choice, entry, worker)
         return
-    for event, stamp_s in entry.stamps.items():
-        choice.stamps.setdefault(event, stamp_s)
-    if choice.num_cached_tokens is None:
-        choice.num_cached_tokens = entry.num_cached_tokens
-    if entry.wire_format.loss > choice.wire_format.loss:
-        choice.wire_format = entry.wire_format
+    if choice.placement is not None and worker == choice.placement.decode:
+        choice.decode_began = True
+    _note_facts(choice, entry)
     new_ids = entry.ids[num_known - entry.index :]
     if new_ids:
+        choice.losses.clear()
         choice.ids.extend(new_ids)
         choice.logprobs.extend(entry.logprobs[num_known - entry.index :])
         yield Grew(state, entry.choice, num_known, new_ids)
@@ -317,6 +360,16 @@ def _take_entry(state: RequestState, entry: FrameEntry, worker: WorkerRef) -> It
         for held, held_worker in choice.held.pop(entry.placement, []):
             if choice.end is None:
                 yield from _take_entry(state, held, held_worker)
+
+
+def _note_facts(choice: ChoiceState, entry: FrameEntry) -> None:
+    """What an entry tells beside its tokens."""
+    for event, stamp_s in entry.stamps.items():
+        choice.stamps.setdefault(event, stamp_s)
+    if choice.num_cached_tokens is None:
+        choice.num_cached_tokens = entry.num_cached_tokens
+    if entry.wire_format.loss > choice.wire_format.loss:
+        choice.wire_format = entry.wire_format
 
 
 def _end_choice(state: RequestState, index: int, end: End, *, whole_request: bool) -> Iterator[Change]:

@@ -145,6 +145,7 @@ class Cut:
     Attributes:
         reason: for people and metrics ("deadline", "client gone", "drain", ...).
         outcome: the end, or None if the choice is to be placed again.
+        lost: the worker whose loss closed the placement; None where nobody was lost (a drain, an end).
         view: where a refusal comes before any `open`, what is known of the request.
     """
 
@@ -155,6 +156,7 @@ class Cut:
     outcome: CutOutcome | None = None
     error: ErrorBody | None = None
     view: View | None = None
+    lost: WorkerRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

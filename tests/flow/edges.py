@@ -30,7 +30,7 @@ from shared.request import (
 )
 from shared.runtime.run import health_routes
 from shared.state.memory import MemoryState, MemoryStore
-from shared.state.port import RequestHint
+from shared.state.port import LiveWorker, RequestHint, Role, WorkerCard, WorkerLoad
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
@@ -138,13 +138,29 @@ class Exchange:
         self._changed = asyncio.Event()
 
 
+class PretendState(MemoryState):
+    """The store, in which the world's pretend workers hold their slots."""
+
+    def __init__(self, world) -> None:
+        super().__init__(world.store)
+        self._world = world
+
+    async def workers(self, *, num_slots):
+        return [*await super().workers(num_slots=num_slots), *self._world.workers]
+
+
+def pretend_worker(ref, role):
+    card = WorkerCard(ref.incarnation, role, "pretend", "tiny", "f", 4096, 64, 8, "host:1", "layout")
+    return LiveWorker(ref.slot, card, WorkerLoad(64, 0, 0), 0, 0)
+
+
 class Node:
     """One edge process."""
 
     def __init__(self, world, name, settings) -> None:
         self.name = Incarnation(name)
         self.bus = MemoryBus(world.log, client_id=name)
-        self.state = MemoryState(world.store)
+        self.state = PretendState(world)
         self.registry = CollectorRegistry()
         self.log = structlog.testing.LogCapture()
         names = Random(name)
@@ -183,13 +199,14 @@ class Node:
 
 
 class World:
-    """The log, the store, the time."""
+    """The log, the store, the time, and the workers that live."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.clock_s = lambda: START_S + loop.time() - 1000.0
         self.log = MemoryLog(clock=self.clock_s, random=Random(7))
         self.store = MemoryStore(clock=self.clock_s)
+        self.workers = [pretend_worker(PREFILL, Role.PREFILL), pretend_worker(DECODE, Role.DECODE)]
         self._stack = AsyncExitStack()
         self._nodes = []
         self._num_seen = dict.fromkeys(range(16), 0)

@@ -246,6 +246,8 @@ async def test_a_request_tells_where_it_is(world):
 @scenario
 async def test_models_are_those_of_live_workers(world):
     edge = await world.owner("a")
+    assert [model["id"] for model in (await edge.call("GET", "/v1/models").json())["data"]] == ["tiny"]
+    world.workers = []
     assert (await edge.call("GET", "/v1/models").json())["data"] == []
     assert (await edge.call("GET", "/v1/models/tiny").done()).status == 404
     world.store.away = True
