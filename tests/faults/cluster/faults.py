@@ -16,7 +16,7 @@ from enum import StrEnum
 from redis.asyncio import Redis
 
 from tests.faults.cluster.proxy import Path
-from tests.faults.cluster.seats import describe_end
+from tests.faults.cluster.seats import RESTART_DELAY_S, describe_end
 from tests.faults.cluster.worker import HANG
 
 LEASE_S = 2.0
@@ -29,6 +29,7 @@ SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 6.0
 SHORTEST_CUT_S, LONGEST_CUT_S = 0.5, 8.0
 LONGEST_SERVER_PAUSE_S = 4.0
 LONGEST_DOWN_S = 4.0
+LONGEST_SERVER_DOWN_S = 1.0
 """How long who was killed stays away at most, beside his start."""
 
 
@@ -50,6 +51,11 @@ class Kind(StrEnum):
     BROKER_KILL = "broker SIGKILL"
     BROKER_PAUSE = "broker SIGSTOP"
 
+
+ENDING_KINDS = {Kind.KILL, Kind.TERM, Kind.HANG}
+REDIS_KINDS = {Kind.REDIS_KILL, Kind.REDIS_FLUSH, Kind.REDIS_PAUSE}
+BROKER_KINDS = {Kind.BROKER_KILL, Kind.BROKER_PAUSE}
+SERVER_KINDS = REDIS_KINDS | BROKER_KINDS
 
 ROLE_WEIGHTS = {"decode": 4, "prefill": 2, "ingest": 2, "edge": 3}
 
@@ -118,6 +124,9 @@ class Plan:
     how_long: float
     hard: bool
 
+    def between(self, least, most):
+        return least + self.how_long * (most - least)
+
 
 def draw_plans(seed, num_faults, minutes, weights=WEIGHTS):
     """So many faults, spread over so many minutes."""
@@ -175,48 +184,49 @@ class Injector:
 
     def _aim(self, plan):
         """The strike that the plan means, None if nobody can be met now."""
-        cluster = self.cluster
-        how_long = plan.how_long
-        down_s = 0.3 if plan.hard else how_long * LONGEST_DOWN_S
+        if plan.kind in SERVER_KINDS:
+            servers = self.cluster.brokers if plan.kind in BROKER_KINDS else [self.cluster.redis]
+            server = self._pick(plan, [server for server in servers if self._free(server)])
+            return server and self._aim_at_server(plan, server)
+        role = plan.role
+        if plan.kind is Kind.CUT_PEERS:
+            role = "prefill"
+        elif plan.kind is Kind.HANG:
+            role = "prefill" if plan.hard else "decode"
+        free = [seat for seat in self.cluster.of(role) if self._free(seat)]
+        ends = plan.kind in ENDING_KINDS
+        seat = self._pick(plan, [seat for seat in free if not (ends and seat.name in self.protected)])
+        return seat and self._aim_at_seat(plan, seat)
+
+    def _aim_at_server(self, plan, server):
+        match plan.kind:
+            case Kind.REDIS_FLUSH:
+                return self.flush
+            case Kind.REDIS_KILL | Kind.BROKER_KILL:
+                return lambda: self.kill_server(plan.kind, server, plan.between(0.0, LONGEST_SERVER_DOWN_S))
+            case _:
+                for_s = plan.between(SHORTEST_PAUSE_S, LONGEST_SERVER_PAUSE_S)
+                return lambda: self.pause_server(plan.kind, server, for_s)
+
+    def _aim_at_seat(self, plan, seat):
         match plan.kind:
             case Kind.KILL | Kind.TERM:
-                seat = self._seat(plan, plan.role, may_end=True)
                 strike = self.kill if plan.kind is Kind.KILL else self.term
-                return seat and (lambda: strike(seat, down_s))
-            case Kind.PAUSE:
-                seat = self._seat(plan, plan.role)
-                for_s = self._bearable_s(seat, SHORTEST_PAUSE_S + how_long * (LONGEST_PAUSE_S - SHORTEST_PAUSE_S))
-                return seat and (lambda: self.pause(seat, for_s))
+                down_s = RESTART_DELAY_S if plan.hard else plan.between(0.0, LONGEST_DOWN_S)
+                return lambda: strike(seat, down_s)
             case Kind.HANG:
-                seat = self._seat(plan, "prefill" if plan.hard else "decode", may_end=True)
-                return seat and (lambda: self.hang(seat))
-            case Kind.CUT_KAFKA | Kind.CUT_REDIS | Kind.CUT_PEERS:
-                seat = self._seat(plan, "prefill" if plan.kind is Kind.CUT_PEERS else plan.role)
-                for_s = SHORTEST_CUT_S + how_long * (LONGEST_CUT_S - SHORTEST_CUT_S)
+                return lambda: self.hang(seat)
+            case Kind.PAUSE:
+                for_s = self._bearable_s(seat, plan.between(SHORTEST_PAUSE_S, LONGEST_PAUSE_S))
+                return lambda: self.pause(seat, for_s)
+            case _:
+                for_s = plan.between(SHORTEST_CUT_S, LONGEST_CUT_S)
                 if plan.kind is Kind.CUT_REDIS:
                     for_s = self._bearable_s(seat, for_s)
-                how = Path.RESET if plan.hard else Path.FROZEN
-                return seat and (lambda: self.cut(plan.kind, seat, how, for_s))
-            case Kind.REDIS_KILL:
-                return self._free(cluster.redis) and (lambda: self.kill_server(plan.kind, cluster.redis, down_s / 4))
-            case Kind.REDIS_FLUSH:
-                return self._free(cluster.redis) and self.flush
-            case Kind.REDIS_PAUSE:
-                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_SERVER_PAUSE_S - SHORTEST_PAUSE_S)
-                return self._free(cluster.redis) and (lambda: self.pause_server(plan.kind, cluster.redis, for_s))
-            case Kind.BROKER_KILL | Kind.BROKER_PAUSE:
-                broker = self._pick(plan, [broker for broker in cluster.brokers if self._free(broker)])
-                if plan.kind is Kind.BROKER_KILL:
-                    return broker and (lambda: self.kill_server(plan.kind, broker, down_s / 4))
-                for_s = SHORTEST_PAUSE_S + how_long * (LONGEST_SERVER_PAUSE_S - SHORTEST_PAUSE_S)
-                return broker and (lambda: self.pause_server(plan.kind, broker, for_s))
-
-    def _seat(self, plan, role, *, may_end=False):
-        free = [seat for seat in self.cluster.of(role) if self._free(seat)]
-        return self._pick(plan, [seat for seat in free if not (may_end and seat.name in self.protected)])
+                return lambda: self.cut(plan.kind, seat, Path.RESET if plan.hard else Path.FROZEN, for_s)
 
     def _bearable_s(self, seat, for_s):
-        return min(for_s, BEARABLE_S) if seat is not None and seat.name in self.protected else for_s
+        return min(for_s, BEARABLE_S) if seat.name in self.protected else for_s
 
     def _free(self, target):
         return target.is_alive and target.name not in self._busy
@@ -237,13 +247,13 @@ class Injector:
 
     # Strikes
 
-    async def kill(self, seat, down_s=0.3):
+    async def kill(self, seat, down_s=RESTART_DELAY_S):
         """SIGKILL; the successor comes after `down_s`."""
         fault = self._note(Kind.KILL, seat, f"away for {down_s:.1f} s", seat.life)
         await self._end(fault, seat, signal.SIGKILL, down_s)
         return fault
 
-    async def term(self, seat, down_s=0.3):
+    async def term(self, seat, down_s=RESTART_DELAY_S):
         """SIGTERM, as a rolling restart does."""
         fault = self._note(Kind.TERM, seat, f"away for {down_s:.1f} s", seat.life)
         await self._end(fault, seat, signal.SIGTERM, down_s)
@@ -320,8 +330,7 @@ class Injector:
         return fault
 
 
-BLINDING = {Kind.PAUSE, Kind.CUT_REDIS, Kind.HANG}
-REDIS_FAULTS = {Kind.REDIS_KILL, Kind.REDIS_FLUSH, Kind.REDIS_PAUSE}
+BLINDING_KINDS = {Kind.PAUSE, Kind.CUT_REDIS, Kind.HANG}
 
 EXPLAINED_WITHIN_S = 8.0
 """A process that ends by itself because of a fault does so in this time after it."""
@@ -344,7 +353,7 @@ def _is_explained(seat, life, faults):
         return True
     gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step takes over"))
     return gave_up and any(
-        fault.kind in REDIS_FAULTS or (fault.kind in BLINDING and fault.target == seat.name)
+        fault.kind in REDIS_KINDS or (fault.kind in BLINDING_KINDS and fault.target == seat.name)
         for fault in faults
         if fault.at_s <= life.ended_s <= (fault.until_s or time.time()) + EXPLAINED_WITHIN_S
     )
