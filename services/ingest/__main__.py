@@ -4,6 +4,7 @@ import asyncio
 import uuid
 
 from services.ingest.admission import Admission, ModelFacts
+from services.ingest.cache_salt import CacheSalt
 from services.ingest.service import IngestService
 from services.ingest.settings import IngestProcessSettings
 from shared.bus.kafka import KafkaBus
@@ -29,7 +30,11 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
         service = IngestService(
             bus=bus,
             state=state,
-            admission=Admission(Tokeniser.load(settings.model), ModelFacts.load(settings.model, settings.served_model)),
+            admission=Admission(
+                Tokeniser.load(settings.model),
+                ModelFacts.load(settings.model, settings.served_model),
+                CacheSalt.read(settings.cache_salt_file),
+            ),
             incarnation=incarnation,
             default_deadline_s=settings.default_deadline_s,
             wire_loss=settings.wire_loss,

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
+from services.ingest.cache_salt import NAMES_ALONE, CacheSalt
 from services.ingest.jobs import Job
 from shared.blocks import TokenIds
 from shared.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedCheckpoint
@@ -45,6 +46,7 @@ class Admitted:
     Attributes:
         prompt_ids: what the model is to continue.
         unknown_fields: fields of the body that mean nothing here.
+        cache_salt: its KV is shared only with requests of this salt.
     """
 
     job: Job
@@ -52,6 +54,7 @@ class Admitted:
     prompt_ids: TokenIds
     sampling: SamplingParams
     unknown_fields: tuple[str, ...]
+    cache_salt: str
 
 
 def default_seed(request_id: RequestId) -> int:
@@ -62,9 +65,10 @@ def default_seed(request_id: RequestId) -> int:
 class Admission:
     """Checks jobs against one model. Thread-safe."""
 
-    def __init__(self, tokeniser: Tokeniser, facts: ModelFacts) -> None:
+    def __init__(self, tokeniser: Tokeniser, facts: ModelFacts, cache_salt: CacheSalt = NAMES_ALONE) -> None:
         self._tokeniser = tokeniser
         self._facts = facts
+        self._cache_salt = cache_salt
 
     @property
     def model_name(self) -> str:
@@ -86,7 +90,8 @@ class Admission:
         room = self._room_for_answer(spec, len(prompt_ids), limit)
         sampling = spec.sampling(room=room, default_seed=default_seed(job.request_id))
         _refuse_too_large_records(spec, len(prompt_ids), sampling)
-        return Admitted(job, spec, prompt_ids, sampling, parsed.unknown_fields)
+        cache_salt = self._cache_salt.of(job.tenant)
+        return Admitted(job, spec, prompt_ids, sampling, parsed.unknown_fields, cache_salt)
 
     def _prompt_ids(self, job: Job, spec: GenerationSpec) -> TokenIds:
         match spec.prompt:

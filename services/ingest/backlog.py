@@ -158,7 +158,7 @@ class Backlog:
         """Hashes of its full blocks; kept while it is asked about again and again, as the first in line is."""
         fingerprint = self._cluster.fingerprints.get(waiting.admitted.spec.model, "")
         if self._hashed is None or self._hashed[0] is not waiting or self._hashed[1] != fingerprint:
-            root = root_hash(fingerprint, waiting.admitted.job.tenant)
+            root = root_hash(fingerprint, waiting.admitted.cache_salt)
             self._hashed = (waiting, fingerprint, tuple(hash_chain(root, waiting.ids)))
         return self._hashed[2]
 

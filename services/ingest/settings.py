@@ -1,5 +1,7 @@
 """Settings of ingest, from the environment."""
 
+from pathlib import Path
+
 from pydantic import Field, Json
 
 from services.ingest.wire_loss import WireLoss
@@ -15,10 +17,12 @@ class IngestProcessSettings(ServiceSettings):
         default_deadline_s: for jobs that name none.
         max_wire_loss: the most lossy form in which KV may travel, used only where it would come late as it is:
             "native" (exact), "int8" or "int4".
+        cache_salt_file: of a secret of the deployment, the same for each of its ingest processes: see `CacheSalt`.
         tenant_max_wire_loss: the same for single tenants, whatever `max_wire_loss` says: JSON, {"tenant": "int8"}.
     """
 
     default_deadline_s: float = Field(default=600.0, gt=0, le=MAX_DEADLINE_S)
+    cache_salt_file: Path | None = None
     max_wire_loss: WireFormat = WireFormat.NATIVE
     tenant_max_wire_loss: Json[dict[str, WireFormat]] = Field(
         default_factory=dict[str, WireFormat],

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services.decode.role import DecodeRole
 from services.ingest.admission import Admission, ModelFacts
+from services.ingest.cache_salt import NAMES_ALONE, CacheSalt
 from services.ingest.service import IngestService
 from services.ingest.wire_loss import WireLoss
 from services.prefill.role import PrefillRole
@@ -99,6 +100,7 @@ class System:
     slowdown: float = SLOWDOWN
     wire_loss: WireLoss = field(default_factory=WireLoss)
     floor: LinkFloor | None = None
+    cache_salt: CacheSalt = NAMES_ALONE
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -121,7 +123,7 @@ class System:
         return IngestService(
             bus=bus,
             state=state,
-            admission=Admission(self.tokeniser, self.facts),
+            admission=Admission(self.tokeniser, self.facts, self.cache_salt),
             incarnation=incarnation,
             default_deadline_s=60.0,
             wire_loss=self.wire_loss,
