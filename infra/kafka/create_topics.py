@@ -1,5 +1,7 @@
 """Creates the topics at deploy: `python -m infra.kafka.create_topics HOST:PORT [REPLICATION]`. Safe to repeat.
 
+With three copies an append is acknowledged when two brokers have it: one may be lost, and nothing stops meanwhile.
+
 BATON_KAFKA_* variables say how the brokers are spoken to, as for the services.
 """
 
@@ -40,8 +42,8 @@ async def create_topics(
     await admin.start()
     try:
         await _create(admin, topics, replication_factor)
-        await _apply_settings(admin, topics)
         await _until_led(admin, topics)
+        await _apply_settings(admin, topics)
     finally:
         await admin.close()
     await _until_served(address, topics, access)
@@ -62,12 +64,25 @@ async def _create(admin: AIOKafkaAdminClient, topics: Sequence[Topic], replicati
 
 
 async def _apply_settings(admin: AIOKafkaAdminClient, topics: Sequence[Topic]) -> None:
-    responses: list[Any] = await admin.alter_configs(
-        [ConfigResource(ConfigResourceType.TOPIC, topic.name, topic.config) for topic in topics]
-    )
+    described = {found["topic"]: found for found in await admin.describe_topics([topic.name for topic in topics])}
+    resources = [
+        ConfigResource(
+            ConfigResourceType.TOPIC,
+            topic.name,
+            topic.config | {"min.insync.replicas": str(_min_in_sync(described[topic.name]))},
+        )
+        for topic in topics
+    ]
+    responses: list[Any] = await admin.alter_configs(resources)
     for code, reason, _, name in responses[0].resources:
         if code != 0:
             raise for_code(code)(f"settings of topic {name}: {reason}")
+
+
+def _min_in_sync(described: dict[str, Any]) -> int:
+    """All copies of the topic, as it was created, but one."""
+    num_copies = min((len(partition["replicas"]) for partition in described["partitions"]), default=1)
+    return max(1, num_copies - 1)
 
 
 async def _until_led(admin: AIOKafkaAdminClient, topics: Sequence[Topic]) -> None:

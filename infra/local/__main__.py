@@ -52,6 +52,7 @@ def up(
         int | None,
         typer.Option(help="KV pages of each worker, 64 tokens a page; by default 512, on GPUs as many as fit.", min=2),
     ] = None,
+    brokers: Annotated[int, typer.Option(help="Kafka brokers: 1, or 3 that may lose one.", min=1)] = 1,
     max_restarts: Annotated[int, typer.Option(help="Restarts of a process that dies.", min=0)] = 3,
     run_dir: RunDir = DEFAULT_RUN_DIR,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C.")] = False,
@@ -67,6 +68,7 @@ def up(
         dtype=dtype,
         num_pages=num_pages,
         max_restarts=max_restarts,
+        brokers=brokers,
     )
     if foreground:
         asyncio.run(_serve(composition, run_dir))

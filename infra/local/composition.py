@@ -61,7 +61,8 @@ class Composition:
         num_pages: KV pages of each worker; None: CPU_PAGES, and on GPUs as many as fit.
         max_restarts: how often a process that died is started again before it is left dead.
         env: further settings of every service.
-        kafka_port, redis_port: wished ports; any free port where taken.
+        brokers: of Kafka; with three, each record is on all of them and acknowledged by two.
+        kafka_port, redis_port: wished ports, of the first broker; any free port where taken.
     """
 
     counts: Mapping[str, int]
@@ -73,6 +74,7 @@ class Composition:
     num_pages: int | None = None
     max_restarts: int = 3
     env: Mapping[str, str] = field(default_factory=dict[str, str])
+    brokers: int = 1
     kafka_port: int | None = 9092
     redis_port: int | None = 6379
 

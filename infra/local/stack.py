@@ -18,7 +18,7 @@ from pathlib import Path
 
 from infra.kafka.create_topics import create_topics
 from infra.local.composition import SERVICES, Composition, Service, service_spec
-from infra.local.kafka import kafka_spec
+from infra.local.kafka import MAX_COPIES, kafka_specs
 from infra.local.ports import PortPicker
 from infra.local.process import Child, ProcessSpec, start_ticks
 from infra.local.redis import redis_spec
@@ -26,6 +26,8 @@ from infra.local.state_file import ProcessPhase, ProcessRecord, StackPhase, Stac
 from shared.errors import StartupError
 
 RESTART_DELAY_S = 1.0
+
+BROKERS = "kafka"
 
 Report = Callable[[str], None]
 """Receives one message for people at each event."""
@@ -119,12 +121,13 @@ class Stack:
     async def start(self) -> None:
         """Starts everything and returns when all of it is ready."""
         data = self.run_dir / "data"
-        kafka_port, controller_port = self._ports.pick(self.composition.kafka_port), self._ports.pick()
-        kafka = kafka_spec(data / "kafka", kafka_port, controller_port)
+        num_brokers, first_port = self.composition.brokers, self.composition.kafka_port
+        ports = [self._ports.pick(first_port if n == 0 else None) for n in range(num_brokers)]
+        brokers = kafka_specs(data / "kafka", ports, [self._ports.pick() for _ in range(num_brokers)])
         redis = redis_spec(data / "redis", self._ports.pick(self.composition.redis_port))
-        self.kafka_address, self.redis_url = kafka.address, redis.address
-        await self._start([self._prepare(kafka), self._prepare(redis)])
-        await create_topics(self.kafka_address)
+        self.kafka_address, self.redis_url = ",".join(broker.address for broker in brokers), redis.address
+        await self._start([self._prepare(spec) for spec in (*brokers, redis)])
+        await create_topics(self.kafka_address, replication_factor=min(MAX_COPIES, num_brokers))
         await self._start(
             [
                 self._prepare_service(service)
@@ -139,11 +142,11 @@ class Stack:
         """Stops everything: the services in the reverse order of their start, then Redis and Kafka."""
         self._phase = StackPhase.STOPPING
         self._write_state()
-        for service in (*reversed(self._services), ""):
+        for service in (*reversed(self._services), BROKERS, ""):
             await asyncio.gather(*(self._stop(process) for process in self._of(service)))
 
     def _of(self, service: str) -> list[Supervised]:
-        """The processes of one service; of "" Redis and Kafka."""
+        """The processes of one service; of "" Redis and the only broker, of BROKERS each of several."""
         return [process for name, process in self._processes.items() if name.rpartition("-")[0] == service]
 
     def _prepare(self, spec: ProcessSpec) -> Supervised:
