@@ -17,7 +17,7 @@ from shared.bus.kafka import KafkaBus
 from tests.faults.capture import Manner, Outcome
 from tests.faults.clients import Clients, Mix, Want
 from tests.faults.cluster.cluster import MODEL, Shape, running_cluster
-from tests.faults.cluster.faults import LEASE_S, Injector, Kind
+from tests.faults.cluster.faults import LEASE_S, Injector, Kind, unexplained_ends
 from tests.faults.cluster.proxy import Path
 from tests.faults.cluster.run import CLIENT_SILENCE_S, Load, judge
 
@@ -60,6 +60,7 @@ class Scene:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 while not self._all_begun(clients):
+                    assert unexplained_ends(self.cluster, self.injector.faults) == []
                     await asyncio.sleep(0.05)
             yield clients
             captures = await asyncio.gather(*streams)
