@@ -17,7 +17,7 @@ from shared.wire.to_stream_out import FrameEntry
 from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, PrefillWork, Stop, ToDecode, ToPrefill
 from shared.wire.topics import DECODE
 from shared.worker.engine_thread import Step
-from shared.worker.entries import failed_entry, finished_stamps, token_entry
+from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
 
 SECRET_BYTES = 16
@@ -126,6 +126,9 @@ class PrefillRole:
             self._context.credits.give_back(assignment.placement, work.target, work.decode)
             return
         prefill = self._prefills[assignment.placement] = Prefill(work, stamps={})
+        if (end := self._end_in(work)) is not None:
+            self._context.tasks.create_task(self._publish_end(prefill, *end))
+            return
         num_made = len(work.ids) - assignment.prompt_len
         ends_here = num_made + 1 >= assignment.sampling.max_tokens
         request = EngineRequest(
@@ -237,12 +240,34 @@ class PrefillRole:
         await self._context.frames.send(entry, made_s)
 
     def _matched_stop(self, work: PrefillWork, token: TokenOutput) -> str | None:
-        assignment = work.assignment
-        if not assignment.stop_strings or token.token_id < 0:
+        if not work.assignment.stop_strings or token.token_id < 0:
             return None
+        return self._text_of(work).push((token.token_id,)).stopped
+
+    def _text_of(self, work: PrefillWork) -> TextStream:
+        """The text of the answer so far."""
+        assignment = work.assignment
         text = TextStream.of_choice(self._context.tokeniser, assignment.stop_strings, assignment.sampling)
         text.push(work.ids[assignment.prompt_len :])
-        return text.push((token.token_id,)).stopped
+        return text
+
+    def _end_in(self, work: PrefillWork) -> tuple[FinishReason, str | int | None] | None:
+        """How the accepted tokens end the choice already, and by what; None: they do not, as ever of our own frames,
+        in which a last token never stands without its end."""
+        sampling, made = work.assignment.sampling, work.ids[work.assignment.prompt_len :]
+        if not made:
+            return None
+        if (stop := self._text_of(work).push(()).stopped) is not None:
+            return FinishReason.STOP, stop
+        if made[-1] in sampling.ends(frozenset(self._context.tokeniser.eos_ids)):
+            return FinishReason.STOP, made[-1] if made[-1] in sampling.stop_token_ids else None
+        return (FinishReason.LENGTH, None) if len(made) >= sampling.max_tokens else None
+
+    async def _publish_end(self, prefill: Prefill, finish: FinishReason, stop_reason: str | int | None) -> None:
+        work = prefill.work
+        index = len(work.ids) - work.assignment.prompt_len
+        await self._write(prefill, end_entry(work.assignment, index, finish, stop_reason), self._context.clock_s())
+        self._end(prefill)
 
     async def _hand_on(self, prefill: Prefill, token_id: int) -> None:
         assert prefill.ticket_sent is not None, "a token was made that does not end the choice, and of no chunk"

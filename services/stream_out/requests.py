@@ -1,17 +1,21 @@
 """What clients may ask of an edge: take a request on, follow one, tell of one, cancel one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from services.stream_out.results import cancelled_error, status_of, timings_of, usage_of
 from services.stream_out.service import StreamOut
 from services.stream_out.streams import Hold, Story
+from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
 from shared.errors import IdempotencyConflict, Overloaded, RequestNotFound
+from shared.policy.admission import TenantLimits
 from shared.request import FinishReason, RequestId, keyed_request_id, partition_of
+from shared.state.keys import LEASE_MS
+from shared.state.port import StateUnavailable
 from shared.wire.openai_answers import usage_body
 from shared.wire.to_ingest import (
     HEADER_DEADLINE,
@@ -32,6 +36,8 @@ LOOK_TIMEOUT_S = 10.0
 
 RETRY_AFTER_S = 2.0
 
+NO_LIMITS = TenantLimits()
+
 ACCEPTING_STREAM = ""
 """Name of the connection that the job itself attaches."""
 
@@ -42,12 +48,15 @@ class Submission:
 
     Attributes:
         body: becomes the record's value unchanged.
+        num_tokens: of prompt and answer, as far as the body tells.
         idempotency_key: jobs of one tenant under one key are one request.
         deadline_s: unix seconds.
     """
 
     body: bytes
-    tenant: str
+    caller: Caller
+    num_choices: int
+    num_tokens: int
     deadline_s: float
     idempotency_key: str | None = None
     traceparent: str | None = None
@@ -61,61 +70,97 @@ class Requests:
     def __init__(self, edge: StreamOut, *, draw_name: Callable[[], str]) -> None:
         self._edge = edge
         self._draw_name = draw_name
-        self._accepted: set[RequestId] = set()
-        """Jobs written here whose client stays, or left before the first record: they exist, whatever the log says."""
+        self._accepted: dict[RequestId, str] = {}
+        """Tenants of jobs written here whose client stays, or left before the first record: they exist, whatever the log says."""
 
     @asynccontextmanager
     async def submit(self, submission: Submission) -> AsyncGenerator[Hold]:
         """Accept a job and follow it; under a known idempotency key, follow the request that runs or ran.
 
         Raises:
-            Overloaded: the log does not take the job now.
+            Overloaded: the log does not take the job now, or it would wait too long.
+            RateLimited: the tenant has reached a limit.
             IdempotencyConflict: the key was used with another body.
         """
         key = submission.idempotency_key
         if key is not None:
-            async with self._join(keyed_request_id(submission.tenant, key), submission) as hold:
+            async with self._join(keyed_request_id(submission.caller.tenant, key), submission) as hold:
                 yield hold
             return
         request_id = self._draw_request_id()
         async with self._present(request_id, ACCEPTING_STREAM, is_new=True) as hold:
-            await self._accept(hold, submission)
+            await self._admit(hold, submission)
+            try:
+                await self._accept(hold, submission)
+            except Overloaded:
+                self._edge.spawn(self._take_back(request_id, submission.deadline_s))
+                raise
             yield hold
 
     @asynccontextmanager
-    async def resume(self, request_id: RequestId) -> AsyncGenerator[Hold]:
+    async def resume(self, request_id: RequestId, caller: Caller) -> AsyncGenerator[Hold]:
         """Follow a request again, perhaps one that another edge accepted. Raises RequestNotFound, Overloaded."""
         stream = self._draw_name()
         async with self._present(request_id, stream) as hold:
-            await self._known(hold)
+            await self._known(hold, caller)
             self._edge.spawn(self._arrive(hold, stream))
             yield hold
 
-    async def describe(self, request_id: RequestId) -> dict[str, Any]:
+    async def describe(self, request_id: RequestId, caller: Caller) -> dict[str, Any]:
         """Where the request is in its life. Raises RequestNotFound, Overloaded."""
         async with self._follow(request_id) as hold:
-            await self._known(hold)
+            await self._known(hold, caller)
             return describe(hold.story)
 
-    async def cancel(self, request_id: RequestId) -> str:
+    async def cancel(self, request_id: RequestId, caller: Caller) -> str:
         """End the request, wherever it is; its status then. Raises RequestNotFound, Overloaded."""
         async with self._follow(request_id) as hold:
-            await self._known(hold)
+            await self._known(hold, caller)
             try:
                 async with asyncio.timeout(LOOK_TIMEOUT_S):
-                    while not hold.story.finished:
-                        offsets = [await self._edge.tell(cut) for cut in _cancellations(hold.story)]
-                        # A cut that lost its race changed nothing: read it, then look again.
-                        await hold.wait(_reached(max(offsets)))
+                    await self._end(hold)
             except TimeoutError as error:
                 raise _try_again("the request could not be cancelled in time") from error
             assert hold.story.state is not None
             return status_of(hold.story.state)
 
-    async def _known(self, hold: Hold) -> None:
+    async def _end(self, hold: Hold) -> None:
+        while not hold.story.finished:
+            offsets = [await self._edge.tell(cut) for cut in _cancellations(hold.story)]
+            # A cut that lost its race changed nothing: read it, then look again.
+            await hold.wait(_reached(max(offsets)))
+
+    async def _take_back(self, request_id: RequestId, deadline_s: float) -> None:
+        """Cancel a job whose client was told to try again, should it come to stand on the log all the same."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline_s - self._edge.clock_s())):
+                while True:
+                    try:
+                        async with self._follow(request_id) as hold:
+                            await hold.wait(lambda story: story.decided)
+                            await self._end(hold)
+                            return
+                    except Overloaded:
+                        await asyncio.sleep(RETRY_AFTER_S)
+
+    async def _known(self, hold: Hold, caller: Caller) -> None:
+        """Raises RequestNotFound, also where the request is another tenant's, and Overloaded."""
         await _look(hold)
-        if not (hold.story.decided or hold.story.request_id in self._accepted):
-            raise RequestNotFound(f"no request {hold.story.request_id}")
+        story = hold.story
+        view = story.state.view if story.state is not None else None
+        tenant = view.tenant if view is not None else await self._tenant_of(story.request_id)
+        exists = story.decided or tenant is not None
+        if not exists or (caller.is_proven and tenant != caller.tenant):
+            raise RequestNotFound(f"no request {story.request_id}")
+
+    async def _tenant_of(self, request_id: RequestId) -> str | None:
+        """For whom a request was accepted that the log does not tell of yet, by whichever edge."""
+        if request_id in self._accepted:
+            return self._accepted[request_id]
+        try:
+            return await self._edge.state.tenant_of(request_id)
+        except StateUnavailable as error:
+            raise _try_again("it is not known now whether there is such a request") from error
 
     def _draw_request_id(self) -> RequestId:
         """An id in one of few partitions that are read here.
@@ -130,6 +175,25 @@ class Requests:
             if not owned or partition_of(request_id) in used:
                 return request_id
 
+    async def _admit(self, hold: Hold, submission: Submission) -> None:
+        """Refuse what would wait too long or is over its tenant's limits. Raises Overloaded, RateLimited."""
+        admission, caller = self._edge.admission, submission.caller
+        if self._edge.bus.silent_s() > LEASE_MS / 1000:
+            raise _try_again("the log does not take requests now")
+        admission.check_wait(submission.deadline_s)
+        taking = admission.take_place(
+            caller.tenant,
+            caller.limits,
+            hold.story.request_id,
+            num_tokens=submission.num_tokens,
+            deadline_s=submission.deadline_s,
+        )
+        if caller.limits == NO_LIMITS:
+            self._edge.spawn(_only_done(taking))  # for other edges that are asked about the request before it is open
+        else:
+            hold.headers |= await taking
+        admission.count(submission.num_choices)
+
     async def _accept(self, hold: Hold, submission: Submission) -> None:
         headers = tuple(self._headers(submission))
         try:
@@ -137,10 +201,10 @@ class Requests:
                 await self._edge.send(INGEST.name, hold.story.request_id, submission.body, headers)
         except (TimeoutError, BusUnavailable) as error:
             raise _try_again("the log does not take requests now") from error
-        self._accepted.add(hold.story.request_id)
+        self._accepted[hold.story.request_id] = submission.caller.tenant
 
     def _headers(self, submission: Submission) -> Iterator[tuple[str, bytes]]:
-        yield HEADER_TENANT, submission.tenant.encode()
+        yield HEADER_TENANT, submission.caller.tenant.encode()
         yield HEADER_DEADLINE, str(int(submission.deadline_s * 1000)).encode()
         if submission.idempotency_key is None:
             yield HEADER_EDGE, self._edge.incarnation.encode()
@@ -153,9 +217,10 @@ class Requests:
     async def _join(self, request_id: RequestId, submission: Submission) -> AsyncGenerator[Hold]:
         async with AsyncExitStack() as stack:
             hold = await stack.enter_async_context(self._follow(request_id))
-            stack.callback(self._accepted.discard, request_id)
+            stack.callback(self._accepted.pop, request_id, None)
             await _look(hold)
             if not hold.story.decided:
+                await self._admit(hold, submission)
                 await self._accept(hold, submission)
                 timeout_s = max(0.0, submission.deadline_s - self._edge.clock_s())
                 try:
@@ -184,7 +249,7 @@ class Requests:
                 yield hold
             finally:
                 if is_new:
-                    stack.callback(self._accepted.discard, request_id)
+                    stack.callback(self._accepted.pop, request_id, None)
                 if not hold.story.finished and (hold.story.decided or request_id in self._accepted):
                     self._edge.spawn(self._depart(stack.pop_all(), hold, stream))
 
@@ -225,6 +290,10 @@ def describe(story: Story) -> dict[str, Any]:
         "choices": choices,
         "reason": state.cut_reason,
     }
+
+
+async def _only_done(work: Awaitable[object]) -> None:
+    await work
 
 
 async def _look(hold: Hold) -> None:

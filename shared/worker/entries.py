@@ -49,6 +49,19 @@ def failed_entry(assignment: Assignment, index: int, reason: str, stamps: Stamps
     )
 
 
+def end_entry(assignment: Assignment, index: int, finish: FinishReason, stop_reason: str | int | None) -> FrameEntry:
+    """Ends the choice behind its first `index` tokens, without another one."""
+    return FrameEntry(
+        request_id=assignment.request_id,
+        choice=assignment.choice,
+        placement=assignment.placement,
+        index=index,
+        ids=token_ids(()),
+        finish=finish,
+        stop_reason=stop_reason,
+    )
+
+
 def finished_stamps(stamps: Stamps, now_s: float) -> Stamps:
     """`stamps` with the end of the choice."""
     return {**stamps, Event.FINISHED: now_s}

@@ -27,6 +27,7 @@ from shared.wire.to_stream_out import Cut
 from shared.wire.to_worker import (
     TO_DECODE_DECODER,
     TO_PREFILL_DECODER,
+    Stop,
     ToDecode,
     ToPrefill,
 )
@@ -177,6 +178,7 @@ class Worker:
         context.tasks.create_task(self._read_for_ever(prefill_reader, TO_PREFILL_DECODER, role))
         context.tasks.create_task(self._read_for_ever(decode_reader, TO_DECODE_DECODER, role))
         context.tasks.create_task(self._handle_steps(context.engine, role))
+        context.tasks.create_task(self._stop_late(context.me, role))
         self._draining = False
         await self._beat(context.me.slot)
 
@@ -292,6 +294,15 @@ class Worker:
     def _ignore(self, reason: str, **details: object) -> None:
         self._parts.metrics.ignore(reason)
         self._parts.log.info("record ignored", reason=reason, **details)
+
+    async def _stop_late(self, me: WorkerRef, role: Role) -> None:
+        """What is past its deadline its owner stops, if there is one: who lost his owner must not go on either."""
+        while True:
+            now_s = self._parts.clock_s()
+            for assignment in role.unfinished():
+                if assignment.deadline_s <= now_s:
+                    role.take(Stop(assignment.placement, me))
+            await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     async def _handle_steps(self, engine: EngineThread, role: Role) -> None:
         metrics = self._parts.metrics

@@ -59,6 +59,7 @@ class Running:
     stop: asyncio.Event
     task: asyncio.Task
     bus: MemoryBus
+    state: MemoryState
     incarnation: Incarnation
     engine: PagedEngine | None = None
     transfer: Transfer | None = None
@@ -75,8 +76,9 @@ class Running:
         await self.task
 
     async def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL: what is sent or given back while its tasks end does not happen."""
         self.bus.kill()
+        self.state.cut_off = True
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
@@ -189,9 +191,11 @@ class System:
         incarnation = self.name("ingest")
         bus = MemoryBus(self.log, client_id=incarnation)
         metrics = IngestMetrics(CollectorRegistry())
-        service = self.make_ingest(bus, MemoryState(self.store), incarnation, metrics, self.logger)
+        state = MemoryState(self.store)
+        service = self.make_ingest(bus, state, incarnation, metrics, self.logger)
         stop = asyncio.Event()
-        running = Running(incarnation, stop, asyncio.create_task(service.run(stop)), bus, incarnation, service=service)
+        task = asyncio.create_task(service.run(stop))
+        running = Running(incarnation, stop, task, bus, state, incarnation, service=service)
         self.ingests.append(running)
         return running
 
@@ -199,7 +203,8 @@ class System:
         incarnation = self.name("edge")
         bus = MemoryBus(self.log, client_id=incarnation)
         metrics = EdgeMetrics(CollectorRegistry())
-        edge = self.make_edge(bus, MemoryState(self.store), incarnation, metrics, self.logger)
+        state = MemoryState(self.store)
+        edge = self.make_edge(bus, state, incarnation, metrics, self.logger)
         requests = Requests(edge, draw_name=lambda: self.name("req"))
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -211,7 +216,7 @@ class System:
                 await stop.wait()
 
         stop = asyncio.Event()
-        running = Running(incarnation, stop, asyncio.create_task(run(stop)), bus, incarnation, service=edge)
+        running = Running(incarnation, stop, asyncio.create_task(run(stop)), bus, state, incarnation, service=edge)
         self.edges.append(running)
         running.url = f"http://127.0.0.1:{await ready}"
         return running
@@ -235,10 +240,11 @@ class System:
         bus = MemoryBus(self.log, client_id=incarnation)
         engine = self.make_engine()
         transfer = self.make_transfer(engine, incarnation) if self.make_transfer else self.local(engine, incarnation)
+        state = MemoryState(self.store)
         worker = self.make_worker(
             role,
             bus,
-            MemoryState(self.store),
+            state,
             incarnation,
             WorkerMetrics(CollectorRegistry(), MODEL),
             self.logger,
@@ -252,7 +258,7 @@ class System:
 
         stop = asyncio.Event()
         running = Running(
-            incarnation, stop, asyncio.create_task(run(stop)), bus, incarnation, engine, transfer, service=worker
+            incarnation, stop, asyncio.create_task(run(stop)), bus, state, incarnation, engine, transfer, service=worker
         )
         self.workers.append(running)
         return running
