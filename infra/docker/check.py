@@ -26,7 +26,7 @@ from shared.errors import StartupError
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "baton-check"
-PORTS = {"EDGE_PORT": 18000, "KAFKA_PORT": 19092, "PROMETHEUS_PORT": 19090, "GRAFANA_PORT": 13000}
+PORTS = {"EDGE_PORT": 18000, "PROMETHEUS_PORT": 19090, "GRAFANA_PORT": 13000}
 EDGE = f"http://127.0.0.1:{PORTS['EDGE_PORT']}"
 PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
 

@@ -17,9 +17,11 @@ COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE = yaml.safe_load(COMPOSE_TEXT)
 GPU_TEXT = (ROOT / "docker-compose.gpu.yml").read_text()
 GPU = yaml.safe_load(GPU_TEXT)
+KAFKA_TEXT = (ROOT / "docker-compose.kafka.yml").read_text()
+KAFKA = yaml.safe_load(KAFKA_TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 BATON_SERVICES = ("ingest", "edge", "prefill", "decode")
-ONE_SHOT = ("topics", "model")
+ONE_SHOT = ("secrets", "topics", "model")
 
 SETTING = re.compile(r"(#?)([A-Z][A-Z0-9_]*)=(.*)")
 ENV_LINES = (ROOT / ".env").read_text().splitlines()
@@ -42,7 +44,7 @@ def test_env_file_lists_every_setting_of_the_services():
 
 
 @pytest.mark.parametrize(
-    "text", [COMPOSE_TEXT, GPU_TEXT, *(p.read_text() for p in ROOT.glob("infra/docker/worker.sh"))]
+    "text", [COMPOSE_TEXT, GPU_TEXT, KAFKA_TEXT, *(p.read_text() for p in ROOT.glob("infra/docker/worker.sh"))]
 )
 def test_variables_of_the_composition_are_settings_of_a_service(text: str):
     assert baton_variables(text) <= FIELDS.keys()
@@ -83,7 +85,7 @@ def test_active_settings_are_accepted(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_variables_that_the_files_interpolate_are_in_the_env_file_with_the_same_default():
-    for name, default in re.findall(r"\$\{([A-Z_]+)(?::-([^}]*))?\}", COMPOSE_TEXT + GPU_TEXT):
+    for name, default in re.findall(r"\$\{([A-Z_]+)(?::-([^}]*))?\}", COMPOSE_TEXT + GPU_TEXT + KAFKA_TEXT):
         assert ENV[name] == default
         assert name in ACTIVE
 
@@ -112,11 +114,54 @@ def test_kafka_is_the_version_of_the_locked_jars():
 
 
 def test_ports_are_published_on_the_loopback_address_by_default():
-    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    services = [*SERVICES.values(), *KAFKA["services"].values()]
+    ports = [port for service in services for port in service.get("ports", [])]
     assert ports
     for port in ports:
         assert port.startswith("${PUBLISH_ADDRESS:-127.0.0.1}:")
     assert ENV["PUBLISH_ADDRESS"] == "127.0.0.1"
+
+
+def test_only_what_people_look_at_is_published_unless_it_is_asked_for():
+    assert {name for name in SERVICES if "ports" in SERVICES[name]} == {"edge", "prometheus", "grafana"}
+    assert list(KAFKA["services"]) == ["kafka"]
+
+
+def test_nobody_but_the_broker_speaks_to_its_controller():
+    for services in (SERVICES, KAFKA["services"]):
+        assert "CONTROLLER://127.0.0.1:9093" in services["kafka"]["environment"]["KAFKA_LISTENERS"]
+
+
+def test_redis_lets_in_who_has_the_password_that_was_made_for_it():
+    redis = SERVICES["redis"]
+    assert "--aclfile /secrets/users.acl" in redis["command"]
+    for name in ("redis", *BATON_SERVICES):
+        assert "${SECRETS:-secrets}:/secrets:ro" in SERVICES[name]["volumes"]
+        assert SERVICES[name]["depends_on"]["secrets"] == {"condition": "service_completed_successfully"}
+    for name in BATON_SERVICES:
+        assert SERVICES[name]["environment"]["BATON_REDIS_USER"] == "baton"
+        assert SERVICES[name]["environment"]["BATON_REDIS_PASSWORD_FILE"] == "/secrets/redis-password"
+    assert "install --directory --owner baton --group baton /models /secrets" in DOCKERFILE
+    assert SERVICES["secrets"]["network_mode"] == "none"
+
+
+def test_no_secret_stands_in_the_files():
+    for text in (COMPOSE_TEXT, GPU_TEXT, KAFKA_TEXT, "\n".join(ENV_LINES)):
+        for name, value in re.findall(r"^ *(\w*(?:PASSWORD|SECRET|API_KEY)\w*)[=:] ?(.+)", text, re.MULTILINE):
+            assert name.endswith("_FILE") or (name, value) == ("SECRETS", "secrets"), name
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_no_service_can_take_the_whole_host(name: str):
+    service = SERVICES[name]
+    assert service["pids_limit"] == 1024
+    # How much the model takes is its owner's to know.
+    assert ("mem_limit" in service) is (name not in {"prefill", "decode", *ONE_SHOT})
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_file_systems_are_read_only_where_the_image_allows_it(name: str):
+    assert SERVICES[name].get("read_only", False) is (name not in {"kafka", "grafana"})
 
 
 @pytest.mark.parametrize("service", ["prefill", "decode", "ingest"])
@@ -149,7 +194,7 @@ def test_services_are_watched_and_started_again(name: str):
 def test_a_stopped_worker_may_drain_to_its_end():
     grace_s = int(ENV["WORKER_STOP_GRACE"].removesuffix("s"))
     assert grace_s >= WorkerSettings.model_fields["drain_s"].default + 10
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "decode", "edge"):
         assert SERVICES[name]["stop_grace_period"] == f"${{WORKER_STOP_GRACE:-{grace_s}s}}"
 
 
@@ -196,5 +241,5 @@ def test_kernels_that_a_worker_compiles_outlive_its_container(role: str):
 
 
 def test_no_key_at_the_top_is_one_that_docker_compose_1_29_refuses():
-    for file in (COMPOSE, GPU):
+    for file in (COMPOSE, GPU, KAFKA):
         assert {key for key in file if not key.startswith("x-")} <= {"services", "volumes"}
