@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from services.stream_out.results import CANCELLED_HTTP_STATUS, COMPLETED
-from services.stream_out.sse import MEDIA_TYPE
+from services.stream_out.sse import DONE_DATA, MEDIA_TYPE
 from shared.request import REQUEST_ID_PATTERN, Event, FinishReason
 from shared.wire.openai import MAX_BODY_BYTES, MAX_CHOICES, body_schemas
 from shared.wire.openai_answers import FINISH_REASONS
@@ -80,7 +80,7 @@ def _paths() -> Json:
                 "followRequest",
                 "A request's events from its beginning, or behind one of them. An end that is no answer comes as its "
                 "error where nothing was streamed",
-                _stream_answer(),
+                _stream_answer("ChatCompletionChunk", "CompletionChunk"),
                 *_ENDS,
                 parameters=[
                     request_id,
@@ -131,7 +131,7 @@ _MEANINGS: Mapping[int, str] = {
 def _generation(operation_id: str, name: str) -> Json:
     answer = {
         "description": "The answer, or with `stream` its events",
-        "content": {**_stream_answer()["content"], **_json_answer(name)["content"]},
+        "content": {**_stream_answer(f"{name}Chunk")["content"], **_json_answer(name)["content"]},
     }
     statuses = (*_ENDS, 408, 413, 415)
     operation = _operation(operation_id, "Continue a prompt", answer, *statuses, parameters=_GENERATION_PARAMETERS)
@@ -171,8 +171,24 @@ def _json_answer(name: str) -> Json:
     return _content({"$ref": _SCHEMAS + name})
 
 
-def _stream_answer() -> Json:
-    return {"description": "Server-sent events", "content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}
+def _stream_answer(*names: str) -> Json:
+    """A stream of these objects, or of an error as its last one; `[DONE]` ends one that ended well."""
+    objects: Json = {"anyOf": [{"$ref": _SCHEMAS + name} for name in (*names, "Error")]}
+    event: Json = {
+        "description": "One event; `data` is an object as JSON, or `[DONE]`.",
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"},
+            "data": {
+                "anyOf": [
+                    {"const": DONE_DATA},
+                    {"type": "string", "contentMediaType": "application/json", "contentSchema": objects},
+                ]
+            },
+        },
+        "required": ["data"],
+    }
+    return {"description": "Server-sent events", "content": {MEDIA_TYPE: {"schema": event}}}
 
 
 def _error_answer(status: int) -> Json:
@@ -261,8 +277,9 @@ def _answer_schemas() -> dict[str, Json]:
     }
     model = _object({"id": text, "object": {"const": "model"}, "created": integer, "owned_by": text, "root": text})
 
+    index: Json = {"index": {"type": "integer", "minimum": 0, "maximum": MAX_CHOICES - 1}}
+
     def answer(kind: str, choice: Json) -> Json:
-        index: Json = {"index": {"type": "integer", "minimum": 0, "maximum": MAX_CHOICES - 1}}
         return _object(
             {
                 "id": text,
@@ -274,6 +291,12 @@ def _answer_schemas() -> dict[str, Json]:
                 "baton": _object({"request_id": text, "timings": timings}),
             }
         )
+
+    def chunk(kind: str, choice: Json) -> Json:
+        """What is streamed of an answer; `usage` and where the time went come last, if asked for."""
+        whole = answer(kind, {})["properties"]
+        part = _object({**index, **choice, **finish, "finish_reason": _or_null(finish["finish_reason"])}, "stop_reason")
+        return _object({**whole, "choices": _list_of(part), "usage": _or_null(usage)}, "usage", "baton")
 
     candidate: Json = {"token": text, "logprob": number, "bytes": _list_of(integer)}
     chat_logprobs = _object(
@@ -291,6 +314,7 @@ def _answer_schemas() -> dict[str, Json]:
         }
     )
     message = _object({"role": {"const": "assistant"}, "content": text, "refusal": {"type": "null"}})
+    delta = _object({"role": {"const": "assistant"}, "content": text}, "role", "content")
     error = _object({"message": text, "type": text, "param": _or_null(text), "code": _or_null(text)})
     request_choice = _object(
         {
@@ -312,7 +336,9 @@ def _answer_schemas() -> dict[str, Json]:
     }
     return {
         "ChatCompletion": answer("chat.completion", {"message": message, "logprobs": _or_null(chat_logprobs)}),
+        "ChatCompletionChunk": chunk("chat.completion.chunk", {"delta": delta, "logprobs": _or_null(chat_logprobs)}),
         "Completion": answer("text_completion", {"text": text, "logprobs": _or_null(logprobs)}),
+        "CompletionChunk": chunk("text_completion", {"text": text, "logprobs": _or_null(logprobs)}),
         "Model": model,
         "ModelList": _object({"object": {"const": "list"}, "data": _list_of({"$ref": f"{_SCHEMAS}Model"})}),
         "Request": _object(request, "model", "last_event", "timings", "usage", "choices", "reason"),

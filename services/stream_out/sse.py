@@ -10,7 +10,8 @@ MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment: clients skip it, proxies see that the connection lives."""
 
-DONE = b"data: [DONE]\n\n"
+DONE_DATA = "[DONE]"
+DONE = f"data: {DONE_DATA}\n\n".encode()
 """Ends a stream that ended well. It has no id, so whoever resumes behind the last event gets it again."""
 
 

@@ -142,6 +142,7 @@ def test_requests_to_place_again(live):
     fuzz(hostile(bases), try_one)
     live.check_good_request()
     live.check_quiet()
+    assert live.system.ingests[0].service._metrics.undecodable._value.get() > 0
 
 
 # prefill and decode
@@ -239,6 +240,9 @@ def test_work(live, role):
             for topic in (PREFILL, DECODE):
                 live.send(topic.name, target.slot, encode(Stop(PlacementId(placement), target)))
     live.check_quiet()
+    for worker in live.system.workers:
+        if worker.service._parts.role_name is role:
+            assert worker.service._parts.metrics.ignored.labels(MODEL, "undecodable")._value.get() > 0
 
 
 def placement_in(value: bytes) -> set[str]:
@@ -322,6 +326,7 @@ def test_stories(live):
     live.check_good_request()
     check_ends_are_told(live)
     live.check_quiet()
+    assert live.system.edges[0].service.metrics.undecodable._value.get() > 0
 
 
 def test_a_story_of_which_no_answer_can_be_made_ends_all_the_same(live):
