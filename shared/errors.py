@@ -4,6 +4,8 @@ BatonError
 ├── RequestError              the request is wrong or unwanted: tell its client, once, and forget it
 │   ├── InvalidRequest        400  names the field and the limit
 │   │   └── ContextTooLong    400  code context_length_exceeded
+│   ├── NotAuthenticated      401
+│   ├── NotAllowed            403
 │   ├── BodyTooSlow           408
 │   ├── BodyTooLarge          413
 │   ├── UnsupportedBody       415
@@ -11,7 +13,9 @@ BatonError
 │   ├── RequestNotFound       404
 │   ├── IdempotencyConflict   409
 │   ├── RequestFailed         500  a defect of ours met it: this request ends, the service goes on
+│   ├── RateLimited           429  Retry-After
 │   └── Overloaded            503  Retry-After
+│       └── EdgeDraining      503
 ├── KvTransferFailed          the pull did not happen: the puller prefills locally and counts it
 │   └── LayoutMismatch        the peer's pages do not fit ours: no pull from it can ever succeed
 ├── LeaseLost                 this process no longer owns what it works on: drop all, come back as a new incarnation
@@ -19,6 +23,7 @@ BatonError
 └── StartupError              what this process needs is missing: say what and how to mend it, exit
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -66,6 +71,21 @@ class ContextTooLong(InvalidRequest):
     """Prompt and answer do not fit the model's context or any worker's pages."""
 
     default_code = "context_length_exceeded"
+
+
+class NotAuthenticated(RequestError):
+    """The API key is missing or nobody's."""
+
+    http_status = 401
+    default_code = "invalid_api_key"
+
+
+class NotAllowed(RequestError):
+    """The API key is good, but not for this."""
+
+    http_status = 403
+    type = "permission_error"
+    default_code = "not_allowed"
 
 
 class BodyTooLarge(RequestError):
@@ -118,6 +138,23 @@ class RequestFailed(RequestError):
     default_code = "internal_error"
 
 
+class RateLimited(RequestError):
+    """The tenant has reached one of its limits.
+
+    Attributes:
+        headers: of the HTTP answer, that tell where the tenant stands.
+    """
+
+    http_status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    dead_letter = False
+
+    def __init__(self, message: str, *, retry_after_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = headers
+
+
 class Overloaded(RequestError):
     """The system cannot take the request now."""
 
@@ -125,6 +162,12 @@ class Overloaded(RequestError):
     type = "server_error"
     default_code = "overloaded"
     dead_letter = False
+
+
+class EdgeDraining(Overloaded):
+    """This edge is about to end; the others serve."""
+
+    default_code = "edge_draining"
 
 
 class KvTransferFailed(BatonError):

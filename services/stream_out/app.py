@@ -1,6 +1,7 @@
 """The edge's HTTP routes: OpenAI's, and our own for a request's events, state and end."""
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -17,20 +18,25 @@ from services.stream_out.results import answer_of, error_json, error_of
 from services.stream_out.service import StreamOut
 from services.stream_out.sse import BEFORE_ALL, DONE, KEEP_ALIVE, MEDIA_TYPE, Cursor, format_event, parse_event_id
 from services.stream_out.streams import Hold, Story
+from services.stream_out.tenants import Caller
 from shared.errors import (
     BodyTooLarge,
     BodyTooSlow,
+    EdgeDraining,
     IdempotencyConflict,
     InvalidRequest,
     ModelNotFound,
+    NotAuthenticated,
     Overloaded,
+    RateLimited,
     RequestError,
     RequestNotFound,
     UnsupportedBody,
 )
+from shared.policy.admission import estimated_tokens
 from shared.request import REQUEST_ID_PATTERN, RequestId
 from shared.state.port import StateUnavailable
-from shared.wire.openai import parse_body
+from shared.wire.openai import GenerationSpec, parse_body
 from shared.wire.openai_answers import model_card, model_list
 from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, body_hash
 from shared.wire.to_stream_out import ErrorBody
@@ -38,7 +44,6 @@ from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
 
 TENANT_HEADER = "x-baton-tenant"
 TIMEOUT_HEADER = "x-baton-timeout-s"
-REQUEST_ID_HEADER = "x-request-id"
 
 DEFAULT_TENANT = "default"
 
@@ -85,6 +90,8 @@ class Endpoint:
         try:
             await self._handler(Request(scope, receive, counting_send), counting_send)
         except RequestError as error:
+            if begun:
+                return  # the server cuts the connection, as below; the client goes on elsewhere
             await _error_answer(error, {})(scope, receive, counting_send)
         except (ClientGone, ClientDisconnect):
             self._metrics.clients_gone.inc()
@@ -129,17 +136,22 @@ class Api:
         await self._generate(request, send, chat=False)
 
     async def _generate(self, request: Request, send: Send, *, chat: bool) -> None:
+        with self._edge.admission.client():
+            await self._generate_for(self._caller(request), request, send, chat=chat)
+
+    async def _generate_for(self, caller: Caller, request: Request, send: Send, *, chat: bool) -> None:
         _check_headers(request)
         body = await _read_body(
             request, max_bytes=self._settings.max_body_bytes, timeout_s=self._settings.body_timeout_s
         )
         parsed = parse_body(body, chat=chat)
         self._edge.metrics.unknown_fields.inc(len(parsed.unknown_fields))
+        caller.check_model(parsed.spec.model)
         event_id = request.headers.get("last-event-id")
         if event_id:
-            await self._resume(request, send, *parse_event_id(event_id), body=body)
+            await self._resume(caller, request, send, *parse_event_id(event_id), body=body)
             return
-        submission = self._submission(request, body)
+        submission = self._submission(caller, request, body, parsed.spec)
 
         async def answer() -> None:
             async with self._requests.submit(submission) as hold:
@@ -148,9 +160,19 @@ class Api:
                 else:
                     await self._answer(hold, request, send)
 
-        await unless_gone(request.receive, answer())
+        await unless_gone(request.receive, answer(), cut=self._edge.admission.cut)
 
-    def _submission(self, request: Request, body: bytes) -> Submission:
+    def _caller(self, request: Request) -> Caller:
+        """Who sends the request. Raises NotAuthenticated."""
+        tenant = request.headers.get(TENANT_HEADER)
+        if self._edge.tenants is None:
+            return Caller(DEFAULT_TENANT if tenant is None else tenant)
+        caller = self._edge.tenants.caller(request.headers.get("authorization"))
+        if tenant is not None:
+            raise InvalidRequest(f"header {TENANT_HEADER} is not taken here: the key says it", param=TENANT_HEADER)
+        return caller
+
+    def _submission(self, caller: Caller, request: Request, body: bytes, spec: GenerationSpec) -> Submission:
         key = request.headers.get("idempotency-key")
         if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
             raise InvalidRequest(
@@ -158,7 +180,9 @@ class Api:
             )
         return Submission(
             body,
-            tenant=request.headers.get(TENANT_HEADER, DEFAULT_TENANT),
+            caller=caller,
+            num_choices=spec.n,
+            num_tokens=estimated_tokens(len(body), spec.max_tokens, spec.n),
             deadline_s=self._edge.clock_s() + self._timeout_s(request),
             idempotency_key=key,
             traceparent=request.headers.get("traceparent"),
@@ -183,9 +207,9 @@ class Api:
         assert story.state is not None
         error = error_of(story.state)
         if error is not None:
-            await _send(_error_answer(error, _id_header(story)), request, send)
+            await _send(_error_answer(error, hold.headers), request, send)
             return
-        await _send(_json(answer_of(story.state, self._edge.tokeniser), _id_header(story)), request, send)
+        await _send(_json(answer_of(story.state, self._edge.tokeniser), hold.headers), request, send)
 
     async def _stream_from_the_beginning(self, hold: Hold, request: Request, send: Send) -> None:
         try:
@@ -195,15 +219,22 @@ class Api:
             pass  # no word from ingest yet: the stream begins, and a refusal comes as its error event
         error = _refusal(hold.story)
         if error is not None:
-            await _send(_error_answer(error, _id_header(hold.story)), request, send)
+            await _send(_error_answer(error, hold.headers), request, send)
             return
         await self._stream(hold, BEFORE_ALL, send)
 
     async def _resume(
-        self, request: Request, send: Send, request_id: RequestId, cursor: Cursor, *, body: bytes | None = None
+        self,
+        caller: Caller,
+        request: Request,
+        send: Send,
+        request_id: RequestId,
+        cursor: Cursor,
+        *,
+        body: bytes | None = None,
     ) -> None:
         async def answer() -> None:
-            async with self._requests.resume(request_id) as hold:
+            async with self._requests.resume(request_id, caller) as hold:
                 view = hold.story.state.view if hold.story.state is not None else None
                 if body is not None and view is not None and view.body_hash != body_hash(body):
                     raise IdempotencyConflict("Last-Event-ID names a request with another body", param="Last-Event-ID")
@@ -213,11 +244,11 @@ class Api:
                 else:
                     await self._stream(hold, cursor, send)
 
-        await unless_gone(request.receive, answer())
+        await unless_gone(request.receive, answer(), cut=self._edge.admission.cut)
 
     async def _stream(self, hold: Hold, cursor: Cursor, send: Send) -> None:
         headers = {"content-type": MEDIA_TYPE, "cache-control": "no-cache", "x-accel-buffering": "no"}
-        raw_headers = [(k.encode(), v.encode()) for k, v in (headers | _id_header(hold.story)).items()]
+        raw_headers = [(k.encode(), v.encode()) for k, v in (headers | hold.headers).items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
         with self._edge.metrics.streams.track_inprogress():
             async for chunk in _chunks(hold, cursor, keep_alive_s=self._settings.keep_alive_s):
@@ -225,6 +256,10 @@ class Api:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, request: Request, send: Send) -> None:
+        with self._edge.admission.client():
+            await self._events_for(self._caller(request), request, send)
+
+    async def _events_for(self, caller: Caller, request: Request, send: Send) -> None:
         request_id = _path_id(request)
         event_id = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
         cursor = BEFORE_ALL
@@ -232,34 +267,36 @@ class Api:
             named, cursor = parse_event_id(event_id)
             if named != request_id:
                 raise InvalidRequest(f"Last-Event-ID is of another request than {request_id}", param="Last-Event-ID")
-        await self._resume(request, send, request_id, cursor)
+        await self._resume(caller, request, send, request_id, cursor)
 
     async def _describe(self, request: Request, send: Send) -> None:
-        await _send(_json(await self._requests.describe(_path_id(request))), request, send)
+        caller = self._caller(request)
+        await _send(_json(await self._requests.describe(_path_id(request), caller)), request, send)
 
     async def _cancel(self, request: Request, send: Send) -> None:
-        request_id = _path_id(request)
-        status = await self._requests.cancel(request_id)
+        caller, request_id = self._caller(request), _path_id(request)
+        status = await self._requests.cancel(request_id, caller)
         await _send(_json({"id": request_id, "status": status}), request, send)
 
     async def _models(self, request: Request, send: Send) -> None:
-        await _send(_json(model_list(await self._model_names(), created=self._started_s)), request, send)
+        names = await self._model_names(self._caller(request))
+        await _send(_json(model_list(names, created=self._started_s)), request, send)
 
     async def _model(self, request: Request, send: Send) -> None:
         name = request.path_params["name"]
-        if name not in await self._model_names():
+        if name not in await self._model_names(self._caller(request)):
             raise ModelNotFound(f"no worker serves the model {name}", param="model")
         await _send(_json(model_card(name, created=self._started_s)), request, send)
 
     async def _openapi(self, request: Request, send: Send) -> None:
         await _send(_json(openapi_document()), request, send)
 
-    async def _model_names(self) -> list[str]:
+    async def _model_names(self, caller: Caller) -> list[str]:
         try:
             workers = await self._edge.state.workers(num_slots=NUM_SLOTS)
         except StateUnavailable as error:
             raise Overloaded("the workers are not known now", retry_after_s=1.0) from error
-        return sorted({worker.card.model for worker in workers})
+        return sorted({worker.card.model for worker in workers if caller.may_use(worker.card.model)})
 
 
 def not_found_route(edge: StreamOut) -> BaseRoute:
@@ -284,19 +321,23 @@ class _AnyPath(BaseRoute):
         await self._app(scope, receive, send)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The outcome of `work`, or ClientGone if the client hangs up before; then the work is cancelled."""
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T], *, cut: asyncio.Event) -> T:
+    """The outcome of `work`, or ClientGone if the client hangs up before, or EdgeDraining if `cut` is set before; the
+    work is cancelled then."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnect(receive))
+    cutting = asyncio.ensure_future(cut.wait())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, leaving, cutting}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        if leaving.done():
+            raise ClientGone
+        raise EdgeDraining("this edge ends; the request goes on elsewhere", retry_after_s=1.0)
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        for task in (working, leaving, cutting):
+            task.cancel()
+        await asyncio.gather(working, leaving, cutting, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -382,18 +423,20 @@ def _path_id(request: Request) -> RequestId:
     return RequestId(request_id)
 
 
-def _id_header(story: Story) -> dict[str, str]:
-    return {REQUEST_ID_HEADER: story.request_id}
-
-
 def _json(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     content = orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
     return Response(content, status, headers, media_type="application/json")
 
 
 def _error_answer(error: RequestError | ErrorBody, headers: Mapping[str, str]) -> Response:
-    retry = {} if error.retry_after_s is None else {"retry-after": str(max(1, round(error.retry_after_s)))}
-    return _json(error_json(error), {**headers, **retry}, error.http_status)
+    told = dict(headers)
+    if error.retry_after_s is not None:
+        told["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, RateLimited):
+        told |= error.headers
+    if isinstance(error, NotAuthenticated):
+        told["www-authenticate"] = "Bearer"
+    return _json(error_json(error), told, error.http_status)
 
 
 async def _send(response: Response, request: Request, send: Send) -> None:

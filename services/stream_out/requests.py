@@ -71,7 +71,8 @@ class Requests:
         self._edge = edge
         self._draw_name = draw_name
         self._accepted: dict[RequestId, str] = {}
-        """Tenants of jobs written here whose client stays, or left before the first record: they exist, whatever the log says."""
+        """Tenants of jobs written here whose client stays, or left before the first record: whatever the log says, they
+        exist."""
 
     @asynccontextmanager
     async def submit(self, submission: Submission) -> AsyncGenerator[Hold]:

@@ -129,6 +129,14 @@ def usage_of(state: RequestState) -> Usage:
     )
 
 
+def total_tokens(state: RequestState) -> int:
+    """What the request cost; nothing, if it never was opened."""
+    if state.view is None:
+        return 0
+    usage = usage_of(state)
+    return usage.prompt_tokens + usage.completion_tokens
+
+
 def extension_of(state: RequestState) -> dict[str, Any]:
     """Our own field of an answer: where the request's time went, in unix seconds by event."""
     return {"request_id": state.request_id, "timings": timings_of(state)}

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from services.stream_out.admission import Admission
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
@@ -21,6 +22,7 @@ from services.stream_out.results import (
     losses_of,
     result_of,
     timings_of,
+    total_tokens,
     unmakeable_result,
     usage_of,
 )
@@ -28,6 +30,7 @@ from services.stream_out.settings import Settings
 from services.stream_out.sight import Alive, Sight
 from services.stream_out.streams import Hold, PartitionLog
 from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
+from services.stream_out.tenants import Tenants
 from shared.bus.dead_letter import dead_letter
 from shared.bus.one_record import record_at
 from shared.bus.port import Bus, BusUnavailable, Committed, Reader, Record
@@ -66,6 +69,7 @@ class StreamOut:
     Args:
         incarnation: of this process start.
         clock_s: unix seconds.
+        tenants: None: nobody needs a key.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class StreamOut:
         clock_s: Callable[[], float],
         logger: Logger,
         metrics: EdgeMetrics,
+        tenants: Tenants | None = None,
     ) -> None:
         self.bus = bus
         self.state = state
@@ -88,6 +93,8 @@ class StreamOut:
         self.clock_s = clock_s
         self.logger = logger
         self.metrics = metrics
+        self.tenants = tenants
+        self.admission = Admission(state, settings, clock_s=clock_s, logger=logger, metrics=metrics)
         self._partitions: dict[int, _Partition] = {}
         self._leased: frozenset[int] = frozenset()
         self._assigned: frozenset[int] = frozenset()
@@ -106,9 +113,8 @@ class StreamOut:
             self.bus.reader(STREAM_OUT.name, group=GROUP) as self._reader,
         ):
             async with asyncio.TaskGroup() as self._tasks:
-                loops = [
-                    self._tasks.create_task(loop()) for loop in (self._beat_loop, self._read_loop, self._commit_loop)
-                ]
+                running = (self._beat_loop, self._read_loop, self._commit_loop, self._admission_loop)
+                loops = [self._tasks.create_task(loop()) for loop in running]
                 try:
                     yield
                 finally:
@@ -125,7 +131,14 @@ class StreamOut:
         bus, state = await asyncio.gather(self.bus.reachable(), self.state.reachable())
         owners = [self._partitions[p].owner for p in self.owned_partitions]
         settled = len(owners) == len(self._leased) and all(owner is not None and owner.settled for owner in owners)
-        return {"bus": bus, "state": state, "partitions": self._has_leased and settled}
+        partitions = self._has_leased and settled
+        return {"bus": bus, "state": state, "partitions": partitions, "accepting": not self.admission.draining}
+
+    def health(self) -> dict[str, str]:
+        """What works less well than it should."""
+        if not self.admission.blind:
+            return {}
+        return {"status": "degraded", "admission": "Redis is away: no limit holds, and no wait is foreseen"}
 
     # What clients' requests need
 
@@ -219,6 +232,13 @@ class StreamOut:
             for record in await reader.read(READ_TIMEOUT_S):
                 self._take(hold.log, record)
         hold.caught_up.set()
+
+    async def _admission_loop(self) -> None:
+        while True:
+            await self.admission.look()
+            if self.tenants is not None:
+                self.tenants.refresh(self.logger)
+            await asyncio.sleep(BEAT_INTERVAL_S)
 
     # Leases
 
@@ -417,6 +437,9 @@ class StreamOut:
             # Of a story that nobody of ours would write, or a defect: the request must end, or it holds up the commit.
             self.logger.exception("result cannot be made", request_id=state.request_id)
             result = unmakeable_result(state)
+        # Before the result: where that stands, no other owner would give the place back.
+        if not self.admission.blind:
+            await self.admission.leave_place(state.request_id, total_tokens(state))
         offset = await self.send(RESULTS.name, state.request_id, encode(result))
         now_s = self.clock_s()
         owner.result_acked(state, offset, now_s)

@@ -22,6 +22,11 @@ class Settings(ServiceSettings):
         accept_timeout_s: a job that the log does not take in this time is answered with 503.
         grace_s: a request whose last client went away is cancelled after this.
         keep_alive_s: silence after which a stream gets a comment.
+        max_streams: clients served at once; more are refused with 503.
+        max_queue_s: a request that would wait longer for a placement (or for half its time) is refused with 503.
+        drain_s: at SIGTERM answers in progress get this long before their connections close.
+        tenants: JSON file of tenants, their keys and limits; without it there are neither.
+        allow_anonymous: without a tenants file, serve on other addresses than loopback too.
         tls_cert, tls_key: PEM files with which clients are answered over TLS; both, or neither for plain HTTP.
     """
 
@@ -33,6 +38,11 @@ class Settings(ServiceSettings):
     accept_timeout_s: float = Field(default=5.0, gt=0)
     grace_s: float = Field(default=5.0, ge=0)
     keep_alive_s: float = Field(default=15.0, gt=0)
+    max_streams: int = Field(default=2048, ge=1)
+    max_queue_s: float = Field(default=30.0, gt=0)
+    drain_s: float = Field(default=30.0, ge=0)
+    tenants: Path | None = None
+    allow_anonymous: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
 

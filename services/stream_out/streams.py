@@ -19,6 +19,8 @@ from shared.request import RequestId
 from shared.text.tokeniser import Tokeniser
 from shared.wire.to_stream_out import Frame, StreamOutMessage
 
+REQUEST_ID_HEADER = "x-request-id"
+
 
 class Story:
     """One request: its state, and its events once a client asks for them.
@@ -93,12 +95,14 @@ class Hold:
 
     Attributes:
         caught_up: all that stood in the log when the client came was read.
+        headers: that the client gets with its answer.
     """
 
     def __init__(self, log: "PartitionLog", story: Story) -> None:
         self.log = log
         self.story = story
         self.caught_up = asyncio.Event()
+        self.headers: dict[str, str] = {REQUEST_ID_HEADER: story.request_id}
 
     async def wait(self, is_so: Callable[[Story], bool]) -> Story:
         """Wait until `is_so` holds of the story."""

@@ -100,6 +100,12 @@ async def test_a_client_that_hangs_up_is_noticed():
 async def test_health_and_metrics_stand_beside():
     async with serving() as (_, _, client), httpx.AsyncClient(base_url=str(client.base_url)[:-3]) as http:
         assert (await http.get("health")).json()["status"] == "ok"
-        assert (await http.get("ready")).json() == {"ready": True, "bus": True, "state": True, "partitions": True}
+        assert (await http.get("ready")).json() == {
+            "ready": True,
+            "bus": True,
+            "state": True,
+            "partitions": True,
+            "accepting": True,
+        }
         assert "baton_stream_out_partitions 16.0" in (await http.get("metrics")).text
         assert (await http.get("nothing")).json()["error"]["code"] == "unknown_url"
