@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaConnectionError, for_code
+from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, for_code
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from shared.bus.kafka_client import BusCounters, closed, leader_of, started_client
+from shared.bus.kafka_client import CONNECT_TIMEOUT_S, BusCounters, closed, leader_of, started_client
 from shared.bus.sending import MAX_BATCH_BYTES, AppendFailed, Unsent
 from shared.observe.log import Logger
 from shared.runtime.access import PLAIN_KAFKA, KafkaAccess
 
-PRODUCE_TIMEOUT_MS = 10_000
-"""An append that takes longer has failed; a change of leader takes 2-10 s."""
+PRODUCE_TIMEOUT_MS = 5_000
+"""An append that takes longer is made again: its broker may stand still, and another may lead by now (2-10 s)."""
 
 ALL_REPLICAS = -1
 """An append is acknowledged when all replicas in sync have it."""
@@ -26,11 +26,14 @@ GIVEN_UP = "the connection was given up"
 
 
 class KafkaAppender:
-    """Appends over one connection, which is thrown away whenever an append fails.
+    """Appends over one connection, which is thrown away when an append fails and its outcome is not known.
 
     No idempotence: after a batch that was lost it either leaves a silent hole or fails for ever, and the readers bear
     second copies anyway. The old connection is closed before the new one sends, so that what it still held cannot come
     late from this side; what the broker has already taken in still can.
+
+    A partition that is refused by its broker, or whose broker is not there, concerns nobody else: the connection stays
+    while some broker tells who leads what.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class KafkaAppender:
         except Exception as error:
             # Whatever it was (aiokafka also fails by assertion), the records stay in the buffer and go out again.
             self._log.warning("append failed", topic=topic, partition=partition, error=repr(error))
-            await self._give_up(connection)
+            if not (isinstance(error, (_Refused, NodeNotReadyError)) and await connection.asked_again()):
+                await self._give_up(connection)
             raise AppendFailed(f"{topic}/{partition}: {error!r}") from error
 
     def note_failure(self, topic: str, partition: int) -> None:  # noqa: ARG002 - the failure is logged where it arises
@@ -88,6 +92,10 @@ class KafkaAppender:
                 self._counters.num_producers_replaced += 1
                 await failed.close(self._log)
                 self._connection = None
+
+
+class _Refused(Exception):
+    """The broker's answer to one partition's batch; nothing of the batch is on its way any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,14 @@ class _Connection:
             self._requests.add(request)
             request.add_done_callback(self._requests.discard)
         return await outcome
+
+    async def asked_again(self) -> bool:
+        """Ask who leads what; False if no broker says."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                return bool(await self.client.force_metadata_update())
+        except TimeoutError:
+            return False
 
     async def close(self, log: Logger) -> None:
         """Fail what is on its way, then close the client: a request that went on could open a connection behind it."""
@@ -171,7 +187,7 @@ def _settle(outcome: asyncio.Future[int], error_code: int, first_offset: int) ->
     if outcome.done():
         return
     if error_code:
-        outcome.set_exception(for_code(error_code)())
+        outcome.set_exception(_Refused(repr(for_code(error_code)())))
     else:
         outcome.set_result(first_offset)
 

@@ -40,6 +40,9 @@ REQUEST_TIMEOUT_MS = FETCH_MAX_WAIT_MS + 3_500
 """A connection that answers nothing for so long is broken. Less than CALL_TIMEOUT_S, so that the next call has a new
 one."""
 
+STANDSTILL_S = 2 * REQUEST_TIMEOUT_MS / 1000
+"""Nobody who fetches waits for so long."""
+
 MAX_ANSWER_BYTES = 4 * MAX_RECORD_BYTES
 """What one fetch brings at most."""
 
@@ -47,6 +50,9 @@ MAX_AHEAD_BYTES = 1024 * 1024
 """Nothing more is fetched while more than this waits for `read`."""
 
 RECONNECT_BACKOFF_S = 0.2
+
+LOOK_INTERVAL_S = 1.0
+"""How often a reader is looked at that should make progress."""
 
 READ_UNCOMMITTED = 0
 ANY_REPLICA = -1
@@ -59,6 +65,10 @@ TIMESTAMPS = {Start.BEGINNING: -2, Start.END: -1}
 """By which ListOffsets knows the ends of a partition."""
 
 T = TypeVar("T")
+
+
+class StandsStill(Exception):
+    """Fetches that should be under way get no answers, and do not fail either."""
 
 
 class KafkaReader:
@@ -215,7 +225,18 @@ class KafkaReader:
             async with asyncio.TaskGroup() as fetching:
                 for leader, partitions in partitions_of.items():
                     fetching.create_task(self._fetch_from(client, leader, partitions))
-                await self._assigned.wait()
+                await self._until_assigned()
+
+    async def _until_assigned(self) -> None:
+        """Wait for a new assignment. Raises StandsStill if meanwhile some partition gets no answers.
+
+        Every fetch has its deadline; this sees what that does not, such as a task that ended without a word.
+        """
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while not await _happened(self._assigned, LOOK_INTERVAL_S):
+            if min(self.silent_s(), loop.time() - began_s) > STANDSTILL_S:
+                raise StandsStill(f"{self.topic}: no answer for {self.silent_s():.1f} s")
 
     async def _leaders(self, client: Any, partitions: Sequence[int]) -> dict[int, list[int]]:
         partitions_of: dict[int, list[int]] = {}

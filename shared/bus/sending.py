@@ -104,15 +104,36 @@ class PartitionSender:
         while True:
             await self._work.wait()
             batch = self._oldest_batch()
-            try:
-                first_offset = await self._append(batch)
-            except AppendFailed:
+            first_offset = await self._appended(batch)
+            if first_offset is None:
                 self._on_failure()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
             else:
                 backoff_s = FIRST_BACKOFF_S
                 self._acknowledge(len(batch), first_offset)
+
+    async def _appended(self, batch: Sequence[Unsent]) -> int | None:
+        """The offset of the first record; None if they are to be appended again.
+
+        Whatever goes wrong, this task goes on: nobody would empty the buffer any more, and nobody would hear of it.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "only tasks await"
+        try:
+            return await self._append(batch)
+        except AppendFailed:
+            return None
+        except asyncio.CancelledError as error:  # of a library's inner task, unless it is for this one
+            if task.cancelling():
+                raise
+            unforeseen: BaseException = error
+        except Exception as error:  # noqa: BLE001 - a defect: told to the loop, and tried again
+            unforeseen = error
+        task.get_loop().call_exception_handler(
+            {"message": "an append failed in an unforeseen way", "exception": unforeseen, "task": task}
+        )
+        return None
 
     def _oldest_batch(self) -> Sequence[Unsent]:
         num_records = num_bytes = 0

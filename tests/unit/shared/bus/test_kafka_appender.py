@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import structlog
-from aiokafka.errors import KafkaConnectionError, NotLeaderForPartitionError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    NodeNotReadyError,
+    NotEnoughReplicasError,
+    NotLeaderForPartitionError,
+)
 
 from shared.bus import kafka_client
 from shared.bus.kafka_appender import KafkaAppender
@@ -29,6 +34,7 @@ class Client:
         self.cluster = SimpleNamespace(leader_for_partition=lambda place: leaders[place.partition])
         self.connects = connects
         self.num_open = 0
+        self.tells = True
         self.sent = asyncio.Queue()
 
     async def bootstrap(self):
@@ -38,7 +44,7 @@ class Client:
         pass
 
     async def force_metadata_update(self):
-        pass
+        return self.tells
 
     async def close(self):
         self.num_open = 0
@@ -121,6 +127,36 @@ async def test_what_was_acknowledged_stands_beside_what_was_refused(world):
     reply.set_result(acknowledged((0, NotLeaderForPartitionError.errno, -1), (1, 0, 20)))
     assert await appending[1] == 20
     await failed(appending[0])
+    assert world.counters.num_producers_replaced == 0, "the connection is as good for the others as before"
+
+
+async def test_a_partition_that_is_always_refused_leaves_the_others_their_connection(world):
+    await connected(world)
+    world.leaders[1] = 1
+    under_way = world.append(0)
+    _, _, kept = await world.sent()
+    for error in (NotLeaderForPartitionError, NotEnoughReplicasError) * 2:
+        refused = world.append(1)
+        _, _, reply = await world.sent()
+        reply.set_result(acknowledged((1, error.errno, -1)))
+        await failed(refused)
+    absent = world.append(2)
+    _, _, reply = await world.sent()
+    reply.set_exception(NodeNotReadyError())
+    await failed(absent)
+
+    kept.set_result(acknowledged((0, 0, 7)))
+    assert await under_way == 7
+    assert (len(world.clients), world.counters.num_producers_replaced) == (1, 0)
+
+
+async def test_a_connection_that_no_longer_tells_who_leads_is_given_up(world):
+    await connected(world)
+    world.clients[0].tells = False
+    refused = world.append(1)
+    _, _, reply = await world.sent()
+    reply.set_result(acknowledged((1, NotLeaderForPartitionError.errno, -1)))
+    await failed(refused)
     assert world.counters.num_producers_replaced == 1
 
 

@@ -130,6 +130,20 @@ async def test_the_next_fetch_leaves_before_the_records_are_read(monkeypatch):
         assert seen(await reader.read(5)) == [(1, 0, b"a")]
 
 
+async def test_a_fetch_that_ends_without_a_word_is_missed(monkeypatch):
+    monkeypatch.setattr(kafka_reader, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(kafka_reader, "STANDSTILL_S", 0.05)
+    brokers, counters = Brokers(), BusCounters()
+    async with reading(monkeypatch, brokers, counters) as reader:
+        await reader.assign({0: 0})
+        _, reply = await brokers.asked()
+        reply.cancel()  # as a library's inner task that was cancelled: a task group takes it for the end of our own
+        _, reply = await brokers.asked()
+        reply.set_result(answer(news(0, batch(0, b"a"), end=1)))
+        assert seen(await reader.read(5)) == [(0, 0, b"a")]
+    assert counters.num_consumers_replaced == 1
+
+
 async def test_a_broker_that_is_silent_holds_up_no_other(monkeypatch):
     brokers = Brokers(num_brokers=2)
     async with reading(monkeypatch, brokers) as reader:

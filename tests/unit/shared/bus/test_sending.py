@@ -22,6 +22,8 @@ class Log:
     async def append(self, topic, partition, records):
         await self.open.wait()
         outcome = self._outcomes.pop(0) if self._outcomes else "acknowledged"
+        if isinstance(outcome, BaseException):
+            raise outcome
         if outcome == "refused":
             raise AppendFailed(outcome)
         self.values += [record.value for record in records]
@@ -92,6 +94,18 @@ async def test_a_failing_partition_does_not_hold_up_others():
     producer.post("t", 0, b"stuck")
     assert await asyncio.wait_for(producer.send("t", 1, b"x"), 1) == 0
     assert await producer.flush(0.01) == 1
+    await producer.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), asyncio.CancelledError("an inner task's")])
+async def test_whatever_an_append_raises_its_partition_goes_on_and_the_loop_is_told(error):
+    log = Log(error)
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    producer = a_producer(log)
+    assert await asyncio.wait_for(producer.send("t", 0, b"x"), 5) == 0
+    assert told == [error]
+    assert log.num_failures == 1
     await producer.close()
 
 
