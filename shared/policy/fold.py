@@ -9,7 +9,8 @@ Each choice of a request begins at epoch 1 without a placement. Then, in log ord
    the gap is filled; frames before any `open` of the epoch are held until one decides;
 4. the first end wins; all after it is void.
 
-The first `open` says how many choices there are; what is about any other is void.
+The first `open` says how many choices there are; what is about any other is void. Before it a cut without outcome, by a
+worker that drains, is void too: nobody could place again what nobody knows.
 A cut with an outcome that comes before the request was seen (no `open`, so the number of choices is unknown) ends the
 request as a whole. Whatever turns out void is reported, so that the owner can tell its worker to stop.
 """
@@ -318,6 +319,8 @@ def _apply_cut(state: RequestState, message: Cut) -> Iterator[Change]:
     choice = state.choice(message.choice)
     if state.finished or choice.end or message.epoch != choice.epoch + 1:
         return
+    if message.outcome is None and state.view is None:
+        return
     closed = choice.placement
     if message.lost is not None:
         choice.losses.append(Loss(message.lost, choice.epoch))
@@ -354,6 +357,9 @@ def _take_entry(state: RequestState, entry: FrameEntry, worker: WorkerRef) -> It
         yield Grew(state, entry.choice, num_known, new_ids)
     if entry.finish is not None and entry.index + len(entry.ids) == len(choice.ids):
         end = End(entry.finish, entry.stop_reason, entry.error)
+        if choice.placement is not None and not choice.decode_began:
+            # Prefill ended it, and may not live to tell decode, which holds room for it.
+            yield Voided(state.request_id, entry.placement, choice.placement.decode)
         yield from _end_choice(state, entry.choice, end, whole_request=False)
         return
     if new_ids:

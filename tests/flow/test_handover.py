@@ -106,9 +106,9 @@ async def test_most_kv_has_arrived_when_the_first_token_is_made():
 @pytest.mark.parametrize(
     ("prompt", "num_new", "told"),
     [
-        (PROMPT, 1, []),
+        (PROMPT, 1, [Stop]),
         (PROMPT, 2, [DecodeWork, FirstToken]),
-        ([*PROMPT, END_AT, 0], NUM_NEW, [DecodeWork, Stop]),
+        ([*PROMPT, END_AT, 0], NUM_NEW, [DecodeWork, Stop, Stop]),
         ([*PROMPT, END_AT, 1], NUM_NEW, [DecodeWork, FirstToken]),
     ],
     ids=["max_tokens 1", "max_tokens 2", "EOS at once", "EOS as second"],
@@ -119,9 +119,9 @@ async def test_short_answers(prompt, num_new, told):
         assert answer(await system.ended(job)) == expected(prompt, num_new, ignore_eos=False)
         await system.quiet()
         await all_credits_are_back(system)
-        assert [type(message) for message in told_to_decode(system)] == told
-        assert local_prefills(system) == 0
         assert (await system.result(job)).status == "completed"
+        assert [type(message) for message in told_to_decode(system)] == told, "by prefill, and at its end by the owner"
+        assert local_prefills(system) == 0
 
 
 async def test_a_stop_string_in_the_first_token_ends_it_at_both_workers():
@@ -132,7 +132,8 @@ async def test_a_stop_string_in_the_first_token_ends_it_at_both_workers():
         assert (answer(state), state.choice(0).end.finish) == (expected()[:1], FinishReason.STOP)
         await system.quiet()
         await all_credits_are_back(system)
-        assert [type(message) for message in told_to_decode(system)] == [DecodeWork, Stop]
+        await system.result(job)
+        assert [type(message) for message in told_to_decode(system)] == [DecodeWork, Stop, Stop]
 
 
 @pytest.mark.parametrize("when", ["while prefill computes", "behind the first token"])

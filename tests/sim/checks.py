@@ -130,7 +130,9 @@ def _may_end_so(told: Told, state: RequestState, result: Result, asked: Asked, c
         case "completed":
             return not asked.refused_by_decode or asked.num_new == 1
         case FinishReason.CANCELLED:
-            return capture is not None and (capture.asked_to_cancel or capture.was_alone)
+            if capture is None:  # its client lost the edge before it heard of it
+                return state.view is not None and state.view.edge is not None
+            return capture.asked_to_cancel or capture.was_alone
         case FinishReason.FAILED:
             return asked.refused_by_decode or _three_losses(told, state.request_id)
         case _:

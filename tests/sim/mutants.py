@@ -11,49 +11,38 @@ from services.ingest.story import StoryWriter
 from services.prefill.role import PrefillRole
 from services.stream_out import service as edge_service
 from services.stream_out.service import StreamOut
+from services.stream_out.sight import Sight
 from shared.policy import fold
-from shared.policy.fold import PartitionFold
 from shared.wire.codec import encode
 from shared.wire.to_ingest import Resume
 from shared.wire.to_stream_out import Cut
 from shared.wire.topics import INGEST_RESUME, PREFILL
 
-Mutant = Callable[[], AbstractContextManager[Any]]
+Patch = AbstractContextManager[Any]
+Mutant = Callable[[], Patch]
 
 
-def without_placement_id() -> AbstractContextManager[Any]:
+def without_placement_id() -> Patch:
     """A frame counts for the placement that is open, whichever it was made for."""
-    original = PartitionFold._apply_entry
-
-    def apply_entry(self, offset, timestamp_s, entry, worker):
-        state = self.requests.get(entry.request_id)
-        choice = state.choices.get(entry.choice) if state is not None else None
-        if choice is not None and choice.placement is not None:
-            entry = replace(entry, placement=choice.placement.placement)
-        return original(self, offset, timestamp_s, entry, worker)
-
-    return patch.object(PartitionFold, "_apply_entry", apply_entry)
+    return patch.object(fold, "_is_of", lambda placement, entry: True)
 
 
-def without_compare_and_set() -> AbstractContextManager[Any]:
+def without_compare_and_set() -> Patch:
     """An `open` of the current epoch counts though another placement is open."""
-    original = fold._apply_open
-
-    def apply_open(state, message):
-        choice = state.choices.get(message.choice)
-        if choice is not None and choice.placement is not None and choice.epoch == message.epoch:
-            choice.placement = None
-        return original(state, message)
-
-    return patch.object(fold, "_apply_open", apply_open)
+    return patch.object(
+        fold,
+        "_may_open",
+        lambda state, choice, message: message.epoch == choice.epoch and not choice.end and not state.finished,
+    )
 
 
-def without_read_back() -> AbstractContextManager[Any]:
+def without_read_back() -> Patch:
     """The owner has a choice placed again when it writes the cut, behind what it has read by then."""
     original = StreamOut._do
+    placed: set[tuple[StreamOut, str, int, int]] = set()
 
     async def do(self, partition, owner, duty):
-        if isinstance(duty, Resume):
+        if isinstance(duty, Resume) and (self, duty.request_id, duty.choice, duty.epoch) in placed:
             return
         if isinstance(duty, Cut) and duty.outcome is None:
             state = owner.log.fold.requests[duty.request_id]
@@ -61,6 +50,7 @@ def without_read_back() -> AbstractContextManager[Any]:
             resume = Resume(
                 duty.request_id, duty.choice, duty.epoch, state.view.job, state.view.sampling.max_tokens, ids
             )
+            placed.add((self, duty.request_id, duty.choice, duty.epoch))
             await self.send(INGEST_RESUME.name, duty.request_id, encode(resume))
         await original(self, partition, owner, duty)
 
@@ -85,7 +75,7 @@ class _WorkLater:
             await self._producer.send(*args, **kwargs)
 
 
-def with_open_before_work() -> AbstractContextManager[Any]:
+def with_open_before_work() -> Patch:
     """The `open` is written first, the work record when it is acknowledged."""
     original = StoryWriter.dispatch
 
@@ -98,7 +88,7 @@ def with_open_before_work() -> AbstractContextManager[Any]:
     return patch.object(StoryWriter, "dispatch", dispatch)
 
 
-def without_ack_before_token() -> AbstractContextManager[Any]:
+def without_ack_before_token() -> Patch:
     """Decode gets the first token while its frame is on its way."""
 
     async def write(self, prefill, entry, made_s):
@@ -107,7 +97,7 @@ def without_ack_before_token() -> AbstractContextManager[Any]:
     return patch.object(PrefillRole, "_write", write)
 
 
-def without_finished_ids() -> AbstractContextManager[Any]:
+def without_finished_ids() -> Patch:
     """A new owner does not ask which requests have their result."""
     original = edge_service.prepare
 
@@ -117,7 +107,7 @@ def without_finished_ids() -> AbstractContextManager[Any]:
     return patch.object(edge_service, "prepare", prepare)
 
 
-def without_held_gaps() -> AbstractContextManager[Any]:
+def without_held_gaps() -> Patch:
     """A frame that leaves a gap is dropped."""
     original = fold._take_entry
 
@@ -129,6 +119,11 @@ def without_held_gaps() -> AbstractContextManager[Any]:
     return patch.object(fold, "_take_entry", take_entry)
 
 
+def without_blindness() -> Patch:
+    """An edge judges by what it sees, whether it could see for a lease or not."""
+    return patch.object(Sight, "is_clear", lambda self, now_s: True)
+
+
 MUTANTS: dict[str, Mutant] = {
     "placement-id": without_placement_id,
     "open-compare-and-set": without_compare_and_set,
@@ -137,6 +132,7 @@ MUTANTS: dict[str, Mutant] = {
     "ack-before-token": without_ack_before_token,
     "finished-ids": without_finished_ids,
     "held-gaps": without_held_gaps,
+    "blind-judge": without_blindness,
 }
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,11 @@ from shared.request import Incarnation
 from shared.state.memory import MemoryState
 from shared.state.port import Role
 from shared.transfer.local import LocalTransfer
+from shared.wire import topics
+from shared.wire.codec import Decoder
+from shared.wire.to_ingest import RESUME_DECODER
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Frame
+from shared.wire.to_worker import TO_DECODE_DECODER, TO_PREFILL_DECODER, DecodeWork, PrefillWork
 from shared.worker.host import WorkerLimits
 from tests.fake_tokeniser import fake_tokeniser
 from tests.flow.system import MODEL, System
@@ -40,6 +46,14 @@ REFUSED_ID = 995
 
 INGEST, EDGE = "ingest", "edge"
 KINDS = (INGEST, EDGE, Role.PREFILL, Role.DECODE)
+
+
+DECODERS: dict[str, Decoder[Any]] = {
+    topics.STREAM_OUT.name: STREAM_OUT_DECODER,
+    topics.INGEST_RESUME.name: RESUME_DECODER,
+    topics.PREFILL.name: TO_PREFILL_DECODER,
+    topics.DECODE.name: TO_DECODE_DECODER,
+}
 
 
 class Toolbox:
@@ -156,6 +170,8 @@ class World(System):
         self.hosts: list[Host] = []
         self.processes: list[Process] = []
         self.step_s: Callable[[], float] = lambda: 0.05
+        if full_journal:
+            self.log.append = partial(_note_append, self.journal, self.log.append)
 
     def running(self, *kinds: str) -> list[Host]:
         return [host for host in self.hosts if host.live and (not kinds or host.kind in kinds)]
@@ -230,6 +246,33 @@ class World(System):
         for host in self.running():
             while host.live and not (host.service is not None and all((await host.service.ready()).values())):
                 await asyncio.sleep(0.05)
+
+
+def _note_append(journal: Journal, append: Callable[..., int], topic: str, partition: int, records: Any) -> int:
+    """Append, and tell in the journal of what."""
+    first = append(topic, partition, records)
+    decoder = DECODERS.get(topic)
+    for offset, record in enumerate(records, first):
+        shown = _short(decoder.decode(record.value)) if decoder else (record.key or b"").decode()
+        journal.note(_who(), f"-> {topic}/{partition}@{offset} {shown}")
+    return first
+
+
+def _short(message: Any) -> str:
+    """What tells a record from others."""
+    if isinstance(message, Frame):
+        made = (
+            f"{each.placement}[{each.choice}] {each.index}+{len(each.ids)} {each.finish or ''}"
+            for each in message.entries
+        )
+        return f"Frame of {message.worker.incarnation}: {'; '.join(made)}"
+    if isinstance(message, PrefillWork | DecodeWork):
+        assignment = message.assignment
+        return f"{type(message).__name__} {assignment.request_id}[{assignment.choice}] {assignment.placement}"
+    names = ("request_id", "choice", "epoch", "placement", "prefill", "decode", "target", "reason", "outcome", "lost")
+    shown = {name: getattr(message, name) for name in names if getattr(message, name, None) is not None}
+    parts = (f"{name}={getattr(value, 'incarnation', value)}" for name, value in shown.items())
+    return f"{type(message).__name__} {' '.join(parts)}"
 
 
 def _make_picky(engine: PagedEngine) -> None:

@@ -108,8 +108,22 @@ def test_a_cut_makes_the_old_placement_void_and_the_next_epoch_goes_on():
 
 
 def test_a_cut_voids_placements_that_never_opened():
-    _, changes = fold_all(a_frame("z", 0, [1]), a_cut(2))
-    assert [change.placement for change in changes if isinstance(change, Voided)] == ["z"]
+    _, changes = fold_all(an_open("a"), a_cut(2), a_frame("z", 0, [1]), a_cut(3))
+    assert [change.placement for change in changes if isinstance(change, Voided)] == ["a", "a", "z"]
+
+
+def test_a_drain_before_the_first_open_does_nothing():
+    """Ingest stands still between work and `open`, the worker drains meanwhile: only the `open` tells of which job."""
+    state, changes = fold_all(a_frame("a", 0, [1]), a_cut(2), an_open("a"), a_frame("a", 1, [2], FinishReason.STOP))
+    assert kinds(changes) == [Opened, Grew, Grew, Ended, Finished]
+    assert list(state.choice(0).ids) == [1, 2]
+
+
+def test_decode_is_told_of_an_end_by_prefill():
+    """It holds room for the choice, and prefill may not live to tell it."""
+    entry = FrameEntry(REQUEST, 0, PlacementId("a"), 0, token_ids([1]), finish=FinishReason.STOP)
+    _, changes = fold_all(an_open("a"), Frame(PREFILL, (entry,), made_s=0.0))
+    assert [(change.placement, change.worker) for change in changes if isinstance(change, Voided)] == [("a", DECODE)]
 
 
 def test_a_cut_at_the_wrong_epoch_does_nothing():
