@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from shared.observe import log
 from tests.faults.cluster.cluster import run_in_loop
 from tests.faults.cluster.run import Options, fault_run
 
@@ -68,6 +69,7 @@ def _s(value):
 
 def main():
     options, out = read_options()
+    log.configure("error")  # the harness's own connection to Kafka tells of each broker that it shoots
 
     def say(text):
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
