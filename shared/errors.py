@@ -19,6 +19,7 @@ BatonError
 ├── KvTransferFailed          the pull did not happen: the puller prefills locally and counts it
 │   └── LayoutMismatch        the peer's pages do not fit ours: no pull from it can ever succeed
 ├── LeaseLost                 this process no longer owns what it works on: drop all, come back as a new incarnation
+│   └── StepHangs             or gives it up, because its device does not come back from a step
 ├── UnsupportedCheckpoint     refused at load, naming the field of the checkpoint's config
 └── StartupError              what this process needs is missing: say what and how to mend it, exit
 """
@@ -180,6 +181,10 @@ class LayoutMismatch(KvTransferFailed):
 
 class LeaseLost(BatonError):
     """A slot or partition lease ran out while its holder worked."""
+
+
+class StepHangs(LeaseLost):
+    """An engine step does not end; whoever waits for its thread waits for ever."""
 
 
 class UnsupportedCheckpoint(BatonError):

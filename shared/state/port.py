@@ -154,7 +154,8 @@ class State(Protocol):
 
         One exception: if the store itself was emptied, or out of everybody's reach, less than a lease ago (`up_ms`),
         a slot that nobody holds is taken again, for its lease ended through no fault of its holder. A worker that
-        stood still together with everybody else is not told; it must watch its own clock.
+        stood still together with everybody else is not told; it must watch its own clock. What an emptied store knew
+        of credits does not come back: until what runs has ended, more is placed than fits, and waits in the engine.
         """
         ...
 

@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ClusterError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -73,6 +74,19 @@ REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLEr
 
 # For a command in a script that the user may not use: the words of Valkey, and of Redis.
 SCRIPT_REFUSED_ERRORS = ("ACL failure in script", "The user executing the script can't")
+
+NOT_NOW_ERRORS = (
+    "MISCONF",
+    "LOADING",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "NOREPLICAS",
+    "BUSY ",
+    "READONLY",
+    "OOM",
+)
+"""With these words a server answers that is there and cannot serve for now; others tell of a defect."""
 
 AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 
@@ -345,12 +359,24 @@ async def _until_answered(command: Callable[[], Awaitable[T]]) -> T:
         except (*REFUSED, ResponseError, *AWAY, RuntimeError) as error:
             if _is_refusal(error):
                 raise StateUnavailable(f"refused: {error}") from error
-            if not (isinstance(error, AWAY) or CLOSED_TRANSPORT_ERROR in str(error)):
+            if not _may_pass(error):
                 raise
             if loop.time() + backoff_s > deadline:
-                raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {error!r}") from error
+                told = f"{type(error).__name__}: {error}"  # the client's own repr leaves the server's words out
+                raise StateUnavailable(f"no answer within {CALL_TIMEOUT_S} s: {told}") from error
             await asyncio.sleep(backoff_s)
             backoff_s *= 2
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may go well a little later."""
+    if isinstance(error, (*AWAY, ClusterError)):
+        return True
+    return (
+        str(error).startswith(NOT_NOW_ERRORS)
+        if isinstance(error, ResponseError)
+        else CLOSED_TRANSPORT_ERROR in str(error)
+    )
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -44,6 +44,7 @@ class EngineThread:
         stats: as they were after the newest step or command.
         step_started_s: when the step that runs now began, by `clock_s`; None between steps. A device that hangs is
             seen here too: no step returns before a batch that it waits for.
+        is_given_up: its step hangs: the end does not wait for it.
     """
 
     def __init__(self, engine: Engine, clock_s: Callable[[], float]) -> None:
@@ -57,6 +58,7 @@ class EngineThread:
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self.stats: EngineStats = engine.stats()
         self.step_started_s: float | None = None
+        self.is_given_up = False
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -67,7 +69,8 @@ class EngineThread:
             yield
         finally:
             self._commands.put(self._stop)
-            thread.join(STOP_TIMEOUT_S)  # a step that hangs must not keep the process: the thread is a daemon
+            if not self.is_given_up:
+                thread.join(STOP_TIMEOUT_S)  # a step that hangs must not keep the process: the thread is a daemon
             self.failed.cancel()
 
     def call(self, command: Callable[[Engine], T]) -> "asyncio.Future[T]":

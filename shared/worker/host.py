@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from shared.bus.port import Bus, Reader, Start
 from shared.engine.port import Engine, EngineStats
-from shared.errors import LeaseLost
+from shared.errors import LeaseLost, StepHangs
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
 from shared.request import Incarnation, WorkerRef, partition_of
@@ -114,6 +114,8 @@ class Worker:
         self._engine: EngineThread | None = None
         self._role: Role | None = None
         self._last_stats: EngineStats | None = None
+        self._running_step_s: float | None = None
+        self._seen_running_s = 0.0
 
     async def ready(self) -> dict[str, bool]:
         """What a worker needs, and whether it is there."""
@@ -241,14 +243,18 @@ class Worker:
     async def _beat_for_ever(self, slot: int, engine: EngineThread) -> None:
         while True:
             if self._step_hangs(engine):
-                raise LeaseLost(f"slot {slot} is given up: an engine step takes over {self._parts.limits.step_s} s")
+                engine.is_given_up = True
+                raise StepHangs(f"slot {slot} is given up: an engine step takes over {self._parts.limits.step_s} s")
             await self._beat(slot)
             self._publish_metrics(engine.stats)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     def _step_hangs(self, engine: EngineThread) -> bool:
-        started_s = engine.step_started_s
-        return started_s is not None and self._parts.clock_s() - started_s > self._parts.limits.step_s
+        """Whether the step that runs now was seen running long enough ago, by the loop's clock: nobody sets that."""
+        now_s = asyncio.get_running_loop().time()
+        if engine.step_started_s is None or engine.step_started_s != self._running_step_s:
+            self._running_step_s, self._seen_running_s = engine.step_started_s, now_s
+        return engine.step_started_s is not None and now_s - self._seen_running_s > self._parts.limits.step_s
 
     async def _beat(self, slot: int) -> None:
         try:
@@ -318,10 +324,11 @@ class Worker:
         role, slot, self._draining = self._role, context.me.slot, True
         if role is None:
             return
-        deadline_s = self._parts.clock_s() + self._parts.limits.drain_s
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._parts.limits.drain_s
         # Told at once: a request cut below would otherwise be placed here again until the next beat, and be lost.
         await self._beat(slot)
-        while self._parts.clock_s() < deadline_s:
+        while loop.time() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
             if not (role.unfinished() or context.engine.stats.num_held or await self._is_promised(slot)):
                 break

@@ -15,7 +15,7 @@ from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
 from shared.engine.engine import PagedEngine
 from shared.engine.start import EnginePlan, StartedEngine, start_engine
-from shared.errors import StartupError
+from shared.errors import StartupError, StepHangs
 from shared.observe import log
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics, process_registry
@@ -122,6 +122,18 @@ def export_late_work(metrics: WorkerMetrics, late_work: "Callable[[], LateWork]"
     metrics.late_allocations.set_function(lambda: late_work().num_allocations - at_start.num_allocations)
 
 
+async def _run_or_exit(worker: Worker, stop: asyncio.Event, logger: Logger) -> None:
+    """Run the worker; if a step hangs, end the process here: a device that hangs holds up whatever is closed in order,
+    and the interpreter's own end. The slot is given up by then."""
+    try:
+        await worker.run(stop)
+    except* StepHangs:
+        logger.error("stopped: an engine step hangs")  # noqa: TRY400 - expected: one line is all
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 async def serve_worker(
     role_name: RoleName,
     make_role: Callable[[WorkerContext], Role],
@@ -188,4 +200,4 @@ async def serve_worker(
         routes = health_routes(registry, worker.ready, peers.health)
         settle_memory()
         async with serve_http(routes, host=settings.http_host, port=settings.http_port):
-            await worker.run(stop)
+            await _run_or_exit(worker, stop, logger)

@@ -37,6 +37,7 @@ class WorkerSettings(ServiceSettings):
         "num_pages": None,
         "max_running": 256,
         "max_batch_tokens": 8192,
+        "step_s": 10.0,
     }
 
     name: str = ""
