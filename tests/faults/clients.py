@@ -17,7 +17,7 @@ from shared.request import RequestId, partition_of
 from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_TENANT
 from shared.wire.topics import INGEST
 from tests.faults.capture import Attempt, Capture, Manner, Outcome, Received
-from tests.faults.plain_http import Answer, Broken, exchange
+from tests.faults.plain_http import Answer, Broken, NotConnected, exchange
 
 MAX_FIRST_WORDS = 8
 """Prompts begin alike in so many ways, so that prefixes are shared."""
@@ -247,8 +247,9 @@ class _Exchanges:
                 self._edge = clients.rng.choice([edge for edge in clients.edges if edge != self._edge] or clients.edges)
                 try:
                     await self._attempt()
-                except Broken:
-                    self._may_ask_again()
+                except Broken as broken:
+                    if not isinstance(broken, NotConnected):
+                        self._may_ask_again()
                     await asyncio.sleep(RETRY_S * (0.5 + clients.rng.random()))
             was_refused = capture.request_id is None and capture.status in (429, 503)
             capture.outcome = Outcome.REFUSED if was_refused else Outcome.NO_END

@@ -10,6 +10,10 @@ class Broken(Exception):
     """The exchange has no end: no connection, a reset, a silence that was too long, or not what HTTP says."""
 
 
+class NotConnected(Broken):
+    """Nobody answered: nothing was said yet."""
+
+
 class Answer:
     """Status and headers (names in lower case) of an answer, and its body as it comes."""
 
@@ -59,7 +63,10 @@ async def exchange(
     if body:
         lines += ["content-type: application/json", f"content-length: {len(body)}"]
     opening = asyncio.open_connection(url.hostname, url.port, limit=2**22)
-    reader, writer = await _in_time(opening, silence_s)
+    try:
+        reader, writer = await _in_time(opening, silence_s)
+    except Broken as broken:
+        raise NotConnected(str(broken)) from broken
     try:
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         head = (await _in_time(reader.readuntil(b"\r\n\r\n"), silence_s)).decode("latin-1")

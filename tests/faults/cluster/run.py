@@ -20,7 +20,7 @@ from tests.faults.capture import write_captures
 from tests.faults.clients import Clients, Mix, draw_wants
 from tests.faults.cluster.cluster import GRACE_S, MODEL, Shape, running_cluster
 from tests.faults.cluster.faults import Injector, draw_plans, unexplained_ends
-from tests.faults.cluster.recovery import recoveries, summary
+from tests.faults.cluster.recovery import ALONE_BEFORE_S, recoveries, summary
 from tests.faults.cluster.rest import unrest
 from tests.faults.cluster.soak import Sampler, growths
 from tests.faults.topics import read_history, until_all_ended
@@ -46,6 +46,7 @@ class Options:
 
     Attributes:
         rate_per_s: of requests.
+        lone_kills: of decode workers at the end, beside `faults` and so far apart that each shows its own recovery.
         protect: one process of each kind is never ended, so that what grows in it shows.
     """
 
@@ -55,6 +56,7 @@ class Options:
     brokers: int = 1
     rate_per_s: float = 4.0
     timeout_s: float = 90.0
+    lone_kills: int = 8
     protect: bool = False
 
 
@@ -200,6 +202,7 @@ async def fault_run(options, say=print):
                     telling.cancel()
                 cluster.restore_all()
                 await cluster.all_ready()
+                await _kill_one_by_one(cluster, injector, options.lone_kills)
                 await load.end()
             lasted_s = time.monotonic() - began_s
             captures = load.clients.captures
@@ -227,6 +230,14 @@ async def fault_run(options, say=print):
             say(f"logs and what the clients saw: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _kill_one_by_one(cluster, injector, num_kills):
+    decodes = cluster.of("decode")
+    for number in range(num_kills):
+        await asyncio.sleep(ALONE_BEFORE_S + 1.0)
+        await injector.kill(decodes[number % len(decodes)])
+        await cluster.all_ready()
 
 
 async def _tell(injector, load, num_plans, say):
