@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, Json
 
 from services.ingest.wire_loss import WireLoss
-from shared.runtime.settings import ServiceSettings
+from shared.runtime.settings import KafkaSettings, ServiceSettings
 from shared.wire.topics import MAX_DEADLINE_S
 from shared.wire.wire_format import WireFormat
 
@@ -32,3 +32,9 @@ class IngestProcessSettings(ServiceSettings):
     @property
     def wire_loss(self) -> WireLoss:
         return WireLoss(self.max_wire_loss, self.tenant_max_wire_loss)
+
+
+class ToolSettings(KafkaSettings):
+    """What the commands need of it: the log and nothing else. `kafka` as for services."""
+
+    kafka: str = "127.0.0.1:9092"
