@@ -281,12 +281,13 @@ class StreamOut:
     async def _prepare(self, partitions: frozenset[int]) -> None:
         while partitions:
             try:
-                self._prepared += await prepare(self.bus, self._reader, sorted(partitions))
+                prepared = await prepare(self.bus, self._reader, sorted(partitions))
             except BusUnavailable as error:
                 self.logger.warning("the log is away: take-over waits", error=str(error))
                 await asyncio.sleep(BEAT_INTERVAL_S)
                 partitions &= self._leased
             else:
+                self._prepared += prepared  # apart from the wait, in which others put theirs in a list of their own
                 return
 
     def _judge(self, alive: Alive | None) -> None:

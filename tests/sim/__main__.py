@@ -1,33 +1,12 @@
-"""Run schedules: `python -m tests.sim --seeds 10000`, or one with its journal: `python -m tests.sim --seed 17`."""
+"""Run schedules: `python -m tests.sim --seeds 10000`; one with its journal: `python -m tests.sim --seed 17`."""
 
 import argparse
-import gc
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim.mutants import MUTANTS, taken_out
-from tests.sim.schedule import Outcome, run_schedule
-from tests.sim.world import Toolbox
-
-SEEDS_A_TASK = 25
-
-
-def run_seeds(seeds: Iterable[int], mutant: str | None = None) -> Iterator[Outcome]:
-    """Run the schedules one after the other, in this process."""
-    tools = Toolbox()
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # the collector unwinds what a killed process left, at any moment
-    try:
-        with taken_out(mutant):
-            for seed in seeds:
-                yield run_schedule(seed, tools)
-                gc.collect()
-    finally:
-        gc.enable()
+from tests.sim.mutants import MUTANTS
+from tests.sim.running import run_in_processes, run_seeds
 
 
 def tell(line: str) -> None:
@@ -35,14 +14,8 @@ def tell(line: str) -> None:
     sys.stdout.flush()
 
 
-def _task(seeds: range, mutant: str | None) -> list[Outcome]:
-    return list(run_seeds(seeds, mutant))
-
-
 def _show(seed: int, mutant: str | None) -> int:
-    gc.disable()
-    with taken_out(mutant):
-        outcome = run_schedule(seed, Toolbox(), full_journal=True)
+    (outcome,) = run_seeds([seed], mutant, full_journal=True)
     for line in outcome.journal:
         tell(line)
     tell(f"seed {seed}: {'; '.join(outcome.findings) or 'nothing found'}")
@@ -61,20 +34,14 @@ def main() -> int:
         return _show(arguments.seed, arguments.mutant)
     began_s = time.monotonic()
     num_run = num_requests = num_faults = num_found = 0
-    last = arguments.first + arguments.seeds
-    starts = range(arguments.first, last, SEEDS_A_TASK)
-    with ProcessPoolExecutor(arguments.processes) as pool:
-        tasks = [
-            pool.submit(_task, range(start, min(start + SEEDS_A_TASK, last)), arguments.mutant) for start in starts
-        ]
-        for task in tasks:
-            for outcome in task.result():
-                num_run += 1
-                num_requests += outcome.num_requests
-                num_faults += outcome.num_faults
-                if outcome.findings:
-                    num_found += 1
-                    tell(f"seed {outcome.seed}: {'; '.join(outcome.findings)}")
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for outcome in run_in_processes(seeds, arguments.mutant, num_processes=arguments.processes):
+        num_run += 1
+        num_requests += outcome.num_requests
+        num_faults += outcome.num_faults
+        if outcome.findings:
+            num_found += 1
+            tell(f"seed {outcome.seed}: {'; '.join(outcome.findings)}")
     took_s = time.monotonic() - began_s
     tell(
         f"{num_run} schedules, {num_requests} requests, {num_faults} faults in {took_s:.0f} s"

@@ -128,7 +128,7 @@ def _request(
 def _may_end_so(told: Told, state: RequestState, result: Result, asked: Asked, capture: Capture | None) -> bool:
     match result.status:
         case "completed":
-            return not asked.refused_by_decode or asked.num_new == 1
+            return True
         case FinishReason.CANCELLED:
             if capture is None:  # its client lost the edge before it heard of it
                 return state.view is not None and state.view.edge is not None
@@ -198,12 +198,12 @@ def _verdicts(world: World, told: Told) -> Iterator[str]:
     for record, cut in told.cuts:
         lost = getattr(cut, "lost", None)
         host = live.get(lost.incarnation) if lost is not None else None
-        if host is not None and not _was_cut_from_log(host, record.timestamp_s):
+        if host is not None and not _was_silent(host, record.timestamp_s):
             yield f"{cut.request_id}: {host.incarnation} was given up at {record.timestamp_s - 1000:.3f} and lives"
 
 
-def _was_cut_from_log(host: Host, at_s: float) -> bool:
-    return any(start_s <= at_s <= end_s for start_s, end_s in host.log_cuts)
+def _was_silent(host: Host, at_s: float) -> bool:
+    return any(start_s <= at_s <= end_s for start_s, end_s in host.silences)
 
 
 def _workers(world: World) -> Iterator[str]:

@@ -12,11 +12,15 @@ import orjson
 
 from services.stream_out.requests import Submission
 from services.stream_out.sse import BEFORE_ALL, Cursor
+from services.stream_out.tenants import Caller
 from shared.errors import RequestError, RequestNotFound
+from shared.policy.admission import TenantLimits
 from shared.request import RequestId
 from tests.sim.world import EDGE, Host, World
 
 RETRY_S = 0.4
+
+CALLER = Caller("sim", limits=TenantLimits(max_concurrent=100))
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Client:
         self.captures: dict[RequestId, Capture] = {}
         self._world = world
         self.body = orjson.dumps(body)
+        self._num_choices = body["n"]
         self._manners = manners
         self._rng = rng
         self._current: Capture | None = None
@@ -134,11 +139,16 @@ class Client:
         cursor = BEFORE_ALL if known is None else known.cursor
         if known is None:
             submission = Submission(
-                self.body, tenant="sim", deadline_s=self._deadline_s, idempotency_key=self._manners.key
+                self.body,
+                CALLER,
+                num_choices=self._num_choices,
+                num_tokens=100,
+                deadline_s=self._deadline_s,
+                idempotency_key=self._manners.key,
             )
             holding = edge.requests.submit(submission)
         else:
-            holding = edge.requests.resume(known.request_id)
+            holding = edge.requests.resume(known.request_id, CALLER)
         try:
             async with holding as hold:
                 put(("began", hold.story.request_id))
@@ -157,6 +167,9 @@ class Client:
         except RequestError as error:
             self._world.journal.note(edge.incarnation, f"client refused: {error!r}")
             put(("refused", error))
+        except Exception as error:
+            self._world.journal.error(edge.incarnation, f"a client's call failed: {error!r}")
+            raise
 
     async def _cancel(self, after_s: float) -> None:
         await asyncio.sleep(after_s)
@@ -166,7 +179,7 @@ class Client:
         while capture.status is None:
             edge = await self._edge()
             assert edge.requests is not None
-            task = edge.process.run(edge.requests.cancel(capture.request_id))
+            task = edge.process.run(edge.requests.cancel(capture.request_id, CALLER))
             await asyncio.wait(
                 {task, asyncio.ensure_future(asyncio.shield(edge.process.ended))},
                 timeout=12,

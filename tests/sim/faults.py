@@ -1,6 +1,7 @@
 """What can befall a host, the log or the store; each fault heals by itself, by the latest when calm comes."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from tests.sim.world import EDGE, INGEST, Host, World
 HUNG_STEP_S = 4.0
 
 VERDICT_S = 3.0
-"""After a cut from the log has healed a verdict that it deserved may still be on its way for so long."""
+"""A verdict that a worker deserved may come so long after what kept it from its beats has healed."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,17 @@ class Strike:
         self.host.leave.set()
 
     def stop(self) -> None:
+        self._deserves_a_verdict(self.host, self.lasts_s)
         self.host.process.stop()
         self.heal(self.host.process.go_on)
 
     def cut_log(self) -> None:
-        self._note_log_cut(self.host)
+        self._deserves_a_verdict(self.host, self.lasts_s)
         self.host.bus.can_send = self.host.bus.can_read = False
         self.heal(lambda: _reach_log(self.host))
 
     def cut_store(self) -> None:
+        self._deserves_a_verdict(self.host, self.lasts_s)
         self.host.state.cut_off = True
         self.heal(lambda: setattr(self.host.state, "cut_off", False))
 
@@ -60,6 +63,7 @@ class Strike:
 
     def hang(self) -> None:
         """The next step of its engine takes longer than any may."""
+        self._deserves_a_verdict(self.host, math.inf)
         self.host.slow_steps.append(HUNG_STEP_S)
 
     def flush(self) -> None:
@@ -71,7 +75,7 @@ class Strike:
 
     def log_away(self) -> None:
         for host in self.world.running():
-            self._note_log_cut(host)
+            self._deserves_a_verdict(host, self.lasts_s)
         self.world.log.away = True
         self.heal(lambda: setattr(self.world.log, "away", False))
 
@@ -86,9 +90,9 @@ class Strike:
         if host is not None:
             self.world.kill(host)
 
-    def _note_log_cut(self, host: Host) -> None:
+    def _deserves_a_verdict(self, host: Host, lasts_s: float) -> None:
         now_s = self.world.clock_s()
-        host.log_cuts.append((now_s, now_s + self.lasts_s + VERDICT_S))
+        host.silences.append((now_s, now_s + lasts_s + VERDICT_S))
 
 
 def calm_down(world: World) -> None:

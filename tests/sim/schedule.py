@@ -28,6 +28,8 @@ CALM_S = 45.0
 
 LOOK_S = 0.5
 
+LATEST_COPY_S = 5.0
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -90,6 +92,7 @@ class Schedule:
         self.loop = asyncio.get_running_loop()
         self.calm = False
         self.num_faults = 0
+        self.last_copy_s = 0.0
         self.appends: Counter[tuple[str, str]] = Counter()
         self.triggers: list[Trigger] = []
         self.keepers: list[asyncio.Task] = []
@@ -209,12 +212,11 @@ class Schedule:
         def fate(append: Append) -> Fate:
             self._count(append)
             draw = log_rng.random
-            return Fate(
-                delay_s=log_rng.uniform(0.1, 1.0) if draw() < slow else log_rng.uniform(0, 0.005),
-                lands=draw() >= loss,
-                acked=draw() >= loss,
-                late_copy_s=log_rng.uniform(0.0, 6.0) if draw() < late else None,
-            )
+            delay_s = log_rng.uniform(0.1, 1.0) if draw() < slow else log_rng.uniform(0, 0.005)
+            late_copy_s = log_rng.uniform(0.0, LATEST_COPY_S) if draw() < late else None
+            if late_copy_s is not None:
+                self.last_copy_s = max(self.last_copy_s, self.loop.time() + delay_s + late_copy_s)
+            return Fate(delay_s, lands=draw() >= loss, acked=draw() >= loss, late_copy_s=late_copy_s)
 
         def way_s() -> tuple[float, float]:
             if store_rng.random() >= store_slow:
@@ -259,6 +261,7 @@ class Schedule:
         self.num_faults += 1
         lasts_s = rng.choice((rng.uniform(0.2, 1.5), rng.uniform(2.5, 5.0)))
         self.world.journal.note("world", f"{fault.__name__}: {host.incarnation}, {lasts_s:.2f} s if it heals")
+        self.last_copy_s = max(self.last_copy_s, self.loop.time() + lasts_s)  # of a zombie
         fault(Strike(self.world, host, lasts_s))
 
     async def _rest(self, work: list[asyncio.Task]) -> bool:
@@ -266,11 +269,17 @@ class Schedule:
         with suppress(TimeoutError):
             async with asyncio.timeout(CALM_S):
                 await asyncio.gather(*work)
-                while not at_rest(self.world):
+                while not await self._rests():
                     await asyncio.sleep(LOOK_S)
-                await asyncio.sleep(LOOK_S)
                 return True
         return False
+
+    async def _rests(self) -> bool:
+        """Whether nothing happens any more, late copies of records included."""
+        if not at_rest(self.world):
+            return False
+        await asyncio.sleep(max(LOOK_S, self.last_copy_s - self.loop.time() + LOOK_S))
+        return at_rest(self.world)
 
     def _digest(self) -> int:
         """Tells schedules that went differently apart."""

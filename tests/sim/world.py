@@ -72,7 +72,7 @@ class Host:
     """One service in its process, and its connections.
 
     Attributes:
-        log_cuts: from when to when it was cut off from the log, a lease of silence included.
+        silences: from when to when its beats may have failed to come, or its records.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class Host:
     engine: PagedEngine | None = None
     transfer: LocalTransfer | None = None
     slow_steps: list[float] = field(default_factory=list)
-    log_cuts: list[tuple[float, float]] = field(default_factory=list)
+    silences: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def live(self) -> bool:
