@@ -549,6 +549,16 @@ EDGES = Row(
             unit=Unit.REQUESTS_PER_S,
         ),
         Panel(
+            title="Refused at the door",
+            description="By reason. overloaded: it would have waited too long. streams: BATON_MAX_STREAMS clients at "
+            "once. concurrent, requests, tokens: a tenant's limits. not asked: Redis was away, so nobody was refused.",
+            queries=[
+                Query(rate("baton_edge_refused_total", "reason"), "{{reason}}"),
+                Query(rate("baton_edge_unlimited_total"), "not asked"),
+            ],
+            unit=Unit.REQUESTS_PER_S,
+        ),
+        Panel(
             title="Clients",
             description="gone: left before their answer was complete. resumed: came back with Last-Event-ID. "
             "elsewhere: asked for a request whose partition another edge owns.",
@@ -574,11 +584,14 @@ EDGES = Row(
         Panel(
             title="Recovery",
             description="Partitions taken over by another edge, choices placed again on other workers, and workers "
-            "told to stop what nobody wants.",
+            "told to stop what nobody wants. lost: placements whose worker is no more, by role. given up: requests "
+            "that lost workers three times, kept on dead-letter.",
             queries=[
                 Query(rate("baton_take_overs_total"), "partitions taken over"),
                 Query(rate("baton_placed_again_total"), "choices placed again"),
                 Query(rate("baton_stops_total"), "workers told to stop"),
+                Query(rate("baton_placements_lost_total", "role"), "lost: {{role}}"),
+                Query(rate("baton_dead_letters_total"), "given up"),
             ],
             unit=Unit.PER_S,
         ),
