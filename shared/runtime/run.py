@@ -130,6 +130,9 @@ async def serve_http(
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]
+    except asyncio.CancelledError:
+        server.force_exit = True  # told a second time: exchanges in progress are not waited for
+        raise
     finally:
         server.should_exit = True
         await task
