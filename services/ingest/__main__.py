@@ -1,4 +1,4 @@
-"""Wire ingest and run it: `python -m services.ingest`; `... dead-letter list|show|replay`: jobs that nobody could serve."""
+"""Wire ingest and run it: `python -m services.ingest`; `... dead-letter list|show|replay` for its letters."""
 
 import asyncio
 import uuid

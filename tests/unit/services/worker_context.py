@@ -13,6 +13,7 @@ from shared.request import Incarnation, WorkerRef
 from shared.transfer.port import Outcome, Pulled
 from shared.wire.to_worker import TO_DECODE_DECODER, KvTicket
 from shared.wire.wire_format import WireFormat
+from tests.fake_tokeniser import fake_tokeniser
 
 PREFILL = WorkerRef(0, Incarnation("prefill"))
 DECODE = WorkerRef(1, Incarnation("decode"))
@@ -135,6 +136,7 @@ async def a_context(engine, *, me, transfer=None, clock_s=None):
             credits=SimpleNamespace(
                 give_back=lambda placement, *workers: given_back.extend((placement, worker) for worker in workers)
             ),
+            tokeniser=fake_tokeniser(),
             metrics=WorkerMetrics(CollectorRegistry(), "m"),
             log=structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical")),
             random_bytes=bytes,

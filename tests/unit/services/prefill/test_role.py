@@ -3,6 +3,7 @@
 import asyncio
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -408,5 +409,30 @@ def test_in_any_order_of_events_all_is_freed_and_decode_is_told_once(seed):
             assert told in ([], [FirstToken], [Stop], [FirstToken, Stop])
             assert (key in with_ticket) == bool(told), "who has a ticket learns how it goes on; the others hear nothing"
             assert (key, PREFILL) in stage.context.given_back
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("made", "sampling", "stops", "finish", "reason"),
+    [
+        ([300, 301, 302], {"max_tokens": 3}, (), FinishReason.LENGTH, None),
+        ([300, 2], {}, (), FinishReason.STOP, None),
+        ([300, 301], {"stop_token_ids": (301,)}, (), FinishReason.STOP, 301),
+        ([300, 301, 302], {}, ("1 30",), FinishReason.STOP, "1 30"),
+    ],
+)
+def test_work_whose_tokens_end_already_ends_at_once(made, sampling, stops, finish, reason):
+    async def scene(stage):
+        work = some_work()
+        settings = SamplingParams(**{"max_tokens": 10, "temperature": 0.0, **sampling})
+        assignment = replace(work.assignment, sampling=settings, stop_strings=stops)
+        stage.role.take(replace(work, assignment=assignment, ids=token_ids([*IDS, *made])))
+        await settled()
+        (entry,) = stage.context.frames.entries
+        assert (entry.index, list(entry.ids), entry.finish, entry.stop_reason) == (len(made), [], finish, reason)
+        assert not stage.engine.has_work()
+        assert not stage.context.handoff.sent
+        assert not stage.role.unfinished()
 
     run(scene)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.blocks import token_ids
-from shared.policy.fold import Ended, Finished, Grew, Opened, PartitionFold, Vacated, Voided
+from shared.policy.fold import Ended, Finished, Grew, Loss, Opened, PartitionFold, Vacated, Voided
 from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_stream_out import Attach, Cut, Detach, Frame, FrameEntry, Open, View
@@ -42,8 +42,13 @@ def a_frame(placement, index, ids, finish=None):
     )
 
 
-def a_cut(epoch, outcome=None, choice=0):
-    return Cut(REQUEST, choice, epoch, "test", outcome)
+def a_prefill_frame(placement, index, ids):
+    entry = FrameEntry(REQUEST, 0, PlacementId(placement), index, token_ids(ids))
+    return Frame(PREFILL, (entry,), made_s=0.0)
+
+
+def a_cut(epoch, outcome=None, choice=0, lost=None):
+    return Cut(REQUEST, choice, epoch, "test", outcome, lost=lost)
 
 
 def fold_all(*messages):
@@ -250,6 +255,36 @@ class History:
             yield [[an_open(name, epoch)]]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from(["lost", "drained", "token", "old token", "stale cut"]), max_size=20),
+)
+def test_losses_are_those_since_the_last_token(steps):
+    """Whatever else happens between: what does not count changes nothing."""
+    history = History(random.Random(0))
+    history.write([an_open("p1")])
+    epoch, num_made, expected = 1, 0, []
+    for step in steps:
+        match step:
+            case "lost" | "drained":
+                epoch += 1
+                lost = DECODE if step == "lost" else None
+                history.write([a_cut(epoch, lost=lost), an_open(f"p{epoch}", epoch)])
+                if lost is not None:
+                    expected.append(Loss(DECODE, epoch - 1))
+            case "token":
+                history.write([a_frame(f"p{epoch}", num_made, [num_made])])
+                num_made += 1
+                expected = []
+            case "old token":
+                history.write([a_frame(f"p{epoch - 1}", num_made, [66])])
+                if num_made:
+                    history.write([a_frame(f"p{epoch}", num_made - 1, [num_made - 1])])
+            case "stale cut":
+                history.write([a_cut(epoch, lost=DECODE), a_cut(epoch + 2, lost=DECODE)])
+        assert history.state.choice(0).losses == expected
+
+
 @settings(max_examples=400, deadline=None)
 @given(seed=st.integers(0, 2**32), num_epochs=st.integers(1, 4), rivals=st.integers(1, 3), cancel=st.booleans())
 def test_any_schedule_gives_one_unspliced_answer(seed, num_epochs, rivals, cancel):
@@ -319,3 +354,19 @@ def test_a_failure_of_decode_waits_for_the_first_token_and_is_void_if_that_was_t
     state, changes = fold_all(an_open("a"), failure, a_frame("a", 0, [7], FinishReason.STOP))
     assert state.choice(0).end.finish is FinishReason.STOP
     assert kinds(changes) == [Opened, Grew, Ended, Finished]
+
+
+def needed(*messages):
+    return [worker.incarnation for worker in fold_all(*messages)[0].choice(0).needed]
+
+
+def test_prefill_is_needed_until_decode_has_said_something_that_counts():
+    first = a_prefill_frame("a", 0, [1])
+    assert needed(a_frame("a", 0, [1])) == []
+    assert needed(an_open("a")) == ["p", "d"]
+    assert needed(an_open("a"), first) == ["p", "d"]
+    assert needed(an_open("a"), a_frame("a", 1, [2])) == ["p", "d"]
+    assert needed(an_open("a"), a_frame("a", 1, [2]), first) == ["d"]
+    assert needed(an_open("a"), first, a_frame("a", 1, [2])) == ["d"]
+    assert needed(an_open("a"), first, a_frame("a", 1, [2]), a_cut(2)) == []
+    assert needed(an_open("a"), first, a_frame("a", 1, [2]), a_cut(2), an_open("b", epoch=2)) == ["p", "d"]
