@@ -67,6 +67,7 @@ class World:
             spec=SimpleNamespace(model="m"),
             prompt_ids=array("i", range(NUM_PROMPT_TOKENS)),
             sampling=SimpleNamespace(max_tokens=max_tokens),
+            cache_salt="t",
         )
         self.backlog.add(Waiting(None, admitted, 0, 1, array("i"), self.now_s))
         _, settled = await self.backlog.next()
