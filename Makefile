@@ -34,7 +34,7 @@ status:  ## Show what runs
 	@$(STACK) status $(ARGS)
 
 ##@ Check
-.PHONY: check test faults check-docker clean
+.PHONY: check test faults sim check-docker clean
 check:  ## Format, lint, types and the direction of imports
 	@$(IN_ENV) ruff format --check --quiet .
 	@$(IN_ENV) ruff check --quiet .
@@ -46,6 +46,9 @@ test:  ## Run all tests, real Kafka, Redis and UCX included (ARGS="-k fold")
 
 faults:  ## Trouble real processes under load (ARGS="--faults 500 --minutes 25 --seed 1"; --help lists all)
 	@$(IN_ENV) python -m tests.faults.cluster $(ARGS)
+
+sim:  ## Trouble the whole system in one loop, by the thousand schedules (ARGS="--seeds 10000"; --help lists all)
+	@$(IN_ENV) python -m tests.sim $(ARGS)
 
 check-docker:  ## Try docker-compose.yml on this host's docker engine, from up to down
 	@$(IN_ENV) python -m infra.docker.check

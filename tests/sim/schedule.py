@@ -142,7 +142,7 @@ class Schedule:
             prompt=[rng.randrange(3, 990) for _ in range(rng.choice((3, 20, 70, 140)))],
             num_new=rng.choice((1, 2, 4, 8, 16)),
             num_choices=rng.choice((1, 1, 1, 2)),
-            refused_by_decode=rng.random() < 0.03,
+            refused_by_decode=rng.random() < 0.05,
         )
         if asked.refused_by_decode:
             asked.prompt[0] = REFUSED_ID
