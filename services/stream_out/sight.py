@@ -7,6 +7,10 @@ from shared.state.keys import LEASE_MS
 
 LEASE_S = LEASE_MS / 1000
 
+SILENCE_S = LEASE_S / 2
+"""A log that is there answers twice a second. Workers say after a lease that it is away: a judge that it does not answer
+either must know by then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alive:
@@ -37,7 +41,7 @@ class Sight:
         """
         stood_still = now_s - self._looked_s > LEASE_S
         self._looked_s = now_s
-        if stood_still or up_ms < LEASE_MS or silent_s > LEASE_S:
+        if stood_still or up_ms < LEASE_MS or silent_s > SILENCE_S:
             self._clear_since_s = now_s
 
     def fail(self, now_s: float) -> None:
