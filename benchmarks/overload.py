@@ -185,6 +185,15 @@ def memory(samples: Samples, from_s: float) -> dict[str, dict[str, float]]:
     return {name: growth(samples.at_s[first:], values[first:]) for name, values in sorted(samples.rss_mib.items())}
 
 
+def told(samples: Samples) -> dict[str, Any]:
+    """For the report: seconds from the first sample on, tenths of a MiB."""
+    return {
+        "at_s": [round(at_s - samples.at_s[0], 1) for at_s in samples.at_s],
+        "rss_mib": {name: [round(mib, 1) for mib in values] for name, values in samples.rss_mib.items()},
+        "queues": samples.queues,
+    }
+
+
 def problems(
     overload: Mapping[str, Any], grown: Mapping[str, Mapping[str, float]], findings: Sequence[str]
 ) -> list[str]:
@@ -279,9 +288,9 @@ class Run:
             await clients.run_all(self._told(wants, clients, seconds), seconds)
         took_s = time.time() - began_s
         self._captures += clients.captures
-        told = summary(clients.captures, began_s, began_s + seconds, peak)
+        seen = summary(clients.captures, began_s, began_s + seconds, peak)
         settled_s = began_s + min(MEMORY_SETTLES_S, seconds / 3)
-        return told | {
+        return seen | {
             "cpu_percent": {
                 name: share["total"] for name, share in cpu_shares(before, cpu_times(pids), took_s).items()
             },
@@ -374,7 +383,7 @@ async def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         "ramp": stages,
         "peak_per_s": peak,
         "overload": overload,
-        "samples": asdict(run.samples),
+        "samples": told(run.samples),
         "machine": machine(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
@@ -407,12 +416,12 @@ def main(
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
-        told = asyncio.run(measure(plan, Path(folder)))
+        report = asyncio.run(measure(plan, Path(folder)))
     if out:
-        Path(out).write_text(json.dumps(told, indent=1) + "\n")
-    shown = {name: value for name, value in told.items() if name not in {"samples", "machine"}}
+        Path(out).write_text(json.dumps(report, indent=1) + "\n")
+    shown = {name: value for name, value in report.items() if name not in {"samples", "machine"}}
     sys.stdout.write(json.dumps(shown, indent=1) + "\n")
-    sys.exit(1 if told["problems"] else 0)
+    sys.exit(1 if report["problems"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.overload import Samples, fate, goodput, growth, memory, problems, read_queues, spread, summary
+from benchmarks.overload import Samples, fate, goodput, growth, memory, problems, read_queues, spread, summary, told
 from tests.faults.capture import Attempt, Capture, Manner, Outcome, Received
 
 
@@ -45,13 +45,13 @@ def test_goodput_counts_good_ends_in_the_window():
 
 
 def test_a_summary():
-    told = summary(CAPTURES, 0.0, 20.0, peak=0.1)
-    assert told["offered"] == 8
-    assert told["fates"] == {"in time": 2, "late": 1, "refused 503": 2, "refused 429": 1, "error": 1, "no end": 1}
-    assert told["num_not_refused"] == 5
-    assert told["refusal_s"] == {"p50": 0.2, "p99": 3.0, "max": 3.0}
-    assert told["first_event_s"] == {"p50": 0.5, "p99": 0.5, "max": 0.5}
-    assert (told["share_of_peak"], told["share_of_peak_by_10_s"]) == (1.0, [1.0, 1.0])
+    seen = summary(CAPTURES, 0.0, 20.0, peak=0.1)
+    assert seen["offered"] == 8
+    assert seen["fates"] == {"in time": 2, "late": 1, "refused 503": 2, "refused 429": 1, "error": 1, "no end": 1}
+    assert seen["num_not_refused"] == 5
+    assert seen["refusal_s"] == {"p50": 0.2, "p99": 3.0, "max": 3.0}
+    assert seen["first_event_s"] == {"p50": 0.5, "p99": 0.5, "max": 0.5}
+    assert (seen["share_of_peak"], seen["share_of_peak_by_10_s"]) == (1.0, [1.0, 1.0])
 
 
 def test_a_spread_of_nothing():
@@ -66,12 +66,17 @@ def test_memory_is_looked_at_from_when_it_has_settled():
     assert growth([0.0], [5.0])["mib_per_minute"] == 0.0
 
 
+def test_samples_are_told_from_the_first_on():
+    samples = Samples([1000.0, 1002.04], {"edge-0": [10.04, 50.06]}, {"q": [1, 2]})
+    assert told(samples) == {"at_s": [0.0, 2.0], "rss_mib": {"edge-0": [10.0, 50.1]}, "queues": {"q": [1, 2]}}
+
+
 GOOD = {"fates": {"in time": 5, "refused 503": 3}, "share_of_peak": 0.95, "refusal_s": {"p99": 0.1}}
 FLAT = {"edge-0": {"first_mib": 50.0, "last_mib": 52.0}, "kafka": {"first_mib": 50.0, "last_mib": 400.0}}
 
 
 @pytest.mark.parametrize(
-    ("overload", "grown", "told"),
+    ("overload", "grown", "said"),
     [
         ({"fates": {"in time": 5, "late": 1}}, {}, "neither answered in time nor refused: {'late': 1}"),
         ({"share_of_peak": 0.89}, {}, "goodput was 89% of the peak"),
@@ -79,9 +84,9 @@ FLAT = {"edge-0": {"first_mib": 50.0, "last_mib": 52.0}, "kafka": {"first_mib": 
         ({}, {"edge-0": {"first_mib": 50.0, "last_mib": 60.0}}, "edge-0 grew from 50.0 to 60.0 MiB"),
     ],
 )
-def test_problems(overload, grown, told):
+def test_problems(overload, grown, said):
     (problem,) = problems(GOOD | overload, FLAT | grown, [])
-    assert told in problem
+    assert said in problem
 
 
 def test_no_problems():
