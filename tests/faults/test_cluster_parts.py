@@ -100,7 +100,7 @@ async def test_the_end_of_one_end_is_the_end_of_the_other():
             await echoed(reader, writer, b"a")
             assert len(proxy.pairs) == 1
         async with asyncio.timeout(IN_TIME_S):
-            while proxy.pairs:
+            while proxy.pairs or proxy.ends:
                 await asyncio.sleep(0.01)
 
 

@@ -351,7 +351,7 @@ def _is_explained(seat, life, faults):
         return life.status == -signal.SIGKILL
     if life.wanted_end is signal.SIGTERM and life.status == 0:
         return True
-    gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step takes over"))
+    gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step"))
     return gave_up and any(
         fault.kind in REDIS_KINDS or (fault.kind in BLINDING_KINDS and fault.target == seat.name)
         for fault in faults

@@ -26,6 +26,7 @@ class Proxy:
         self.target_port = target_port
         self.path = Path.OPEN
         self.pairs = set()
+        self.ends = set()
         self.tasks = set()
         self.port = 0
         self._thawed = asyncio.Event()
@@ -39,10 +40,14 @@ class Proxy:
 
     async def close(self):
         self._server.close()
-        self.cut(Path.RESET)
+        self.path = Path.RESET
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        for end in tuple(self.ends):
+            end.transport.abort()
+        while self.ends:
+            await asyncio.sleep(0)
 
     def cut(self, path):
         """From now on as `path` says."""
@@ -73,6 +78,7 @@ class _Pair:
 
     def joined(self, end):
         proxy = self.proxy
+        proxy.ends.add(end)
         self.ends.append(end)
         if proxy.path is Path.RESET or self.ends[0].transport.is_closing():
             self.abort()
@@ -109,6 +115,7 @@ class _Pair:
     def lost(self, end):
         """One end is gone: what stands in the other's buffer still goes out."""
         self.proxy.pairs.discard(self)
+        self.proxy.ends.discard(end)
         other = self.other(end)
         if other is not None:
             other.transport.close()
