@@ -8,8 +8,8 @@ from shared.state.keys import LEASE_MS
 LEASE_S = LEASE_MS / 1000
 
 SILENCE_S = LEASE_S / 2
-"""A log that is there answers twice a second. Workers say after a lease that it is away: a judge that it does not answer
-either must know by then."""
+"""A log that is there answers twice a second. Workers say after a lease that it is away: a judge whom it does not
+answer either must know by then."""
 
 
 @dataclass(frozen=True, slots=True)
