@@ -1,4 +1,5 @@
-"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes.
+"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes, but those
+that ran before and lost their workers go first.
 
 Whose deadline has passed leaves the line from wherever it stands.
 """
@@ -65,8 +66,11 @@ class Backlog:
         self._hashed: tuple[Waiting, str, tuple[BlockHash, ...]] | None = None
 
     def add(self, waiting: Waiting) -> None:
-        """Put a choice at the end of the line."""
-        self._waiting.append(waiting)
+        """Put a choice at the end of the line, or behind those that are placed again: their clients wait in mid-answer."""
+        place = len(self._waiting)
+        if waiting.is_resumed:
+            place = sum(other.is_resumed for other in self._waiting)
+        self._waiting.insert(place, waiting)
         self.line.join()
         self._first_deadline_s = min(self._first_deadline_s, waiting.admitted.job.deadline_s)
         self._metrics.backlog.set(len(self._waiting))
@@ -75,7 +79,8 @@ class Backlog:
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
         now_s = self._clock_s()
-        oldest_wait_s = max(0.0, now_s - self._waiting[0].admitted_s) if self._waiting else 0.0
+        oldest_s = min((waiting.admitted_s for waiting in self._waiting), default=now_s)
+        oldest_wait_s = max(0.0, now_s - oldest_s)
         return BacklogReport(self.line.num_waiting + num_unread, oldest_wait_s, self.line.beat(now_s))
 
     async def next(self) -> tuple[Waiting, Settled]:

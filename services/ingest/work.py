@@ -37,6 +37,11 @@ class Waiting:
     admitted_s: float
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether it ran before and lost its workers."""
+        return self.epoch > 1
+
+    @property
     def ids(self) -> TokenIds:
         """The tokens whose successor is wanted."""
         return self.admitted.prompt_ids + self.accepted_ids

@@ -61,6 +61,11 @@ class World:
 
     async def placed(self, name, max_tokens=20):
         """What becomes of a request, when it is alone in the line."""
+        self.backlog.add(self.waiting(name, max_tokens))
+        _, settled = await self.backlog.next()
+        return settled
+
+    def waiting(self, name="r", max_tokens=20, epoch=1):
         job = SimpleNamespace(request_id=name, tenant="t", deadline_s=self.now_s + 60)
         admitted = SimpleNamespace(
             job=job,
@@ -69,9 +74,7 @@ class World:
             sampling=SimpleNamespace(max_tokens=max_tokens),
             cache_salt="t",
         )
-        self.backlog.add(Waiting(None, admitted, 0, 1, array("i"), self.now_s))
-        _, settled = await self.backlog.next()
-        return settled
+        return Waiting(None, admitted, 0, epoch, array("i"), self.now_s)
 
 
 @pytest.fixture
@@ -139,3 +142,11 @@ async def test_a_view_that_says_never_is_not_believed(world):
     placed = await world.placed("long", max_tokens=5000)
     assert placed.decode.incarnation == "d2"
     assert isinstance(await world.placed("longer", max_tokens=20_000), NeverFits)
+
+
+def test_who_lost_its_workers_goes_first_in_the_order_of_the_losses(world):
+    first, second = world.waiting(), world.waiting()
+    lost, lost_later = world.waiting(epoch=2), world.waiting(epoch=3)
+    for waiting in (first, second, lost, lost_later):
+        world.backlog.add(waiting)
+    assert list(world.backlog._waiting) == [lost, lost_later, first, second]
