@@ -66,7 +66,7 @@ class Backlog:
         self._hashed: tuple[Waiting, str, tuple[BlockHash, ...]] | None = None
 
     def add(self, waiting: Waiting) -> None:
-        """Put a choice at the end of the line, or behind those that are placed again: their clients wait in mid-answer."""
+        """Put a choice at the end of the line; one that ran before only behind others such: its client waits."""
         place = len(self._waiting)
         if waiting.is_resumed:
             place = sum(other.is_resumed for other in self._waiting)
