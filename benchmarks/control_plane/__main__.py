@@ -47,6 +47,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.5, help="Measured part of each load.")] = 15.0,
     input_tokens: Annotated[int, typer.Option("--input", min=1, help="Prompt tokens.")] = 512,
     output_tokens: Annotated[int, typer.Option("--output", min=3, help="Answer tokens.")] = 128,
+    brokers: Annotated[int, typer.Option(min=1, help="Of Kafka; with 3 each record is on all of them.")] = 1,
     counts: Annotated[str, typer.Option(help="Processes, as prefill=1,decode=2,edge=1.")] = "",
     seed: Annotated[int, typer.Option(help="Of times and prompts.")] = 0,
     streams_per_client: Annotated[int, typer.Option(min=1, help="One client process serves so many.")] = 16,
@@ -89,6 +90,7 @@ def main(
             profile.mkdir(parents=True, exist_ok=True)
         options = PathOptions(
             counts=DEFAULT_COUNTS | _counts(counts),
+            brokers=brokers,
             gpus=_gpus(gpus),
             env=parse_pairs("--env", env or ()),
             streams_per_client=streams_per_client,
@@ -133,6 +135,7 @@ def _run(setup: Setup, names: tuple[str, ...], options: PathOptions, run_dir: Pa
         "machine": described,
         "setup": asdict(setup) | {"model": Path(setup.model).name},
         "counts": dict(options.counts),
+        "brokers": options.brokers,
         "gpus": dict(options.gpus),
         "env": dict(options.env),
         "saturating_requests_per_s": saturating,

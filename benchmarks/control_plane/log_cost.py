@@ -23,9 +23,9 @@ Ends = dict[str, dict[int, int]]
 """End offsets by topic and partition."""
 
 
-async def raw_hop(kafka_address: str) -> dict[str, Distribution | None]:
+async def raw_hop(kafka_address: str, *, num_copies: int = 1) -> dict[str, Distribution | None]:
     """Records sent one after another by one producer and read by one reader, through the bus that services use."""
-    await create_topics(kafka_address, [HOP_TOPIC])
+    await create_topics(kafka_address, [HOP_TOPIC], replication_factor=num_copies)
     bus = KafkaBus(kafka_address, client_id="control-plane")
     acked_s: list[float] = []
     read_s: list[float] = []

@@ -22,6 +22,7 @@ from benchmarks.control_plane.machine import cpu_shares, cpu_times
 from benchmarks.control_plane.profiler import profiled
 from benchmarks.control_plane.samples import Sample, hops, served_itl_mean_ms, summary
 from infra.local.composition import SERVICES, Composition, Service
+from infra.local.kafka import MAX_COPIES
 from infra.local.stack import Report, Stack, local_stack
 from shared.bus.kafka import KafkaBus
 from shared.errors import StartupError
@@ -45,6 +46,7 @@ class PathOptions:
 
     Attributes:
         counts: processes of each service.
+        brokers: of Kafka.
         gpus: the GPU that workers of a service see, by service; empty: they see all.
         env: more settings of every service.
         streams_per_client: streams that one client process serves.
@@ -52,6 +54,7 @@ class PathOptions:
     """
 
     counts: Mapping[str, int]
+    brokers: int = 1
     gpus: Mapping[str, str] = field(default_factory=dict[str, str])
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     streams_per_client: int = 16
@@ -69,6 +72,7 @@ async def measure_path(
     measured: dict[str, Any] = {"log_hop": None, "results": {}, "error": None}
     composition = Composition(
         counts=options.counts,
+        brokers=options.brokers,
         model=setup.model,
         model_name=setup.model_name,
         device=setup.device,
@@ -87,7 +91,7 @@ async def measure_path(
     try:
         async with local_stack(composition, run_dir, services=services(setup), report=say) as stack:
             say("measuring the log's own hop")
-            measured["log_hop"] = await raw_hop(stack.kafka_address)
+            measured["log_hop"] = await raw_hop(stack.kafka_address, num_copies=min(MAX_COPIES, options.brokers))
             run = _Run(setup, options, stack, run_dir, say)
             await run.warm_up()
             for load in loads:
@@ -187,7 +191,7 @@ class _Run:
         if folder is None or not self._is_profiled(load):
             yield
             return
-        pids = {name: pid for name, pid in self._pids().items() if name not in ("kafka", "redis")}
+        pids = {name: pid for name, pid in self._pids().items() if name != "redis" and not name.startswith("kafka")}
         async with profiled(pids, folder, load.seconds):
             yield
 
