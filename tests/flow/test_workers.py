@@ -10,6 +10,7 @@ import pytest
 from shared.engine.fake import fake_engine
 from shared.engine.port import StepOutput
 from shared.errors import StepHangs
+from shared.state import keys
 from shared.state.port import Role
 from shared.worker.host import WorkerLimits
 from tests.flow.system import System
@@ -61,6 +62,44 @@ async def test_a_worker_can_leave_while_it_waits_for_a_slot(monkeypatch):
         await asyncio.sleep(0.1)
         async with asyncio.timeout(5):
             await waiting.leave()
+
+
+async def test_a_worker_that_drains_is_not_ready_from_the_first_moment_and_lives_on():
+    async with a_system(drain_s=30.0, decodes=1) as system:
+        job = await system.submit(a_body(num_new=400))
+        while (state := system.folded(job)) is None or len(state.choice(0).ids) < 5:
+            await asyncio.sleep(0.001)
+        decode = system.workers[-1]
+        assert all((await decode.service.ready()).values())
+        leaving = asyncio.create_task(decode.leave())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            while (await decode.service.ready())["slot"]:
+                await asyncio.sleep(0.001)
+        assert not leaving.done(), "it works on at what it has"
+        assert len((await system.ended(job)).choice(0).ids) == 400
+        async with asyncio.timeout(5):
+            await leaving
+
+
+async def test_a_worker_whom_the_log_answers_nothing_says_so_and_takes_work_again_after_it():
+    async with a_system(prefills=1, decodes=1) as system:
+        decode = system.workers[-1]
+        silent_s = [keys.LEASE_MS / 1000 + 1]
+        decode.bus.silent_s = lambda: silent_s[0]
+
+        async def says_that_it_takes_work():
+            found = {worker.card.incarnation: worker.load for worker in await live_workers(system)}
+            return found[decode.incarnation].takes_work
+
+        async with asyncio.timeout(10):
+            while await says_that_it_takes_work():
+                await asyncio.sleep(0.01)
+            waiting = await system.submit(a_body())
+            await asyncio.sleep(0.2)
+            assert (state := system.folded(waiting)) is None or not state.choice(0).ids, "nothing is placed there"
+            silent_s[0] = 0.0
+            await system.ended(waiting)
 
 
 async def test_a_worker_leaves_in_bounds_while_log_and_store_are_away(monkeypatch):
