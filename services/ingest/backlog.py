@@ -132,7 +132,8 @@ class Backlog:
             return standing
         if is_late:
             return Expired()
-        return decision if isinstance(decision, NeverFits) else None
+        # One that ran fitted a worker that is gone, and that may come back.
+        return decision if isinstance(decision, NeverFits) and not waiting.is_resumed else None
 
     async def _place_by_recent_view(self, waiting: Waiting) -> Placement | None:
         """Place without asking who is there: whether a worker still takes it is the store's to say."""

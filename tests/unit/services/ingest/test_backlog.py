@@ -1,5 +1,6 @@
 """By what the backlog places: a recent view, and a fresh one where that was wrong."""
 
+import asyncio
 from array import array
 from dataclasses import replace
 from itertools import count
@@ -142,6 +143,25 @@ async def test_a_view_that_says_never_is_not_believed(world):
     placed = await world.placed("long", max_tokens=5000)
     assert placed.decode.incarnation == "d2"
     assert isinstance(await world.placed("longer", max_tokens=20_000), NeverFits)
+
+
+async def test_a_choice_that_ran_waits_for_a_worker_that_holds_it():
+    world = World()
+    small = {"num_pages": 10}
+    for name, role in (("small prefill", Role.PREFILL), ("small decode", Role.DECODE)):
+        await world.claim(name, role, **small)
+    for _ in range(3):
+        world.now_s += 0.4 * keys.LEASE_MS / 1000
+        await world.state.up_ms(lease_ms=keys.LEASE_MS)
+    world.backlog.add(world.waiting(max_tokens=1000, epoch=2))
+    placing = asyncio.create_task(world.backlog.next())
+    await asyncio.sleep(0.1)
+    assert not placing.done()
+    for name, role in (("large prefill", Role.PREFILL), ("large decode", Role.DECODE)):
+        await world.claim(name, role)
+    async with asyncio.timeout(5):
+        _, settled = await placing
+    assert settled.decode.incarnation == "large decode"
 
 
 def test_who_lost_its_workers_goes_first_in_the_order_of_the_losses(world):
