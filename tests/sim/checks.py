@@ -195,9 +195,9 @@ def _order(told: Told) -> Iterator[str]:
 def _verdicts(world: World, told: Told) -> Iterator[str]:
     """A worker that was given up for lost must not have gone on as if nothing was."""
     live = {host.incarnation: host for host in world.hosts if host.live}
-    for record, cut in told.cuts:
-        lost = getattr(cut, "lost", None)
-        host = live.get(lost.incarnation) if lost is not None else None
+    first = {(cut.request_id, cut.choice, cut.epoch): (record, cut) for record, cut in reversed(told.cuts)}
+    for record, cut in first.values():
+        host = live.get(cut.lost.incarnation) if cut.lost is not None else None
         if host is not None and not _was_silent(host, record.timestamp_s):
             yield f"{cut.request_id}: {host.incarnation} was given up at {record.timestamp_s - 1000:.3f} and lives"
 

@@ -67,8 +67,8 @@ class Trigger:
 
 
 TRIGGERS = (
-    (INGEST, topics.PREFILL.name),
-    (INGEST, topics.STREAM_OUT.name),
+    *((INGEST, topics.PREFILL.name),) * 2,
+    *((INGEST, topics.STREAM_OUT.name),) * 3,
     (EDGE, topics.INGEST.name),
     (EDGE, topics.RESULTS.name),
     (EDGE, topics.INGEST_RESUME.name),
@@ -112,7 +112,7 @@ class Schedule:
         work = [asyncio.create_task(self._ask(rng.uniform(0, 0.6 * TROUBLE_S))) for _ in range(rng.randint(3, 6))]
         if rng.random() < 0.8:
             work += [asyncio.create_task(self._cluster(rng.uniform(0.1, TROUBLE_S))) for _ in range(rng.randint(1, 3))]
-        self.triggers = [self._draw_trigger() for _ in range(rng.choice((0, 0, 1, 2)))]
+        self.triggers = [self._draw_trigger() for _ in range(rng.choice((0, 1, 1, 2)))]
         await asyncio.sleep(TROUBLE_S)
         self.calm = True
         world.journal.note("world", "calm")
