@@ -11,7 +11,7 @@ from services.stream_out.service import StreamOut
 from services.stream_out.streams import Hold, Story
 from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
-from shared.errors import IdempotencyConflict, Overloaded, RequestNotFound
+from shared.errors import IdempotencyConflict, Overloaded, RateLimited, RequestNotFound
 from shared.policy.admission import TenantLimits
 from shared.request import FinishReason, RequestId, keyed_request_id, partition_of
 from shared.state.keys import LEASE_MS
@@ -93,7 +93,7 @@ class Requests:
             await self._admit(hold, submission)
             try:
                 await self._accept(hold, submission)
-            except Overloaded:
+            except (Overloaded, asyncio.CancelledError):  # or its client left: nobody knows the id, to come back
                 self._edge.spawn(self._take_back(request_id, submission.deadline_s))
                 raise
             yield hold
@@ -132,7 +132,7 @@ class Requests:
             await hold.wait(_reached(max(offsets)))
 
     async def _take_back(self, request_id: RequestId, deadline_s: float) -> None:
-        """Cancel a job whose client was told to try again, should it come to stand on the log all the same."""
+        """Cancel a job whose client does not wait for it, should it come to stand on the log all the same."""
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline_s - self._edge.clock_s())):
                 while True:
@@ -182,18 +182,31 @@ class Requests:
         if self._edge.bus.silent_s() > LEASE_MS / 1000:
             raise _try_again("the log does not take requests now")
         admission.check_wait(submission.deadline_s)
+        request_id = hold.story.request_id
         taking = admission.take_place(
             caller.tenant,
             caller.limits,
-            hold.story.request_id,
+            request_id,
             num_tokens=submission.num_tokens,
             deadline_s=submission.deadline_s,
         )
         if caller.limits == NO_LIMITS:
             self._edge.spawn(_only_done(taking))  # for other edges that are asked about the request before it is open
         else:
-            hold.headers |= await taking
+            task = asyncio.ensure_future(taking)
+            try:
+                hold.headers |= await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if submission.idempotency_key is None:  # the place of a keyed one may be that of who joins it
+                    self._edge.spawn(self._give_back(task, request_id))
+                raise
         admission.count(submission.num_choices)
+
+    async def _give_back(self, taking: asyncio.Future[dict[str, str]], request_id: RequestId) -> None:
+        """Leave a place whose client left while it was taken: no job was written."""
+        with suppress(RateLimited):
+            await taking
+            await self._edge.admission.leave_place(request_id, 0)
 
     async def _accept(self, hold: Hold, submission: Submission) -> None:
         headers = tuple(self._headers(submission))
