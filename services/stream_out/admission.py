@@ -30,6 +30,11 @@ MAX_AGE_S = 2 * LEASE_MS / 1000 + ON_THE_WAY_S
 PLACE_SLACK_S = 60.0
 """A place outlasts its request's deadline by this: the owner ends the request then, and gives the place back."""
 
+MAX_OWED = 10_000
+"""Places that wait for the store to be given back. Of more, those of the oldest end by themselves."""
+
+MAX_OWED_A_BEAT = 100
+
 CUT_TIMEOUT_S = 1.0
 """Exchanges that are cut at the end of a drain are over within this."""
 
@@ -70,6 +75,7 @@ class Admission:
         self._num_edges = 1
         self._read_s = clock_s()
         self._accepted: deque[tuple[float, int]] = deque()
+        self._owed: deque[tuple[RequestId, int]] = deque(maxlen=MAX_OWED)
 
     @contextmanager
     def client(self) -> Iterator[None]:
@@ -130,11 +136,21 @@ class Admission:
         return verdict.headers
 
     async def leave_place(self, request_id: RequestId, num_tokens: int) -> None:
-        """Give a request's place back; while the store is away it is left to end by itself."""
+        """Give a request's place back, while the store is away as soon as it is there again."""
         try:
+            if not self.blind:
+                await self._state.leave_place(request_id, num_tokens=num_tokens)
+                return
+        except StateUnavailable:
+            pass
+        self._owed.append((request_id, num_tokens))
+
+    async def _leave_owed(self) -> None:
+        """Raises StateUnavailable."""
+        for _ in range(min(len(self._owed), MAX_OWED_A_BEAT)):
+            request_id, num_tokens = self._owed[0]
             await self._state.leave_place(request_id, num_tokens=num_tokens)
-        except StateUnavailable as error:
-            self._logger.warning("place not given back", request_id=request_id, error=str(error))
+            self._owed.popleft()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nobody any more, let who is there come to an end, and cut who is left after `timeout_s`."""
@@ -152,15 +168,15 @@ class Admission:
                 self._logger.warning("clients are left", clients=self._num_clients)
 
     async def look(self) -> None:
-        """Read the backlogs, once a beat."""
+        """Read the backlogs, once a beat, and give back places that could not be given back before."""
         asked_s = self._clock_s()
         try:
             self._backlogs = await self._state.backlogs(lease_ms=LEASE_MS)
             self._num_edges = max(1, len(await self._state.group_members(GROUP)))
+            self.blind, self._read_s = False, asked_s
+            await self._leave_owed()
         except StateUnavailable:
             self.blind = True
-            return
-        self.blind, self._read_s = False, asked_s
 
     def _num_accepted_since(self) -> int:
         """Choices that all edges accepted and no report counts yet, if each accepts as much as this one."""

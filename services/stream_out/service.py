@@ -439,8 +439,7 @@ class StreamOut:
             self.logger.exception("result cannot be made", request_id=state.request_id)
             result = unmakeable_result(state)
         # Before the result: where that stands, no other owner would give the place back.
-        if not self.admission.blind:
-            await self.admission.leave_place(state.request_id, total_tokens(state))
+        await self.admission.leave_place(state.request_id, total_tokens(state))
         offset = await self.send(RESULTS.name, state.request_id, encode(result))
         now_s = self.clock_s()
         owner.result_acked(state, offset, now_s)

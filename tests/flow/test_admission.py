@@ -229,6 +229,59 @@ async def test_requests_that_are_refused_later_give_their_places_back(world, fol
         await world.result(job.id)
 
 
+@with_keys
+async def test_a_client_that_leaves_while_its_place_is_taken_keeps_none(world, folder):
+    node = await world.owner("e")
+    node.edge.tenants = tenants_file(folder, acme={"max_concurrent": 1})
+    world.store.way_s = lambda: (0.02, 0.02)
+    for wait_s in (0.01, 0.03):  # before the store hears of it, and before it answers
+        leaves = node.call("POST", PATH, STREAM, **bearer("acme"))
+        await asyncio.sleep(wait_s)
+        leaves.leave()
+        await beats(2)
+    assert not any(world.log.records("ingest", p) for p in range(16))
+    node.call("POST", PATH, STREAM, **bearer("acme"))
+    await world.job()
+
+
+@with_keys
+async def test_a_client_that_leaves_while_its_job_is_written_leaves_nothing_running(world, folder):
+    node = await world.owner("e")
+    node.edge.tenants = tenants_file(folder, acme={"max_concurrent": 1})
+    world.log.away = True
+    leaves = node.call("POST", PATH, STREAM, **bearer("acme"))
+    await asyncio.sleep(0.2)
+    leaves.leave()
+    await leaves.done()
+    world.log.away = False
+    job = await world.job()
+    job.open()
+    assert (await world.result(job.id)).status == "cancelled"
+    node.call("POST", PATH, STREAM, **bearer("acme"))
+    await world.job()
+
+
+@with_keys
+async def test_places_of_requests_that_end_while_redis_is_away_are_given_back_when_it_is_there(world, folder):
+    node = await world.owner("e")
+    node.edge.tenants = tenants_file(folder, acme={"max_concurrent": 3})
+    for is_known in (False, True):  # by the edge, that the store is away
+        for _ in range(3):
+            node.call("POST", PATH, STREAM, **bearer("acme"))
+        jobs = [await world.job() for _ in range(3)]
+        world.store.away = True
+        await beats(6 if is_known else 0)
+        for job in jobs:
+            job.open(note=False)
+            job.serve()
+            await world.result(job.id)
+        await beats(6)
+        world.store.away = False
+        await beats()
+    node.call("POST", PATH, STREAM, **bearer("acme"))
+    await world.job()
+
+
 @scenario
 async def test_a_request_that_waits_is_known_on_every_edge(world):
     node, other = await world.owner("e"), await world.owner("f")
