@@ -1,4 +1,4 @@
-"""What a client may do to a connection: the size of a request's head, of all it sends, and its pace.
+"""What a client may do to a connection: the size of a request's head, of all it sends, and its pace, reading too.
 
 uvicorn with httptools sets none of these limits itself: a head that never ends would grow for ever.
 """
@@ -25,6 +25,11 @@ LINGER_S: Final = 5.0
 """A client that was answered before its request was complete may go on sending for so long, so that it reads the
 answer."""
 
+STALL_TIMEOUT_S: Final = 60.0
+MIN_READ_BYTES: Final = 16 * 1024
+"""A client that does not read so many bytes in that time, of those that wait for it, is hung up on: it would hold its
+place for ever."""
+
 
 class _HeadTooLarge(Exception):
     """Leaves the parser from within a callback."""
@@ -40,6 +45,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_bytes = 0
         self._num_head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -47,6 +53,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
+        self._watch_no_more()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -86,8 +93,36 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._watch_reader()
         if not self._in_head and not self.transport.is_closing():
             self._wait_at_most(LINGER_S)
+
+    def pause_writing(self) -> None:
+        """The buffer is full: what is sent next waits for the client to read."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._watch_no_more()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        self._watch_no_more()
+        num_unread = self.transport.get_write_buffer_size()
+        if num_unread:
+            self._stalled = self.loop.call_later(STALL_TIMEOUT_S, self._check_reader, num_unread)
+
+    def _check_reader(self, num_unread_before: int) -> None:
+        num_unread = self.transport.get_write_buffer_size()
+        if num_unread and num_unread > num_unread_before - MIN_READ_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _watch_no_more(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP, or more headers than `on_header` took."""

@@ -22,6 +22,10 @@ async def early(_: Request):
     return PlainTextResponse("no body wanted")
 
 
+async def long(_: Request):
+    return PlainTextResponse("x" * LONG)
+
+
 async def slow(_: Request):
     await asyncio.sleep(0.3)
     return PlainTextResponse("slow")
@@ -33,6 +37,7 @@ async def a_connection():
         Route("/echo", echo, methods=["POST"]),
         Route("/early", early, methods=["GET", "POST"]),
         Route("/slow", slow),
+        Route("/long", long),
     ]
     async with serve_http(routes, host="127.0.0.1", port=0) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -60,6 +65,9 @@ def error_of(answer):
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]
 
+
+LONG = 32_000_000
+"""More than the buffers of both sockets hold."""
 
 HEAD = b"POST /echo HTTP/1.1\r\nhost: x\r\n"
 
@@ -167,3 +175,23 @@ async def test_no_websocket_is_opened():
     async with a_connection() as (reader, writer):
         writer.write(b"GET /early HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
         assert await status_of(reader) == 200
+
+
+@pytest.mark.parametrize("keeps", [b"", b"connection: close\r\n"])
+async def test_who_does_not_read_its_answer_is_cut_off(monkeypatch, keeps):
+    monkeypatch.setattr(http_limits, "STALL_TIMEOUT_S", 0.2)
+    async with a_connection() as (reader, writer):
+        writer.write(b"GET /long HTTP/1.1\r\nhost: x\r\n" + keeps + b"\r\n")
+        await asyncio.sleep(2)
+        assert len(await all_of(reader)) < LONG
+
+
+async def test_who_reads_slowly_gets_all(monkeypatch):
+    monkeypatch.setattr(http_limits, "STALL_TIMEOUT_S", 0.2)
+    async with a_connection() as (reader, writer):
+        writer.write(b"GET /long HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        num_read = 0
+        while part := await reader.read(2_000_000):
+            num_read += len(part)
+            await asyncio.sleep(0.005)
+        assert num_read > LONG
