@@ -5,7 +5,7 @@ Redis, shared by all edges; while it is away they hold nobody up.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +20,9 @@ from shared.state.keys import LEASE_MS
 from shared.state.port import PublishedBacklog, State, StateUnavailable
 
 FULL_RETRY_S = 1.0
+
+CLIENTS_A_REQUEST = 4
+"""Of a tenant's, at one edge: one that reads, those that were cut off and are not known to be gone, one that looks on."""
 
 ON_THE_WAY_S = 0.5
 """A job is counted by ingest so long after it was accepted, or before."""
@@ -69,6 +72,7 @@ class Admission:
         self._logger = logger
         self._metrics = metrics
         self._num_clients = 0
+        self._clients: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
         self._backlogs: Sequence[PublishedBacklog] = ()
@@ -78,19 +82,28 @@ class Admission:
         self._owed: deque[tuple[RequestId, int]] = deque(maxlen=MAX_OWED)
 
     @contextmanager
-    def client(self) -> Iterator[None]:
-        """One client's exchange, from before its body is read to the end of its answer. Raises Overloaded."""
+    def client(self, tenant: str, limits: TenantLimits) -> Iterator[None]:
+        """One client's exchange, from before its body is read to the end of its answer.
+
+        Raises Overloaded, and RateLimited for a tenant whose requests are limited and that has more clients than these
+        need: it must not take the places of the others by following one request a thousand times.
+        """
         if self.draining:
             raise EdgeDraining("this edge is leaving; another one takes the request", retry_after_s=FULL_RETRY_S)
         if self._num_clients >= self._settings.max_streams:
             self._metrics.refused.labels("streams").inc()
             raise Overloaded(f"{self._settings.max_streams} clients are served here", retry_after_s=FULL_RETRY_S)
+        if limits.max_concurrent is not None and self._clients[tenant] >= CLIENTS_A_REQUEST * limits.max_concurrent:
+            self._metrics.refused.labels("concurrent").inc()
+            raise RateLimited("the tenant has too many clients here", retry_after_s=FULL_RETRY_S, headers={})
         self._num_clients += 1
+        self._clients[tenant] += 1
         self._empty.clear()
         try:
             yield
         finally:
             self._num_clients -= 1
+            self._clients -= Counter((tenant,))  # who has none left is no key any more
             if not self._num_clients:
                 self._empty.set()
 

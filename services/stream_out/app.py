@@ -38,7 +38,7 @@ from shared.request import REQUEST_ID_PATTERN, RequestId
 from shared.state.port import StateUnavailable
 from shared.wire.openai import GenerationSpec, parse_body
 from shared.wire.openai_answers import model_card, model_list
-from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, body_hash
+from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, TENANT_PATTERN, body_hash
 from shared.wire.to_stream_out import ErrorBody
 from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
 
@@ -136,8 +136,9 @@ class Api:
         await self._generate(request, send, chat=False)
 
     async def _generate(self, request: Request, send: Send, *, chat: bool) -> None:
-        with self._edge.admission.client():
-            await self._generate_for(self._caller(request), request, send, chat=chat)
+        caller = self._caller(request)
+        with self._edge.admission.client(caller.tenant, caller.limits):
+            await self._generate_for(caller, request, send, chat=chat)
 
     async def _generate_for(self, caller: Caller, request: Request, send: Send, *, chat: bool) -> None:
         _check_headers(request)
@@ -163,9 +164,11 @@ class Api:
         await unless_gone(request.receive, answer(), cut=self._edge.admission.cut)
 
     def _caller(self, request: Request) -> Caller:
-        """Who sends the request. Raises NotAuthenticated."""
+        """Who sends the request. Raises NotAuthenticated, InvalidRequest."""
         tenant = request.headers.get(TENANT_HEADER)
         if self._edge.tenants is None:
+            if tenant is not None and not TENANT_PATTERN.fullmatch(tenant):
+                raise InvalidRequest(f"header {TENANT_HEADER} must match {TENANT_PATTERN.pattern}", param=TENANT_HEADER)
             return Caller(DEFAULT_TENANT if tenant is None else tenant)
         caller = self._edge.tenants.caller(request.headers.get("authorization"))
         if tenant is not None:
@@ -256,8 +259,9 @@ class Api:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, request: Request, send: Send) -> None:
-        with self._edge.admission.client():
-            await self._events_for(self._caller(request), request, send)
+        caller = self._caller(request)
+        with self._edge.admission.client(caller.tenant, caller.limits):
+            await self._events_for(caller, request, send)
 
     async def _events_for(self, caller: Caller, request: Request, send: Send) -> None:
         request_id = _path_id(request)

@@ -44,6 +44,10 @@ class EdgeMetrics:
         for reason in REFUSAL_REASONS:
             self.refused.labels(reason)  # from the start, as above
         self.unlimited = counter("baton_edge_unlimited", "Requests for which Redis could not be asked about limits")
+        self.admission_blind = Gauge("baton_edge_blind", "1: Redis is away, no limit holds", registry=registry)
+        self.tenants_outdated = Gauge(
+            "baton_edge_tenants_outdated", "1: the changed file of tenants cannot be read", registry=registry
+        )
         self.partitions = Gauge("baton_stream_out_partitions", "Partitions of stream-out owned", registry=registry)
         self.take_overs = counter("baton_take_overs", "Partitions of stream-out taken over")
         self.followers = counter("baton_followers", "Requests read from partitions that this edge does not own")

@@ -136,9 +136,12 @@ class StreamOut:
 
     def health(self) -> dict[str, str]:
         """What works less well than it should."""
-        if not self.admission.blind:
-            return {}
-        return {"status": "degraded", "admission": "Redis is away: no limit holds, and no wait is foreseen"}
+        wrong: dict[str, str] = {}
+        if self.admission.blind:
+            wrong["admission"] = "Redis is away: no limit holds, and no wait is foreseen"
+        if self.tenants is not None and self.tenants.is_outdated:
+            wrong["tenants"] = "the file cannot be read: keys and limits are those of before"
+        return {"status": "degraded", **wrong} if wrong else {}
 
     # What clients' requests need
 
@@ -238,6 +241,8 @@ class StreamOut:
             await self.admission.look()
             if self.tenants is not None:
                 self.tenants.refresh(self.logger)
+                self.metrics.tenants_outdated.set(self.tenants.is_outdated)
+            self.metrics.admission_blind.set(self.admission.blind)
             await asyncio.sleep(BEAT_INTERVAL_S)
 
     # Leases

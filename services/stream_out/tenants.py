@@ -73,9 +73,14 @@ def key_hash(key: str) -> str:
 
 
 class Tenants:
-    """The callers by their key's hash, as the file says now. Raises StartupError where it says nothing sensible."""
+    """The callers by their key's hash, as the file says now. Raises StartupError where it says nothing sensible.
+
+    Attributes:
+        is_outdated: the file has changed since and cannot be read: keys taken out of it still count.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.is_outdated = False
         self._path = path
         self._version: object = None
         self._callers: Mapping[bytes, Caller] = {}
@@ -103,7 +108,7 @@ class Tenants:
         try:
             self._read(version)
         except StartupError as error:
-            self._version = version
+            self._version, self.is_outdated = version, True
             logger.error("tenants stay as they were", error=str(error))  # noqa: TRY400 - the message is all
         else:
             logger.info("tenants read", keys=len(self._callers))
@@ -121,7 +126,7 @@ class Tenants:
             for known in tenant.keys:
                 if callers.setdefault(known.encode(), tenant.caller(name)).tenant != name:
                     raise StartupError(f"BATON_TENANTS: {self._path}: tenant {name} has a key of another")
-        self._callers, self._version = callers, version
+        self._callers, self._version, self.is_outdated = callers, version, False
 
 
 def _version_of(path: Path) -> object:

@@ -230,6 +230,51 @@ async def test_requests_that_are_refused_later_give_their_places_back(world, fol
 
 
 @with_keys
+async def test_who_follows_one_request_many_times_does_not_take_the_places_of_others(world, folder):
+    node = await world.owner("e", max_streams=8)
+    node.edge.tenants = tenants_file(folder, acme={"max_concurrent": 1}, rival={})
+    node.call("POST", PATH, STREAM, **bearer("acme"))
+    job = await world.job()
+    job.open()
+    looks = [node.call("GET", f"/v1/requests/{job.id}/events", **bearer("acme")) for _ in range(10)]
+    await beats(1)
+    refused = [each for each in looks if each.task.done()]
+    assert len(refused) == 7, "four clients for each request that may run"
+    for each in refused:
+        assert await code(each) == (429, "rate_limit_exceeded")
+        assert each.headers["retry-after"] == "1"
+    node.call("POST", PATH, STREAM, **bearer("rival"))
+    await world.job()
+    job.serve()
+    for each in looks:
+        await each.done()
+    node.call("POST", PATH, STREAM, **bearer("acme"))
+    await world.job()
+
+
+@scenario
+async def test_a_name_that_is_none_reaches_neither_log_nor_store(world):
+    node = await world.owner("e")
+    for name in ("two words", "", "t" * 65, "}:places:rival"):
+        refused = node.call("POST", PATH, STREAM, x_baton_tenant=name)
+        assert (await refused.json())["error"]["param"] == "x-baton-tenant"
+        assert refused.status == 400
+    assert not world.store.contents.places
+
+
+@with_keys
+async def test_health_says_that_a_changed_file_of_tenants_cannot_be_read(world, folder):
+    node = await world.owner("e")
+    node.edge.tenants = tenants_file(folder, acme={})
+    await beats(1)
+    assert (node.edge.health(), node.metric("baton_edge_tenants_outdated")) == ({}, 0)
+    (folder / "tenants.json").write_text('{"acme": ')
+    await beats(2)
+    assert node.edge.health().keys() == {"status", "tenants"}
+    assert node.metric("baton_edge_tenants_outdated") == 1
+
+
+@with_keys
 async def test_a_client_that_leaves_while_its_place_is_taken_keeps_none(world, folder):
     node = await world.owner("e")
     node.edge.tenants = tenants_file(folder, acme={"max_concurrent": 1})

@@ -80,9 +80,11 @@ def test_the_file_is_read_again_when_it_changes_and_nonsense_changes_nothing(tmp
         for _ in range(3):
             tenants.refresh(logger)
         assert tenants.caller("Bearer a").tenant == "acme"
+        assert tenants.is_outdated
     assert [entry["log_level"] for entry in logs.entries] == ["error", "error"], "each once"
     written(tmp_path, {"acme": {"keys": [key_hash("new")]}})
     tenants.refresh(logger)
+    assert not tenants.is_outdated
     assert tenants.caller("Bearer new").tenant == "acme"
     with pytest.raises(NotAuthenticated):
         tenants.caller("Bearer a")
