@@ -47,8 +47,12 @@ LEAVE_TIMEOUT_S = 5.0
 MAX_ADMITTED_HERE_BYTES = 8192
 """A larger body is tokenised in a thread; for a smaller one going there and back takes longer than the work."""
 
-MAX_JOBS_IN_HAND = 1024
-"""Jobs read and not dealt with; beyond it the log is the buffer."""
+MAX_IN_HAND = 1024
+"""Records of a topic that are dealt with at a time; beyond it the log is the buffer. Choices that lost their workers have
+hands of their own: they must not wait behind jobs that wait for room."""
+
+Take = Callable[[Record, InHand], Awaitable[None]]
+"""Deals with one record."""
 
 
 class IngestService:
@@ -89,7 +93,7 @@ class IngestService:
         )
         self._sees_workers = True
         self._num_unread = 0
-        self._room = asyncio.Semaphore(MAX_JOBS_IN_HAND)
+        self._rooms = {topic.name: asyncio.Semaphore(MAX_IN_HAND) for topic in (INGEST, INGEST_RESUME)}
         self._partitions: Partitions | None = None
         self._hands: set[asyncio.Task[None]] = set()
 
@@ -141,23 +145,28 @@ class IngestService:
         for task in self._hands:
             task.cancel()
 
-    async def _read_for_ever(
-        self, reader: Reader, partitions: Partitions, take: Callable[[Record, InHand], Coroutine[None, None, None]]
-    ) -> None:
+    async def _read_for_ever(self, reader: Reader, partitions: Partitions, take: Take) -> None:
         while True:
-            for record in await reader.read(READ_TIMEOUT_S):
-                await self._room.acquire()
-                in_hand = partitions.begin(record)
-                if in_hand is None:
-                    self._room.release()
-                else:
-                    self._take_in_hand(take(record, in_hand))
+            records = await reader.read(READ_TIMEOUT_S)
+            # All at once, before anybody waits: what is read of a lease that ends meanwhile says nothing about the next.
+            begun = [(record, in_hand) for record in records if (in_hand := partitions.begin(record)) is not None]
+            self._backlog.line.join(len(begun))
+            for record, in_hand in begun:
+                await self._rooms[record.topic].acquire()
+                self._take_in_hand(self._take_counted(take, record, in_hand))
+
+    async def _take_counted(self, take: Take, record: Record, in_hand: InHand) -> None:
+        """Who is not in the backlog yet waits too."""
+        try:
+            await take(record, in_hand)
+        finally:
+            self._backlog.line.leave()
 
     async def _report_backlog(self) -> None:
         """Tell edges how long the line is; all that stands in the log is in hand, unless the hands are full."""
         assert self._partitions is not None
         try:
-            if self._room.locked():
+            if self._rooms[INGEST.name].locked():
                 self._num_unread = await self._partitions.num_unread(INGEST.name)
             else:
                 self._num_unread = 0
@@ -189,13 +198,6 @@ class IngestService:
 
     async def _take_job(self, record: Record, in_hand: InHand) -> None:
         self._metrics.jobs.inc()
-        self._backlog.line.join()
-        try:
-            await self._take_counted_job(record, in_hand)
-        finally:
-            self._backlog.line.leave()
-
-    async def _take_counted_job(self, record: Record, in_hand: InHand) -> None:
         try:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
@@ -305,7 +307,7 @@ class IngestService:
         in_hand.num_open_choices -= 1
         if in_hand.num_open_choices <= 0:
             self._partitions.end(in_hand)
-            self._room.release()
+            self._rooms[in_hand.topic].release()
 
 
 async def _every(interval_s: float, do: Callable[[], Awaitable[None]]) -> None:

@@ -4,8 +4,9 @@ import asyncio
 
 from shared.bus.memory import MemoryBus
 from shared.engine.fake import fake_engine
-from shared.request import FinishReason, RequestId, partition_of
-from shared.state.memory import Answer
+from shared.request import NUM_REQUEST_PARTITIONS, FinishReason, Incarnation, RequestId, partition_of
+from shared.state import keys
+from shared.state.memory import Answer, MemoryState
 from shared.state.port import Role
 from shared.wire.codec import encode
 from shared.wire.to_ingest import LogPosition
@@ -132,3 +133,58 @@ async def test_who_waited_too_long_leaves_the_line_from_anywhere():
         assert (await system.result(hasty)).status == "expired"
         await system.start_worker(Role.PREFILL)
         assert answer(await system.ended(patient)) == expected(PROMPT, 20)
+
+
+async def until(condition, timeout_s=20.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def ids_of_one_partition(partition, count):
+    """Request ids that live there."""
+    names = (RequestId(f"job{number}") for number in range(10_000))
+    return [name for name in names if partition_of(name) == partition][:count]
+
+
+async def test_what_was_read_under_a_lease_that_ended_is_no_word_on_the_next_one(monkeypatch):
+    """Its hands are full when a partition is lost and comes back, and it dies after a commit."""
+    monkeypatch.setattr("services.ingest.service.MAX_IN_HAND", 2)
+    last = NUM_REQUEST_PARTITIONS - 1  # the first that is given up
+    patient, hasty, waiting = ids_of_one_partition(last, 3)
+    async with a_system(prefills=0, decodes=0) as system:
+        owned = lambda: system.ingests[0].service._partitions.owned  # noqa: E731
+        await until(lambda: last in owned())
+        deadline = ("deadline-unix-ms", str(int((system.clock_s() + 0.8) * 1000)).encode())
+        await system.submit(a_body(), request_id=patient)
+        await system.submit(a_body(), request_id=hasty, headers=[deadline])
+        await system.submit(a_body(), request_id=waiting)
+        state, rival = MemoryState(system.store), Incarnation("rival")
+        while last in owned():
+            await state.lease_partitions("ingest", rival, num_partitions=NUM_REQUEST_PARTITIONS, lease_ms=keys.LEASE_MS)
+            await asyncio.sleep(0.01)
+        await state.leave_group("ingest", rival)
+        await until(lambda: last in owned())
+        assert (await system.result(hasty)).status == "expired"
+        await asyncio.sleep(2.5)  # a commit
+        await system.ingests[0].kill()
+        await system.start_ingest()
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        for job in (patient, waiting):
+            assert (await system.result(job, timeout_s=30)).status == "completed"
+
+
+async def test_who_lost_its_workers_does_not_wait_behind_jobs_that_fill_all_hands(monkeypatch):
+    monkeypatch.setattr("services.ingest.service.MAX_IN_HAND", 2)
+    async with a_system(make_engine=lambda: fake_engine(num_pages=16), decodes=1, drain_s=0.0) as system:
+        running = await system.submit(a_body(num_new=600))
+        await until(lambda: (state := system.folded(running)) is not None and len(state.choice(0).ids) > 5)
+        service = system.ingests[0].service
+        others = [await system.submit(a_body(num_new=600)) for _ in range(4)]
+        await until(lambda: len(service._backlog._waiting) >= 1 and service._rooms["ingest"].locked())
+        await system.workers[-1].leave()
+        await until(lambda: service._backlog._waiting[0].is_resumed)
+        await system.start_worker(Role.DECODE)
+        for job in (running, *others):
+            assert answer(await system.ended(job)) == expected(PROMPT, 600)
