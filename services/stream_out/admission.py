@@ -22,7 +22,7 @@ from shared.state.port import PublishedBacklog, State, StateUnavailable
 FULL_RETRY_S = 1.0
 
 CLIENTS_A_REQUEST = 4
-"""Of a tenant's, at one edge: one that reads, those that were cut off and are not known to be gone, one that looks on."""
+"""Of a tenant's, at one edge: who reads, who looks on, and those that were cut off and are not known to be gone."""
 
 ON_THE_WAY_S = 0.5
 """A job is counted by ingest so long after it was accepted, or before."""

@@ -43,6 +43,12 @@ def test_env_file_lists_every_setting_of_the_services():
     assert FIELDS.keys() == baton_variables("\n".join(ENV))
 
 
+def test_no_setting_stands_in_the_env_file_twice():
+    """The last one would count, and people change the first that they find."""
+    names = [match[2] for line in ENV_LINES if (match := SETTING.fullmatch(line))]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize(
     "text", [COMPOSE_TEXT, GPU_TEXT, KAFKA_TEXT, *(p.read_text() for p in ROOT.glob("infra/docker/worker.sh"))]
 )
