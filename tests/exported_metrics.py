@@ -2,9 +2,10 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 
-from prometheus_client import generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.stream_out.metrics import EdgeMetrics
@@ -35,16 +36,21 @@ KEYWORDS = AGGREGATIONS | FUNCTIONS | {"and", "or"}
 def exported() -> dict[str, str]:
     """Each series' name, and the metric that it belongs to: a histogram has three, and counters end in `_total`."""
     found: dict[str, str] = {}
+    for family in families():
+        metric = f"{family.name}_total" if family.type == "counter" else family.name
+        found |= {f"{family.name}{suffix}": metric for suffix in SUFFIXES[family.type]}
+    return found
+
+
+def families() -> Iterator[Metric]:
+    """All that is exported, by all services."""
     for make_metrics in SERVICES.values():
         registry = process_registry()
         make_metrics(registry)
         registry.register(BusMetrics(KafkaBus("nowhere:1", client_id="test")))
         for family in text_string_to_metric_families(generate_latest(registry).decode()):
-            if family.name.endswith("_created"):
-                continue
-            metric = f"{family.name}_total" if family.type == "counter" else family.name
-            found |= {f"{family.name}{suffix}": metric for suffix in SUFFIXES[family.type]}
-    return found
+            if not family.name.endswith("_created"):
+                yield family
 
 
 def asked_for(expr: str) -> set[str]:

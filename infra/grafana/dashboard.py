@@ -590,7 +590,7 @@ EDGES = Row(
                 Query(rate("baton_take_overs_total"), "partitions taken over"),
                 Query(rate("baton_placed_again_total"), "choices placed again"),
                 Query(rate("baton_stops_total"), "workers told to stop"),
-                Query(rate("baton_placements_lost_total", "role"), "lost: {{role}}"),
+                Query(rate("baton_placements_lost_total", "lost"), "lost: {{lost}}"),
                 Query(rate("baton_dead_letters_total"), "given up"),
             ],
             unit=Unit.PER_S,

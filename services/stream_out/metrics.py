@@ -56,7 +56,7 @@ class EdgeMetrics:
         for reason in CUT_REASONS:
             self.cuts.labels(reason)  # from the start, or the first of its kind would not count as an increase
         self.resumes = counter("baton_placed_again", "Choices sent back to ingest to be placed again")
-        self.placements_lost = counter("baton_placements_lost", "Placements cut because their worker was lost", "role")
+        self.placements_lost = counter("baton_placements_lost", "Placements cut because their worker was lost", "lost")
         for role in Role:
             self.placements_lost.labels(role)  # from the start, as above
         self.dead_letters = counter("baton_dead_letters", "Requests given up after too many losses, kept for operators")

@@ -34,7 +34,7 @@ async def test_a_lost_worker_is_cut_and_the_choice_goes_to_be_placed_again(world
     assert [(cut.epoch, cut.outcome, cut.lost) for cut in world.story(job.id, Cut)] == [(2, None, DECODE)]
     (resume,) = resumes(world)
     assert (resume.epoch, list(resume.accepted_ids)) == (2, list(IDS[:3]))
-    assert edge.metric("baton_placements_lost_total", role="decode") == 1
+    assert edge.metric("baton_placements_lost_total", lost="decode") == 1
     lines = [entry for entry in edge.log.entries if entry["event"] == "worker lost"]
     assert [(line["incarnation"], line["num_placements"]) for line in lines] == [(DECODE.incarnation, 1)]
 

@@ -19,6 +19,8 @@ NOT_SHOWN = {
     "baton_late_compiles": "an alert tells of it; a panel of zeros would not be looked at",
     "baton_late_captures": "as above",
     "baton_late_allocations": "as above",
+    "baton_edge_blind": "as above",
+    "baton_edge_tenants_outdated": "as above",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from infra.local.composition import SERVICES
-from tests.exported_metrics import asked_for, exported
+from tests.exported_metrics import asked_for, exported, families
 
 FOLDER = Path(__file__).parents[4] / "infra" / "prometheus"
 CONFIG = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
@@ -41,6 +41,14 @@ def test_every_service_is_scraped_however_many_processes_it_has():
     assert sorted(found["names"]) == sorted(service.name for service in SERVICES)
     services = yaml.safe_load((FOLDER.parents[1] / "docker-compose.yml").read_text())["services"]
     assert {services[name]["environment"]["BATON_HTTP_PORT"] for name in found["names"]} == {found["port"]}
+
+
+def test_no_label_is_one_that_prometheus_sets_itself():
+    """It would be renamed on its way in, and whoever asks by it would get the scraped process's."""
+    taken = {"job", "instance"} | {rule["target_label"] for rule in CONFIG["scrape_configs"][0]["relabel_configs"]}
+    labels = {(family.name, label) for family in families() for sample in family.samples for label in sample.labels}
+    assert ("baton_placements_lost", "lost") in labels
+    assert not {(name, label) for name, label in labels if label in taken}
 
 
 def test_alerts_ask_for_what_is_exported():
