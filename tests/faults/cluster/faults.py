@@ -332,8 +332,9 @@ class Injector:
 
 BLINDING_KINDS = {Kind.PAUSE, Kind.CUT_REDIS, Kind.HANG}
 
-EXPLAINED_WITHIN_S = 8.0
-"""A process that ends by itself because of a fault does so in this time after it."""
+EXPLAINED_WITHIN_S = 20.0
+"""A process that ends by itself because of a fault does so in this time after it: 10 s of them it may wait for Kafka to
+take what it still holds."""
 
 
 def unexplained_ends(cluster, faults):
