@@ -33,7 +33,7 @@ async def redis(tmp_path_factory):
 class SecuredWorld(RedisWorld):
     """Baton's user must not empty the store: the operator does."""
 
-    lease_ms = 800  # each call takes a way of its own through TLS, on a busy machine some hundred milliseconds
+    lease_ms = 1600  # each call takes a way of its own through TLS, on a busy machine some hundred milliseconds
 
     def __init__(self, state, operator):
         super().__init__(state)
