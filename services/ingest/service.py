@@ -48,8 +48,8 @@ MAX_ADMITTED_HERE_BYTES = 8192
 """A larger body is tokenised in a thread; for a smaller one going there and back takes longer than the work."""
 
 MAX_IN_HAND = 1024
-"""Records of a topic that are dealt with at a time; beyond it the log is the buffer. Choices that lost their workers have
-hands of their own: they must not wait behind jobs that wait for room."""
+"""Records of a topic that are dealt with at a time; beyond it the log is the buffer. Choices that lost their workers
+have hands of their own: they must not wait behind jobs that wait for room."""
 
 Take = Callable[[Record, InHand], Awaitable[None]]
 """Deals with one record."""
@@ -148,7 +148,7 @@ class IngestService:
     async def _read_for_ever(self, reader: Reader, partitions: Partitions, take: Take) -> None:
         while True:
             records = await reader.read(READ_TIMEOUT_S)
-            # All at once, before anybody waits: what is read of a lease that ends meanwhile says nothing about the next.
+            # All at once, before anybody waits: what was read under one lease says nothing about the next one.
             begun = [(record, in_hand) for record in records if (in_hand := partitions.begin(record)) is not None]
             self._backlog.line.join(len(begun))
             for record, in_hand in begun:
