@@ -104,8 +104,11 @@ class Requests:
         stream = self._draw_name()
         async with self._present(request_id, stream) as hold:
             await self._known(hold, caller)
-            self._edge.spawn(self._arrive(hold, stream))
-            yield hold
+            arriving = self._edge.spawn(self._arrive(hold, stream))
+            try:
+                yield hold
+            finally:
+                arriving.cancel()  # of a request that is not open yet: nobody would tell it of one that left
 
     async def describe(self, request_id: RequestId, caller: Caller) -> dict[str, Any]:
         """Where the request is in its life. Raises RequestNotFound, Overloaded."""
@@ -264,7 +267,8 @@ class Requests:
             finally:
                 if is_new:
                     stack.callback(self._accepted.pop, request_id, None)
-                if not hold.story.finished and (hold.story.decided or request_id in self._accepted):
+                was_attached = hold.story.decided or (is_new and request_id in self._accepted)
+                if was_attached and not hold.story.finished:
                     self._edge.spawn(self._depart(stack.pop_all(), hold, stream))
 
     async def _arrive(self, hold: Hold, stream: str) -> None:
