@@ -63,7 +63,8 @@ class PartitionOwner:
     """The duties towards one partition, from its take-over on.
 
     Args:
-        log: read from the commit on.
+        log: read from `start` on, or from before it, where a client here needs that.
+        start: whoever has a record below it has its result, whatever part of its story is read here.
         end_offset: of the partition at the take-over; what stands below was perhaps answered by the owner before, so
             only its sum counts.
         done: requests whose result stood on `results` already, with its offset there.
@@ -75,6 +76,7 @@ class PartitionOwner:
         self,
         log: PartitionLog,
         *,
+        start: int,
         end_offset: int,
         done: Mapping[RequestId, int],
         results_end: int,
@@ -82,6 +84,7 @@ class PartitionOwner:
         grace_s: float,
     ) -> None:
         self.log = log
+        self._start = start
         self._end_offset = end_offset
         self._results_end = results_end
         self._grace_s = grace_s
@@ -125,7 +128,7 @@ class PartitionOwner:
             for stop in self._stop(voided.placement, voided.worker, now_s)
         ]
         self._voided_before.clear()
-        for state in self.log.fold.requests.values():
+        for state in self._owed():
             if state.finished:
                 duties.extend(self._finish(state))
             else:
@@ -142,7 +145,7 @@ class PartitionOwner:
             self._unattached_since_s.clear()
         if not self._settled:
             return []
-        running = [state for state in self.log.fold.requests.values() if state.view is not None and not state.finished]
+        running = [state for state in self._owed() if state.view is not None and not state.finished]
         return [cut for state in running for cut in self._judge(state, now_s, alive)]
 
     def result_acked(self, state: RequestState, results_offset: int, now_s: float) -> None:
@@ -155,10 +158,7 @@ class PartitionOwner:
 
     def commit(self, now_s: float) -> Committed:
         """What is true of the partition now."""
-        waiting = (
-            state.first_offset for request_id, state in self.log.fold.requests.items() if request_id not in self._acked
-        )
-        low_water = min(waiting, default=self.log.position)
+        low_water = min((state.first_offset for state in self._owed()), default=self.log.position)
         self._acked = {
             key: acked
             for key, acked in self._acked.items()
@@ -169,11 +169,7 @@ class PartitionOwner:
 
     def tidy(self, now_s: float) -> None:
         """Forget requests whose story is over."""
-        over = [
-            request_id
-            for request_id, state in self.log.fold.requests.items()
-            if state.finished and self._is_over(request_id, now_s)
-        ]
+        over = [state.request_id for state in self.log.fold.requests.values() if self._is_over(state, now_s)]
         for request_id in over:
             self.log.forget(request_id, now_s)
             self._cuts.pop(request_id, None)
@@ -181,10 +177,23 @@ class PartitionOwner:
         recent_s = now_s - STOP_AGAIN_AFTER_S
         self._stopped_at_s = {key: at_s for key, at_s in self._stopped_at_s.items() if at_s > recent_s}
 
-    def _is_over(self, request_id: RequestId, now_s: float) -> bool:
-        acked = self._acked.get(request_id)
-        story = self.log.stories.get(request_id)
-        return acked is not None and acked.at_s < now_s - FORGET_AFTER_S and not (story and story.holds)
+    def _owed(self) -> Iterator[RequestState]:
+        """Requests whose result does not stand yet, as far as is known."""
+        for request_id, state in self.log.fold.requests.items():
+            if request_id not in self._acked and not self._is_below_start(state):
+                yield state
+
+    def _is_below_start(self, state: RequestState) -> bool:
+        return state.first_offset < self._start
+
+    def _is_over(self, state: RequestState, now_s: float) -> bool:
+        story = self.log.stories.get(state.request_id)
+        if story is not None and story.holds:
+            return False
+        if self._is_below_start(state):
+            return self._settled
+        acked = self._acked.get(state.request_id)
+        return state.finished and acked is not None and acked.at_s < now_s - FORGET_AFTER_S
 
     def _answer(self, change: Change, now_s: float) -> Iterator[Duty]:
         match change:
@@ -205,7 +214,7 @@ class PartitionOwner:
 
     def _finish(self, state: RequestState) -> Iterator[Duty]:
         self._unattached_since_s.pop(state.request_id, None)
-        if state.request_id in self._acked or state.request_id in self._writing:
+        if state.request_id in self._acked or state.request_id in self._writing or self._is_below_start(state):
             return
         self._writing.add(state.request_id)
         yield WriteResult(state)
@@ -218,6 +227,8 @@ class PartitionOwner:
 
     def _go_on(self, state: RequestState, index: int) -> Iterator[Duty]:
         """A choice lost its placement: another, or the end of the request."""
+        if self._is_below_start(state):
+            return
         if is_given_up(state):
             yield from self._give_up(state)
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from services.stream_out.admission import Admission
 from services.stream_out.metrics import EdgeMetrics
-from services.stream_out.owner import Duty, PartitionOwner, WriteResult
+from services.stream_out.owner import EXPIRE_AFTER_S, Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
     WORKERS_LOST_ERROR,
     is_given_up,
@@ -308,6 +308,10 @@ class StreamOut:
                     self.metrics.placements_lost.labels(_role_of_lost(owner, cut)).inc()
             self._do_all(partition, owner, cuts)
             owner.tidy(now_s)
+        for found in self._partitions.values():
+            if found.owner is None:
+                found.log.forget_ended(now_s)
+                found.log.expire(now_s - EXPIRE_AFTER_S)
         for worker, num_placements in num_lost.items():
             self.logger.warning(
                 "worker lost", slot=worker.slot, incarnation=worker.incarnation, num_placements=num_placements
@@ -373,11 +377,12 @@ class StreamOut:
 
     def _take_over(self, take_over: TakeOver, before: PartitionLog | None) -> None:
         held = before.held if before is not None else []
-        firsts = [story.state.first_offset for story in held if story.state is not None and not story.finished]
+        firsts = [before.first_possible(story) for story in held if not story.finished] if before is not None else []
         log = PartitionLog(take_over.partition, min([take_over.start, *firsts]), self.tokeniser)
         log.adopt(held)
         owner = PartitionOwner(
             log,
+            start=take_over.start,
             end_offset=take_over.end_offset,
             done=take_over.done,
             results_end=take_over.results_end,

@@ -151,6 +151,10 @@ class PartitionLog:
         story = self.stories.get(request_id)
         return story is not None and story.decided
 
+    def first_possible(self, story: Story) -> int:
+        """Where the first record about the request stands, or behind what was read if there was none."""
+        return self.position if story.state is None else story.state.first_offset
+
     @contextmanager
     def hold(self, request_id: RequestId) -> Iterator[Hold]:
         """Follow the request from here on, and keep it for as long."""
@@ -183,6 +187,14 @@ class PartitionLog:
         """Drop a finished request that nobody follows."""
         self.fold.forget(request_id, now_s)
         self.stories.pop(request_id, None)
+
+    def forget_ended(self, now_s: float) -> None:
+        """Drop all finished requests that nobody follows: there is no owner who does when their results stand."""
+        ended = [state.request_id for state in self.fold.requests.values() if state.finished]
+        for request_id in ended:
+            story = self.stories.get(request_id)
+            if story is None or not story.holds:
+                self.forget(request_id, now_s)
 
     def expire(self, before_s: float) -> None:
         """Drop what only stray records told of, and ids forgotten, before `before_s` by the log's clock."""

@@ -223,7 +223,9 @@ class PartitionFold:
         """Drop the ids forgotten, and requests of which only stray records were seen, before `before_s`."""
         self._forgotten = {key: at for key, at in self._forgotten.items() if at >= before_s}
         strays = [
-            key for key, state in self.requests.items() if state.view is None and state.first_timestamp_s < before_s
+            key
+            for key, state in self.requests.items()
+            if state.view is None and not state.finished and state.first_timestamp_s < before_s
         ]
         for key in strays:
             del self.requests[key]

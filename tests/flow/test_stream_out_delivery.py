@@ -5,9 +5,9 @@ import pytest
 
 from services.stream_out.takeover import TakeOver
 from shared.bus.sending import Unsent
-from shared.request import FinishReason, keyed_request_id, partition_of
+from shared.request import FinishReason, PlacementId, RequestId, keyed_request_id, partition_of
 from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER
-from shared.wire.to_stream_out import Attach, Cut, Detach
+from shared.wire.to_stream_out import Attach, Cut, Detach, Open
 from tests.flow.edges import CHAT, COMPLETION, DECODE, IDS, PREFILL, TEXT, run_virtually, scenario, texts, world
 
 STREAM = CHAT | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
@@ -284,6 +284,103 @@ async def test_a_take_over_begins_where_the_oldest_local_client_needs_it(world):
     assert texts(exchange.events) == TEXT
     await asyncio.sleep(1)
     assert not world.results()
+
+
+@scenario
+async def test_a_take_over_misses_nothing_of_a_request_that_a_local_client_waits_for(world):
+    """The edge read nothing for a while; meanwhile the request was served whole, and another owner committed."""
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION)
+    job = await world.job()
+    edge.bus.can_read = False
+    job.open()
+    job.serve()
+    partition = partition_of(job.id)
+    end = world.log.end_offset("stream-out", partition)
+    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: 0}, 1))
+    await asyncio.sleep(1)
+    edge.bus.can_read = True
+    assert (await exchange.json())["choices"][0]["text"] == TEXT
+    assert not world.results()
+
+
+@scenario
+async def test_what_is_read_of_requests_below_the_commit_is_nobodys_duty(world):
+    """A local client needs old records; those of an ended request tell only its end, or what came behind that."""
+    edge = await world.owner("a")
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    partition = partition_of(job.id)
+    job.open()
+    job.serve(IDS[:3], finish=None)
+    await exchange.events_until(1)
+    others = [name for number in range(200) if partition_of(name := RequestId(f"other{number}")) == partition][:2]
+    await asyncio.sleep(1)
+    edge.bus.can_read = False
+    world.write(Cut(others[0], 0, 2, "deadline", FinishReason.EXPIRED))
+    for epoch in (1, 2):
+        placement = PlacementId(f"p{epoch}")
+        world.write(Open(others[1], 0, epoch, placement, PREFILL, DECODE, job.view if epoch == 1 else None))
+        world.write(Cut(others[1], 0, epoch + 1, "drain"))
+    end = world.log.end_offset("stream-out", partition)
+    edge.edge._prepared.append(TakeOver(partition, end, end, {}, 0))
+    await asyncio.sleep(0.5)
+    edge.bus.can_read = True
+    await asyncio.sleep(2)
+    world.write(Cut(others[1], 0, 4, "drain"))
+    job.serve(IDS, start=3)
+    await exchange.done()
+    assert texts(exchange.events) == TEXT
+    await asyncio.sleep(10)
+    assert not world.results()
+    assert not world.log.records("ingest-resume", partition)
+    assert world.log.committed("stream-out", "stream-out", partition).offset >= end
+    assert not edge.edge._partitions[partition].log.fold.requests
+
+
+@scenario
+async def test_a_partition_that_is_read_for_a_client_alone_keeps_nothing_else(world):
+    first = await world.owner("a")
+    exchange = first.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    job.open()
+    await world.node("b")
+    await asyncio.sleep(5)
+    partition = partition_of(job.id)
+    if partition in first.edge.owned_partitions:
+        first.edge._leased -= {partition}
+        first.edge._partitions[partition].owner = None
+        first.state.cut_off = True
+    names = [name for number in range(200) if partition_of(name := RequestId(f"other{number}")) == partition]
+    for name in names:
+        world.write(Open(name, 0, 1, PlacementId(name), PREFILL, DECODE, job.view))
+        world.write(Cut(name, 0, 2, "deadline", FinishReason.EXPIRED))
+    await asyncio.sleep(2)
+    assert list(first.edge._partitions[partition].log.stories) == [job.id]
+    job.serve()
+    await exchange.done()
+    assert texts(exchange.events) == TEXT
+
+
+@scenario
+async def test_who_comes_back_before_the_open_and_leaves_again_leaves_nothing(world):
+    first, second = await world.owner("a"), await world.owner("b")
+    first.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+    job = await world.job()
+    await asyncio.sleep(0.1)
+    for node in (first, second):
+        await asyncio.sleep(0.5)
+        num_tasks = len(asyncio.all_tasks())
+        for _ in range(5):
+            again = node.call("GET", f"/v1/requests/{job.id}/events")
+            await asyncio.sleep(0.1)
+            again.leave()
+            await again.done()
+        await asyncio.sleep(0.5)
+        assert len(asyncio.all_tasks()) <= num_tasks + 1
+    job.open()
+    job.serve()
+    await world.result(job.id)
 
 
 @scenario
