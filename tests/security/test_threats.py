@@ -7,7 +7,6 @@ import hmac
 import re
 import secrets
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import orjson
@@ -24,8 +23,8 @@ from shared.state.port import RequestHint
 from shared.wire.topics import DEAD_LETTER
 from tests.contract.state_worlds import redis_world
 from tests.flow.system import MODEL, System
+from tests.named_tests import ROOT, missing_tests, named_tests
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/security.md"
 ACME, RIVAL = (KEY_PREFIX + secrets.token_urlsafe(32) for _ in range(2))
 BODY = {"model": MODEL, "prompt": [10, 20, 30], "max_tokens": 4, "temperature": 0}
@@ -45,13 +44,8 @@ def test_threats_are_counted():
 
 @pytest.mark.parametrize("threat", THREATS)
 def test_every_threat_names_tests_that_are_there(threat):
-    """As `path::test`; a path that is a whole suite stands alone."""
-    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", section(threat))
-    assert named, f"{threat} names no test"
-    for path, test in named:
-        assert (ROOT / path).exists(), path
-        if test:
-            assert re.search(rf"^(async )?def {test}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{test}"
+    assert named_tests(section(threat)), f"{threat} names no test"
+    assert missing_tests(section(threat)) == []
 
 
 @pytest.mark.parametrize("threat", THREATS)
