@@ -237,6 +237,46 @@ def test_behind_accepted_tokens(kind):
     assert driver.outputs["rest"][0].index == 12
 
 
+@pytest.mark.parametrize("num_accepted", [1, 11, 57])
+def test_all_that_depends_on_the_answer_goes_on_behind_accepted_tokens(folder, num_accepted):
+    """On other workers: penalties, `min_tokens`, draws and log probabilities are those of the undisturbed answer."""
+    kind = with_checkpoint(folder, "torch-cuda" if ON_GPU else "torch-cpu")
+    ids = prompt(kind, 70)
+    sampling = SamplingParams(
+        max_tokens=60,
+        min_tokens=60,
+        seed=4,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=40,
+        repetition_penalty=1.3,
+        presence_penalty=0.6,
+        frequency_penalty=0.7,
+        stop_token_ids=tuple(range(3, 35)),
+        logprobs=3,
+    )
+    whole = Driver(kind.make())
+    whole.serve(request("whole", ids, sampling, choice=1))
+    answer = whole.tokens("whole")
+    assert len(answer) == 60
+    plain = replace(sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    assert answer != kind.answer(request("plain", ids, plain, choice=1)), "the penalties change nothing here"
+    rest = request("rest", token_ids([*ids, *answer[:num_accepted]]), sampling, choice=1, prompt_len=len(ids))
+    other = request("other", prompt(kind, 33, seed=9), greedy(30))
+    alone, source, target = (Driver(kind.make(max_batch_tokens=64)) for _ in range(3))
+    alone.serve(other, rest)
+    target.add(other)
+    hand_over(source, target, rest)
+    target.run()
+    for outputs in (alone.outputs["rest"], source.outputs["rest"] + target.outputs["rest"]):
+        assert [output.index for output in outputs] == list(range(num_accepted, 60))
+        assert [output.token_id for output in outputs] == answer[num_accepted:]
+        assert outputs[-1].finish is FinishReason.LENGTH
+        for made, wanted in zip(outputs, whole.outputs["whole"][num_accepted:], strict=True):
+            assert made.logprob.logprob == pytest.approx(wanted.logprob.logprob, abs=1e-4)
+            assert [token_id for token_id, _ in made.logprob.top] == [token_id for token_id, _ in wanted.logprob.top]
+
+
 # Prefixes.
 
 
