@@ -1,10 +1,12 @@
-"""What a client may do to a connection: the size of a request's head, of all it sends, and its pace, reading too.
+"""What clients may do: how many connect, the size of a request's head, of all that one sends, its pace, reading too.
 
 uvicorn with httptools sets none of these limits itself: a head that never ends would grow for ever.
 """
 
 import asyncio
 import json
+import resource
+import sys
 from typing import Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -35,6 +37,12 @@ class _HeadTooLarge(Exception):
     """Leaves the parser from within a callback."""
 
 
+def max_connections() -> int:
+    """Half of the files that this process may have open: the other half is for Kafka, Redis and what it reads."""
+    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if num_files == resource.RLIM_INFINITY else num_files // 2
+
+
 class BoundedHttp(HttpToolsProtocol):
     """One connection, closed where the client passes a limit."""
 
@@ -49,7 +57,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_at_most(HEAD_TIMEOUT_S)
+        if len(self.connections) > max_connections():
+            transport.abort()
+        else:
+            self._wait_at_most(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()

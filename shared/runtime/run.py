@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +29,10 @@ from shared.runtime.settings import ServiceSettings
 SHUTDOWN_TIMEOUT_S = 5
 """HTTP exchanges in progress at the stop get this long."""
 
+KEEP_ALIVE_S = 75
+"""A connection without an exchange is kept for so long: longer than clients (5 s) and proxies (60 s) use one again. A
+request that meets the end of its connection fails, and one that is not keyed must not be sent again."""
+
 S = TypeVar("S", bound=ServiceSettings)
 
 Readiness = Callable[[], Awaitable[dict[str, bool]]]
@@ -48,6 +53,7 @@ def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio
     try:
         settings = read_settings()
         log.configure(settings.log_level)
+        _allow_many_files()
         uvloop.run(_run_until_stopped(lambda stop: main(settings, stop)))
     except (BatonError, OSError) as error:
         logger.error("stopped", error=str(error), kind=type(error).__name__)  # noqa: TRY400 - expected: one line is all
@@ -59,6 +65,12 @@ def run(service: str, read_settings: Callable[[], S], main: Callable[[S, asyncio
         errors = [str(error) for error in _leaves(expected)]
         logger.error("stopped", errors=errors)  # noqa: TRY400 - as above
         sys.exit(1)
+
+
+def _allow_many_files() -> None:
+    """As many as this process may allow itself: each client is a file, and 1024 is a usual limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _leaves(group: BaseExceptionGroup[BatonError | OSError]) -> list[BatonError | OSError]:
@@ -123,6 +135,7 @@ async def serve_http(
         log_config=None,
         access_log=False,
         lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import resource
+import sys
 
 import pytest
 from starlette.requests import Request
@@ -195,3 +197,27 @@ async def test_who_reads_slowly_gets_all(monkeypatch):
             num_read += len(part)
             await asyncio.sleep(0.005)
         assert num_read > LONG
+
+
+async def test_strangers_do_not_take_the_files_that_the_process_needs_itself(monkeypatch):
+    monkeypatch.setattr(http_limits, "max_connections", lambda: 3)
+    async with serve_http([Route("/early", early)], host="127.0.0.1", port=0) as port:
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await all_of(reader) == b"", "one too many"
+        writer.close()
+        for reader, writer in connections:
+            writer.write(b"GET /early HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert await status_of(reader) == 200
+            await all_of(reader)
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /early HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert await status_of(reader) == 200
+        writer.close()
+
+
+@pytest.mark.parametrize(("num_files", "num_connections"), [(1024, 512), (resource.RLIM_INFINITY, sys.maxsize)])
+def test_half_of_the_files_are_for_connections(monkeypatch, num_files, num_connections):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (num_files, num_files))
+    assert http_limits.max_connections() == num_connections
