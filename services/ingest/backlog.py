@@ -1,13 +1,15 @@
 """Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes, but those
 that ran before and lost their workers go first.
 
-Whose deadline has passed leaves the line from wherever it stands.
+Whose deadline has passed leaves the line from wherever it stands. One that ran on a larger worker than there is now
+waits beside the line for such a one to come, so that nobody waits behind it.
 """
 
 import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
@@ -16,7 +18,7 @@ from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.admission import BacklogReport, WaitingLine
-from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, place
+from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, capacity_tokens, place
 from shared.policy.views import ClusterView, RequestView
 from shared.request import PlacementId
 from shared.state import keys
@@ -59,6 +61,7 @@ class Backlog:
         self._metrics = metrics
         self._log = log
         self._waiting: deque[Waiting] = deque()
+        self._stranded: list[Waiting] = []
         self.line = WaitingLine(clock_s())
         self._first_deadline_s = math.inf
         self._grew = asyncio.Event()
@@ -85,19 +88,41 @@ class Backlog:
 
     async def next(self) -> tuple[Waiting, Settled]:
         """One and what becomes of it: the first in line as soon as there is room for it, or who waited too long."""
-        while not self._waiting:
-            self._grew.clear()
-            await self._grew.wait()
         while True:
+            self._bring_back()
+            if not self._waiting:
+                await self._wait_for_more()
+                continue
             waiting = self._late() or self._waiting[0]
             settled = await self._settle(waiting)
-            if settled is not None:
-                self._waiting.remove(waiting)
-                leave = self.line.place if isinstance(settled, Placement) else self.line.leave
-                leave()
-                self._metrics.backlog.set(len(self._waiting))
+            if settled is None:
+                await asyncio.sleep(ROOM_POLL_S)
+                continue
+            self._waiting.remove(waiting)
+            self._metrics.backlog.set(len(self._waiting))
+            leave = self.line.place if isinstance(settled, Placement) else self.line.leave
+            leave()
+            if not (isinstance(settled, NeverFits) and waiting.is_resumed):
                 return waiting, settled
-            await asyncio.sleep(ROOM_POLL_S)
+            self._stranded.append(waiting)
+
+    async def _wait_for_more(self) -> None:
+        self._grew.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_POLL_S if self._stranded else None):
+                await self._grew.wait()
+
+    def _bring_back(self) -> None:
+        """Into the line: who would fit again, and who waited too long."""
+        back = [waiting for waiting in self._stranded if self._is_late(waiting) or self._may_fit(waiting)]
+        for waiting in back:
+            self._stranded.remove(waiting)
+            self.add(waiting)
+
+    def _may_fit(self, waiting: Waiting) -> bool:
+        admitted = waiting.admitted
+        limit_tokens = capacity_tokens(admitted.spec.model, self._cluster.view)
+        return limit_tokens is None or len(admitted.prompt_ids) + admitted.sampling.max_tokens <= limit_tokens
 
     def _late(self) -> Waiting | None:
         """The one whose deadline passed first, if any has."""
@@ -132,8 +157,7 @@ class Backlog:
             return standing
         if is_late:
             return Expired()
-        # One that ran fitted a worker that is gone, and that may come back.
-        return decision if isinstance(decision, NeverFits) and not waiting.is_resumed else None
+        return decision if isinstance(decision, NeverFits) else None
 
     async def _place_by_recent_view(self, waiting: Waiting) -> Placement | None:
         """Place without asking who is there: whether a worker still takes it is the store's to say."""

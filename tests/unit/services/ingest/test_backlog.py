@@ -10,7 +10,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.ingest.backlog import Backlog
+from services.ingest.backlog import Backlog, Expired
 from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
 from services.ingest.work import Waiting
 from shared.observe.metrics import IngestMetrics
@@ -145,23 +145,45 @@ async def test_a_view_that_says_never_is_not_believed(world):
     assert isinstance(await world.placed("longer", max_tokens=20_000), NeverFits)
 
 
-async def test_a_choice_that_ran_waits_for_a_worker_that_holds_it():
+@pytest.fixture
+async def small_world():
+    """Workers of ten pages each."""
     world = World()
-    small = {"num_pages": 10}
     for name, role in (("small prefill", Role.PREFILL), ("small decode", Role.DECODE)):
-        await world.claim(name, role, **small)
+        await world.claim(name, role, num_pages=10)
     for _ in range(3):
         world.now_s += 0.4 * keys.LEASE_MS / 1000
         await world.state.up_ms(lease_ms=keys.LEASE_MS)
-    world.backlog.add(world.waiting(max_tokens=1000, epoch=2))
+    return world
+
+
+async def test_a_choice_that_ran_waits_for_a_worker_that_holds_it_and_nobody_behind_it(small_world):
+    world = small_world
+    world.backlog.add(world.waiting("ran", max_tokens=1000, epoch=2))
+    world.backlog.add(world.waiting("fits"))
+    waiting, settled = await world.backlog.next()
+    assert (waiting.admitted.job.request_id, settled.decode.incarnation) == ("fits", "small decode")
     placing = asyncio.create_task(world.backlog.next())
     await asyncio.sleep(0.1)
     assert not placing.done()
+    assert world.backlog.report(0).num_waiting == 0, "edges must not refuse because of it"
     for name, role in (("large prefill", Role.PREFILL), ("large decode", Role.DECODE)):
         await world.claim(name, role)
+    await world.cluster.refresh()
+    async with asyncio.timeout(5):
+        waiting, settled = await placing
+    assert (waiting.admitted.job.request_id, settled.decode.incarnation) == ("ran", "large decode")
+
+
+async def test_a_choice_that_ran_and_fits_nowhere_expires(small_world):
+    world = small_world
+    world.backlog.add(world.waiting("ran", max_tokens=1000, epoch=2))
+    placing = asyncio.create_task(world.backlog.next())
+    await asyncio.sleep(0.1)
+    world.now_s += 61
     async with asyncio.timeout(5):
         _, settled = await placing
-    assert settled.decode.incarnation == "large decode"
+    assert settled == Expired()
 
 
 def test_who_lost_its_workers_goes_first_in_the_order_of_the_losses(world):
