@@ -93,6 +93,11 @@ def is_given_up(state: RequestState) -> bool:
     return any(len(choice.losses) >= MAX_LOSSES for choice in state.choices.values())
 
 
+def ended_by_losses(state: RequestState) -> bool:
+    """Whether that ended it, and not its client or its deadline first."""
+    return any(choice.end is not None and choice.end.error == WORKERS_LOST_ERROR for choice in state.choices.values())
+
+
 def losses_of(state: RequestState) -> list[Loss]:
     """The workers that were lost with the choice that ended it."""
     return max((choice.losses for choice in state.choices.values()), key=len, default=[])

@@ -18,7 +18,7 @@ from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import EXPIRE_AFTER_S, Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
     WORKERS_LOST_ERROR,
-    is_given_up,
+    ended_by_losses,
     losses_of,
     result_of,
     timings_of,
@@ -440,7 +440,7 @@ class StreamOut:
                     await self._producer.send(topic, duty.target.slot, encode(duty))
 
     async def _write_result(self, partition: int, owner: PartitionOwner, state: RequestState) -> None:
-        if is_given_up(state):
+        if ended_by_losses(state):
             await self._bury(state)
         try:
             result = result_of(state, self.tokeniser)

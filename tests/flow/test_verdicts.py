@@ -124,6 +124,21 @@ async def test_three_losses_that_a_new_owner_finds_end_the_request_with_a_letter
 
 
 @scenario
+async def test_who_cancels_behind_the_third_loss_leaves_no_letter(world):
+    first = await world.owner("a")
+    first.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    first.kill()
+    for epoch in (1, 2, 3):
+        job.open(epoch=epoch)
+        world.write(Cut(job.id, 0, epoch + 1, "worker lost", lost=WorkerRef(epoch, Incarnation(f"d{epoch}"))))
+    world.write(Cut(job.id, 0, 5, "client asked", FinishReason.CANCELLED))
+    await world.owner("b")
+    assert (await world.result(job.id)).status == "cancelled"
+    assert not any(world.log.records("dead-letter", p) for p in range(16))
+
+
+@scenario
 async def test_a_job_answered_with_503_does_not_run_on(world):
     edge = await world.owner("a")
     edge.bus.can_send = False
