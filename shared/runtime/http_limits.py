@@ -5,6 +5,7 @@ uvicorn with httptools sets none of these limits itself: a head that never ends 
 
 import asyncio
 import json
+import re
 import resource
 import sys
 from typing import Final, cast
@@ -32,6 +33,8 @@ MIN_READ_BYTES: Final = 16 * 1024
 """A client that does not read so many bytes in that time, of those that wait for it, is hung up on: it would hold its
 place for ever."""
 
+UPGRADE_PATTERN: Final = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+
 
 class _HeadTooLarge(Exception):
     """Leaves the parser from within a callback."""
@@ -41,6 +44,16 @@ def max_connections() -> int:
     """Half of the files that this process may have open: the other half is for Kafka, Redis and what it reads."""
     num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if num_files == resource.RLIM_INFINITY else num_files // 2
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The same with an offer of another protocol made meaningless: the parser drops the body of a request with one.
+
+    Java's own client offers HTTP/2 with its first request. An offer that comes in two parts is not seen.
+    """
+    end_of_head = data.find(b"\r\n\r\n")
+    head, rest = (data, b"") if end_of_head < 0 else (data[:end_of_head], data[end_of_head:])
+    return UPGRADE_PATTERN.sub(b"\r\nx-offer:", head) + rest if UPGRADE_PATTERN.search(head) else data
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -69,7 +82,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._num_bytes += len(data)
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self._in_head else data)
         if self.transport.is_closing():
             return
         if not self._in_head and self._num_bytes > MAX_MESSAGE_BYTES:

@@ -173,6 +173,17 @@ async def test_a_request_without_end_is_cut_off(monkeypatch):
         await all_of(reader, timeout_s=http_limits.LINGER_S / 2)
 
 
+async def test_an_offer_of_http_2_costs_a_request_nothing():
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+    async with a_connection() as (reader, writer):
+        for body in (b"abcde", b"\r\nUpgrade: h2c\r\n"):
+            writer.write(HEAD + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert await status_of(reader) == 200
+            while await reader.readline() != b"\r\n":
+                pass
+            assert int(await reader.readexactly(len(str(len(body))))) == len(body)
+
+
 async def test_no_websocket_is_opened():
     async with a_connection() as (reader, writer):
         writer.write(b"GET /early HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
