@@ -6,6 +6,7 @@ long, is resumed at any edge behind its last event; a request with a key is aske
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -166,6 +167,7 @@ class Clients:
         whole_patience_s: so long a client with a key waits for a whole answer before it asks again elsewhere.
         headers: of every request, as an API key.
         waits_out_refusals: 429 and 503 are waited out, else the client is gone.
+        longest_wait_s: who is told to come back later than this comes back about then.
     """
 
     edges: Sequence[str]
@@ -175,6 +177,7 @@ class Clients:
     whole_patience_s: float = 15.0
     headers: Mapping[str, str] = field(default_factory=dict)
     waits_out_refusals: bool = True
+    longest_wait_s: float = math.inf
     clock_s: Callable[[], float] = time.time
     captures: list[Capture] = field(default_factory=list)
 
@@ -313,7 +316,8 @@ class _Exchanges:
             capture.retry_after_s = float(answer.headers.get("retry-after", "1"))
             if capture.request_id is None and not self._clients.waits_out_refusals:
                 raise _Over(Outcome.REFUSED)
-            await asyncio.sleep(capture.retry_after_s * (1 + self._clients.rng.random()))
+            wait_s = min(capture.retry_after_s, self._clients.longest_wait_s)
+            await asyncio.sleep(wait_s * (1 + self._clients.rng.random()))
             return
         capture.request_id = answer.headers.get("x-request-id", capture.request_id)
         capture.answer = body.decode("utf-8", "replace")

@@ -6,7 +6,6 @@ All share one cluster. `BATON_FAULTS_KAFKA_AWAY_S` makes Kafka's absence longer:
 
 import asyncio
 import os
-import random
 from contextlib import asynccontextmanager
 from itertools import count
 
@@ -15,11 +14,11 @@ import pytest_asyncio
 
 from shared.bus.kafka import KafkaBus
 from tests.faults.capture import Manner, Outcome
-from tests.faults.clients import Clients, Mix, Want
+from tests.faults.clients import Mix, Want
 from tests.faults.cluster.cluster import MODEL, Shape, running_cluster
 from tests.faults.cluster.faults import LEASE_S, Injector, Kind, unexplained_ends
 from tests.faults.cluster.proxy import Path
-from tests.faults.cluster.run import CLIENT_SILENCE_S, Load, judge
+from tests.faults.cluster.run import Load, impatient_clients, judge
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,7 +52,7 @@ class Scene:
     async def under_load(self):
         """Streams that have all begun and short requests that come and go; at the end all are answered, and right."""
         number = next(self._numbers)
-        clients = Clients(self.cluster.edge_urls, self._producer, random.Random(number), silence_s=CLIENT_SILENCE_S)
+        clients = impatient_clients(self.cluster, self._producer, number)
         load = Load(clients)
         load.begin(BACKGROUND, f"matrix-{number}")
         streams = [asyncio.create_task(clients.run(_long(f"long-{number}-{k}", k))) for k in range(NUM_STREAMS)]

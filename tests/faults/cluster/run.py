@@ -30,6 +30,7 @@ MAX_FAILED_SHARE = 0.01
 CLIENT_SILENCE_S = 3.0
 """A client takes an edge that is silent for so long for gone: three keep-alives."""
 
+LONGEST_WAIT_S = 2.0
 WARM_UP_S = 3.0
 CALM_TIMEOUT_S = 60.0
 
@@ -105,11 +106,22 @@ class Load:
         return sum(capture.ended_s is not None for capture in self.clients.captures)
 
 
+def impatient_clients(cluster, producer, seed):
+    """Clients who look for another edge soon, and come back soon after a refusal: the load goes on among the faults."""
+    return Clients(
+        cluster.edge_urls,
+        producer,
+        random.Random(f"clients {seed}"),
+        silence_s=CLIENT_SILENCE_S,
+        longest_wait_s=LONGEST_WAIT_S,
+    )
+
+
 @asynccontextmanager
 async def loaded(cluster, mix, seed):
     """Clients of the cluster's edges and of `ingest`."""
     async with KafkaBus(cluster.kafka_address, client_id="clients").producer() as producer:
-        clients = Clients(cluster.edge_urls, producer, random.Random(f"clients {seed}"), silence_s=CLIENT_SILENCE_S)
+        clients = impatient_clients(cluster, producer, seed)
         load = Load(clients)
         load.begin(mix, seed)
         try:
