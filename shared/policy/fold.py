@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from shared.blocks import TokenIds, token_ids
 from shared.request import Event, FinishReason, Incarnation, PlacementId, RequestId, Stamps, TokenLogprob, WorkerRef
 from shared.wire.to_stream_out import Attach, Cut, Detach, ErrorBody, Frame, FrameEntry, Open, StreamOutMessage, View
+from shared.wire.topics import MAX_DEADLINE_S
 from shared.wire.wire_format import WireFormat
 
 
@@ -216,8 +217,8 @@ class PartitionFold:
 
     def forget(self, request_id: RequestId, timestamp_s: float) -> None:
         """Drop a finished request; `timestamp_s` is when, by the log's clock."""
-        self.requests.pop(request_id, None)
-        self._forgotten[request_id] = timestamp_s
+        state = self.requests.pop(request_id, None)
+        self._forgotten[request_id] = max(timestamp_s, timestamp_s if state is None else _may_open_until_s(state))
 
     def expire(self, before_s: float) -> None:
         """Drop the ids forgotten, and requests of which only stray records were seen, before `before_s`."""
@@ -258,6 +259,13 @@ class PartitionFold:
             yield void
         else:
             yield from _take_entry(state, entry, worker)
+
+
+def _may_open_until_s(state: RequestState) -> float:
+    """When no choice of the finished request waits for its first placement any more, wherever it was cancelled."""
+    if state.view is None:
+        return state.first_timestamp_s + MAX_DEADLINE_S
+    return state.view.deadline_s if state.view.num_choices > 1 else state.first_timestamp_s
 
 
 def _is_of(placement: Open, entry: FrameEntry) -> bool:

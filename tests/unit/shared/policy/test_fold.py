@@ -11,6 +11,7 @@ from shared.policy.fold import Ended, Finished, Grew, Loss, Opened, PartitionFol
 from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_stream_out import Attach, Cut, Detach, Frame, FrameEntry, Open, View
+from shared.wire.topics import MAX_DEADLINE_S
 from shared.wire.wire_format import WireFormat
 
 REQUEST = RequestId("r")
@@ -182,6 +183,22 @@ def test_what_comes_for_a_forgotten_request_is_void():
     assert kinds(fold.apply(3, 6.0, an_open("b"))) == [Voided, Voided]
     fold.expire(10.0)
     assert kinds(fold.apply(4, 11.0, an_open("b"))) == [Opened]
+
+
+def test_what_waits_for_its_first_placement_stays_void_as_long_as_it_may_come():
+    """Cancelled in ingest's line: its job is not taken out of it."""
+    early = PartitionFold()
+    early.apply(0, 0.0, a_cut(2, FinishReason.CANCELLED))
+    half = PartitionFold()
+    half.apply(0, 0.0, an_open("a", num_choices=2))
+    for choice in (0, 1):
+        half.apply(1, 0.0, a_cut(2, FinishReason.CANCELLED, choice=choice))
+    for fold in (early, half):
+        fold.forget(REQUEST, 5.0)
+        fold.expire(99.0)
+        assert kinds(fold.apply(9, 99.0, an_open("b", choice=1, num_choices=2))) == [Voided, Voided]
+        fold.expire(MAX_DEADLINE_S + 1.0)
+        assert not fold._forgotten
 
 
 def test_strays_expire():
