@@ -20,6 +20,7 @@ from aiokafka.protocol.fetch import FetchRequest_v11
 from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.record.memory_records import MemoryRecords
 
+from shared.bus.kafka_batch import num_batch_bytes, records_of
 from shared.bus.kafka_client import (
     CALL_TIMEOUT_S,
     RETRY_BACKOFF_MS,
@@ -423,14 +424,27 @@ def unpacked(topic: str, partition: int, position: int, batches: bytes) -> tuple
     """
     records: list[Record] = []
     memory: Any = MemoryRecords(batches)
+    start = 0
     while memory.has_next():
         batch = memory.next_batch()
         if not batch.validate_crc():
             raise CorruptRecordException(f"{topic}/{partition}: wrong checksum at or behind offset {position}")
+        end = start + num_batch_bytes(batches, start)
         if not batch.is_control_batch:
-            records += [_record(topic, partition, found) for found in batch if found.offset >= position]
-        position = max(position, batch.next_offset)
+            records += [
+                _record(topic, partition, found)
+                for found in _found_in(batch, batches[start:end])
+                if found.offset >= position
+            ]
+        position, start = max(position, batch.next_offset), end
     return records, position
+
+
+def _found_in(batch: Any, raw: bytes) -> Sequence[Any]:
+    try:
+        return list(batch)
+    except UnicodeDecodeError:  # a header's name, which aiokafka takes for UTF-8: nothing behind it would ever be read
+        return records_of(raw)
 
 
 def _record(topic: str, partition: int, found: Any) -> Record:

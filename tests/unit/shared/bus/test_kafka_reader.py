@@ -3,6 +3,7 @@
 import asyncio
 import struct
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -75,6 +76,16 @@ def test_control_batches_are_passed_over():
     records, position = unpacked(TOPIC, 0, 0, batch(0, b"a") + control_batch(1) + batch(2, b"b") + control_batch(3))
     assert seen(records) == [(0, 0, b"a"), (0, 2, b"b")]
     assert position == 4
+
+
+def test_a_header_whose_name_is_no_text_keeps_nobody_from_what_is_behind_it():
+    data = bytearray(batch(5, b"a", b"b" * 300).replace(b"name", b"\xffame"))
+    struct.pack_into(">I", data, 17, calc_crc32c(bytes(data[21:])))
+    records, position = unpacked(TOPIC, 3, 5, batch(4, b"x") + bytes(data) + batch(7, b"y"))
+    assert seen(records) == [(3, 5, b"a"), (3, 6, b"b" * 300), (3, 7, b"y")]
+    assert position == 8
+    (plain, *_), _ = unpacked(TOPIC, 3, 5, batch(5, b"a", b"b" * 300))
+    assert records[0] == replace(plain, headers=(("\ufffdame", b"header"),))
 
 
 def test_a_batch_that_was_cut_off_is_left_for_the_next_fetch():
