@@ -20,7 +20,11 @@ from tests.faults.cluster.faults import LEASE_S, Injector, Kind, unexplained_end
 from tests.faults.cluster.proxy import Path
 from tests.faults.cluster.run import Load, impatient_clients, judge
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # aiokafka leaves a socket when the broker that it connects to is killed in that moment.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 KAFKA_AWAY_S = float(os.environ.get("BATON_FAULTS_KAFKA_AWAY_S", "20"))
 

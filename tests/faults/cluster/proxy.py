@@ -41,9 +41,8 @@ class Proxy:
     async def close(self):
         self._server.close()
         self.path = Path.RESET
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self._thawed.set()
+        await asyncio.gather(*self.tasks)  # cancelled in the midst of connecting they would leave a socket
         for end in tuple(self.ends):
             end.transport.abort()
         while self.ends:
