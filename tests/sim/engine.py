@@ -35,13 +35,14 @@ class LoopEngine(EngineThread):
         future: asyncio.Future[T] = self._loop.create_future()
 
         def run(engine: Engine) -> None:
-            if future.cancelled():
-                command(engine)
-                return
             try:
-                future.set_result(command(engine))
-            except Exception as error:  # noqa: BLE001 - it is the caller's
-                future.set_exception(error)
+                result = command(engine)
+            except Exception as error:  # noqa: BLE001 - it is the caller's, if he still waits
+                if not future.cancelled():
+                    future.set_exception(error)
+            else:
+                if not future.cancelled():
+                    future.set_result(result)
 
         self._submit(run)
         return future
