@@ -21,6 +21,10 @@ from shared.state.port import PublishedBacklog, State, StateUnavailable
 
 FULL_RETRY_S = 1.0
 
+MAX_RETRY_S = 5.0
+"""The prediction changes with each beat, and who comes back too early is refused again in milliseconds: after an outage
+a line that seemed long is gone in a second."""
+
 CLIENTS_A_REQUEST = 4
 """Of a tenant's, at one edge: who reads, who looks on, and those that were cut off and are not known to be gone."""
 
@@ -119,7 +123,7 @@ class Admission:
             self._metrics.refused.labels("overloaded").inc()
             raise Overloaded(
                 f"a request would wait about {wait_s:.0f} s now, the limit is {limit_s:.0f} s",
-                retry_after_s=max(FULL_RETRY_S, min(wait_s - limit_s, self._settings.max_queue_s)),
+                retry_after_s=min(max(wait_s - limit_s, FULL_RETRY_S), MAX_RETRY_S),
             )
 
     def count(self, num_choices: int) -> None:
