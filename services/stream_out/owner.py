@@ -135,6 +135,13 @@ class PartitionOwner:
                 duties.extend(self._place_again(state))
         return duties
 
+    def needed(self) -> Iterator[Incarnation]:
+        """The workers without which open placements come to nothing."""
+        for state in self._owed():
+            for choice in state.choices.values():
+                if choice.end is None:
+                    yield from (worker.incarnation for worker in choice.needed)
+
     def judge(self, now_s: float, alive: Alive | None) -> list[Cut]:
         """Cuts for requests that nobody wants any more, and for placements whose worker is lost.
 
@@ -258,7 +265,7 @@ class PartitionOwner:
         """Close the placements of which a worker is gone that they still need."""
         for index in state.open_choices:
             choice = state.choice(index)
-            lost = next((worker for worker in choice.needed if worker.incarnation not in alive.workers), None)
+            lost = next((worker for worker in choice.needed if worker.incarnation in alive.lost), None)
             if lost is not None:
                 yield from self._cut_once(Cut(state.request_id, index, choice.epoch + 1, WORKER_LOST, lost=lost))
 

@@ -275,13 +275,15 @@ class StreamOut:
 
     async def _look_who_lives(self) -> Alive | None:
         """None: this edge cannot tell. Raises StateUnavailable."""
+        owners = [found.owner for found in self._partitions.values() if found.owner is not None]
+        needed = frozenset(worker for owner in owners for worker in owner.needed())
         edges = await self.state.group_members(GROUP)
         workers = await self.state.workers(num_slots=NUM_SLOTS)
         up_ms = await self.state.up_ms(lease_ms=LEASE_MS)
         now_s = self.clock_s()
         self._sight.look(now_s, up_ms=up_ms, silent_s=self.bus.silent_s())
         heard = frozenset(worker.card.incarnation for worker in workers if not worker.load.log_away)
-        return Alive(edges, heard) if self._sight.is_clear(now_s) else None
+        return Alive(edges, needed - heard) if self._sight.is_clear(now_s) else None
 
     async def _prepare(self, partitions: frozenset[int]) -> None:
         while partitions:

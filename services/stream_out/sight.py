@@ -14,14 +14,15 @@ answer either must know by then."""
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Who lives.
+    """Who lives, and who does not.
 
     Attributes:
-        workers: those whose lease stands and whose words reach the log.
+        lost: workers that were needed before the store was asked, and have no lease, or their words do not reach the
+            log. A worker that started since is not among those that live, and may have work already.
     """
 
     edges: frozenset[Incarnation]
-    workers: frozenset[Incarnation]
+    lost: frozenset[Incarnation]
 
 
 class Sight:

@@ -53,6 +53,28 @@ async def test_prefill_may_go_once_decode_has_begun(world):
 
 
 @scenario
+async def test_a_worker_that_starts_and_gets_work_while_an_owner_looks_lives(world):
+    edge = await world.owner("a")
+    edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    before, world.workers = world.workers, without(world, DECODE)
+    await asyncio.sleep(3)
+    up_ms, asked = edge.state.up_ms, asyncio.Event()
+
+    async def slow_up_ms(*, lease_ms):
+        asked.set()
+        await asyncio.sleep(0.3)
+        return await up_ms(lease_ms=lease_ms)
+
+    edge.state.up_ms = slow_up_ms
+    await asked.wait()
+    world.workers = before
+    job.open()
+    await asyncio.sleep(5)
+    assert not world.story(job.id, Cut)
+
+
+@scenario
 async def test_a_worker_that_the_log_does_not_answer_is_lost(world):
     edge = await world.owner("a")
     edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
