@@ -22,6 +22,7 @@ from services.stream_out.results import (
 )
 from services.stream_out.sight import Alive
 from services.stream_out.streams import PartitionLog
+from services.stream_out.takeover import Done
 from shared.bus.port import Committed
 from shared.policy.fold import Change, Finished, RequestState, Vacated, Voided
 from shared.request import FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
@@ -67,7 +68,7 @@ class PartitionOwner:
         start: whoever has a record below it has its result, whatever part of its story is read here.
         end_offset: of the partition at the take-over; what stands below was perhaps answered by the owner before, so
             only its sum counts.
-        done: requests whose result stood on `results` already, with its offset there.
+        done: requests whose result stood on `results` already.
         results_end: offset behind the results read.
         grace_s: a request whose client must wait for it is cancelled when nobody was attached for so long.
     """
@@ -78,7 +79,7 @@ class PartitionOwner:
         *,
         start: int,
         end_offset: int,
-        done: Mapping[RequestId, int],
+        done: Mapping[RequestId, Done],
         results_end: int,
         now_s: float,
         grace_s: float,
@@ -89,7 +90,7 @@ class PartitionOwner:
         self._results_end = results_end
         self._grace_s = grace_s
         self._settled = False
-        self._acked = {key: _Acked(offset, end_offset, now_s) for key, offset in done.items()}
+        self._acked = {key: _Acked(each.results_offset, end_offset, now_s) for key, each in done.items()}
         self._writing: set[RequestId] = set()
         self._cuts: dict[RequestId, set[tuple[int, int]]] = {}
         self._unattached_since_s: dict[RequestId, float] = {}
@@ -97,7 +98,7 @@ class PartitionOwner:
         self._voided_before: dict[tuple[PlacementId, Incarnation], Voided] = {}
         held = {story.request_id for story in log.held}
         for request_id in done.keys() - held:
-            log.fold.forget(request_id, now_s)
+            log.fold.forget(request_id, now_s, first_offset=done[request_id].story_offset)
 
     @property
     def settled(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.stream_out.results import cancelled_error, status_of, timings_of, usage_of
-from services.stream_out.service import StreamOut
+from services.stream_out.service import LOOK_TIMEOUT_S, StreamOut
 from services.stream_out.streams import Hold, Story
 from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
@@ -30,9 +30,6 @@ from shared.wire.topics import INGEST
 
 NUM_PARTITIONS_USED = 2
 """An edge's own requests live in so many of its partitions, far apart, so that several ingests share them."""
-
-LOOK_TIMEOUT_S = 10.0
-"""Finding a request, or cancelling it, takes no longer, or the client is asked to try again."""
 
 RETRY_AFTER_S = 2.0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from services.stream_out.admission import Admission
 from services.stream_out.metrics import EdgeMetrics
-from services.stream_out.owner import EXPIRE_AFTER_S, Duty, PartitionOwner, WriteResult
+from services.stream_out.owner import EXPIRE_AFTER_S, FORGET_AFTER_S, Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
     WORKERS_LOST_ERROR,
     ended_by_losses,
@@ -29,7 +29,7 @@ from services.stream_out.results import (
 from services.stream_out.settings import Settings
 from services.stream_out.sight import Alive, Sight
 from services.stream_out.streams import Hold, PartitionLog
-from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
+from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, find_done, prepare
 from services.stream_out.tenants import Tenants
 from shared.bus.dead_letter import dead_letter
 from shared.bus.one_record import record_at
@@ -41,15 +41,32 @@ from shared.state.keys import BEAT_INTERVAL_S, LEASE_MS
 from shared.state.port import RequestHint, Role, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import UndecodableMessage, encode
+from shared.wire.results import HEADER_STORY_OFFSET
 from shared.wire.to_ingest import Resume
 from shared.wire.to_stream_out import STREAM_OUT_DECODER, Attach, Cut, Detach, Frame, View
 from shared.wire.to_worker import Stop
-from shared.wire.topics import DEAD_LETTER, DECODE, INGEST, INGEST_RESUME, NUM_SLOTS, PREFILL, RESULTS, STREAM_OUT
+from shared.wire.topics import (
+    DEAD_LETTER,
+    DECODE,
+    INGEST,
+    INGEST_RESUME,
+    MAX_DEADLINE_S,
+    NUM_SLOTS,
+    PREFILL,
+    RESULTS,
+    STREAM_OUT,
+)
 
 COMMIT_INTERVAL_S = 1.0
 
 LEAVE_TIMEOUT_S = 5.0
 """Duties begun before the end get this long."""
+
+LOOK_TIMEOUT_S = 10.0
+"""Finding a request, or cancelling it, takes no longer, or the client is asked to try again."""
+
+HINTS_COMPLETE_AFTER_MS = int((MAX_DEADLINE_S + FORGET_AFTER_S) * 1000)
+"""A store that has kept its memory for so long knows every request that ended a moment ago."""
 
 HINT_SLACK_RECORDS = 1000
 """Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
@@ -197,9 +214,28 @@ class StreamOut:
 
     async def _find(self, request_id: RequestId) -> RequestHint | None:
         try:
-            return await self.state.find_request(request_id)
+            hint = await self.state.find_request(request_id)
+            up_ms = None if hint else await self.state.up_ms(lease_ms=LEASE_MS)
         except StateUnavailable:
-            return None
+            hint, up_ms = None, 0
+        if up_ms is None or up_ms >= HINTS_COMPLETE_AFTER_MS:
+            return hint
+        return await self._find_ended(request_id)
+
+    async def _find_ended(self, request_id: RequestId) -> RequestHint | None:
+        """Where a request that ended begins, without what the store knew. Raises BusUnavailable."""
+        partition = partition_of(request_id)
+        found = self._partitions.get(partition)
+        if found is not None and found.owner is not None and found.owner.settled:
+            offset = found.log.fold.first_offset_of(request_id)
+        else:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    done = await find_done(self.bus, request_id)
+            except TimeoutError as error:
+                raise BusUnavailable("results could not be read in time") from error
+            offset = None if done is None else done.story_offset
+        return None if offset is None else RequestHint(partition, offset)
 
     @asynccontextmanager
     async def _follower(self, request_id: RequestId, hint: RequestHint | None, *, is_new: bool) -> AsyncGenerator[Hold]:
@@ -452,7 +488,8 @@ class StreamOut:
             result = unmakeable_result(state)
         # Before the result: where that stands, no other owner would give the place back.
         await self.admission.leave_place(state.request_id, total_tokens(state))
-        offset = await self.send(RESULTS.name, state.request_id, encode(result))
+        header = (HEADER_STORY_OFFSET, str(state.first_offset).encode())
+        offset = await self.send(RESULTS.name, state.request_id, encode(result), [header])
         now_s = self.clock_s()
         owner.result_acked(state, offset, now_s)
         self.metrics.observe_end(state, result.status, now_s)

@@ -182,15 +182,22 @@ class RequestState:
         return [index for index in range(num_choices) if self.choice(index).end is None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Forgotten:
+    until_s: float
+    first_offset: int | None
+
+
 class PartitionFold:
     """All requests of one `stream-out` partition, from some offset on.
 
-    A request is kept until `forget`; after that only its id is remembered, so that what comes late for it is void.
+    A request is kept until `forget`; after that only its id is remembered, so that what comes late for it is void, and
+    where its story begins.
     """
 
     def __init__(self) -> None:
         self.requests: dict[RequestId, RequestState] = {}
-        self._forgotten: dict[RequestId, float] = {}
+        self._forgotten: dict[RequestId, _Forgotten] = {}
 
     def apply(self, offset: int, timestamp_s: float, message: StreamOutMessage) -> list[Change]:
         """Take the next record of the log; what it changed, in order."""
@@ -215,14 +222,26 @@ class PartitionFold:
                 state.attached.discard((message.edge, message.stream))
                 return []
 
-    def forget(self, request_id: RequestId, timestamp_s: float) -> None:
-        """Drop a finished request; `timestamp_s` is when, by the log's clock."""
+    def forget(self, request_id: RequestId, timestamp_s: float, *, first_offset: int | None = None) -> None:
+        """Drop a finished request; `timestamp_s` is when, by the log's clock.
+
+        Args:
+            first_offset: of a request that was not read here, if it is known.
+        """
         state = self.requests.pop(request_id, None)
-        self._forgotten[request_id] = max(timestamp_s, timestamp_s if state is None else _may_open_until_s(state))
+        if state is None:
+            self._forgotten[request_id] = _Forgotten(timestamp_s, first_offset)
+        else:
+            self._forgotten[request_id] = _Forgotten(max(timestamp_s, _may_open_until_s(state)), state.first_offset)
+
+    def first_offset_of(self, request_id: RequestId) -> int | None:
+        """Where the story of a request that was forgotten begins, if that is known."""
+        forgotten = self._forgotten.get(request_id)
+        return None if forgotten is None else forgotten.first_offset
 
     def expire(self, before_s: float) -> None:
         """Drop the ids forgotten, and requests of which only stray records were seen, before `before_s`."""
-        self._forgotten = {key: at for key, at in self._forgotten.items() if at >= before_s}
+        self._forgotten = {key: each for key, each in self._forgotten.items() if each.until_s >= before_s}
         strays = [
             key
             for key, state in self.requests.items()

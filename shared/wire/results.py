@@ -14,6 +14,9 @@ HEADER_SOURCE_OFFSET = "source-offset"
 HEADER_SOURCE_BYTES = "source-bytes"
 """Size of the original: more than the letter's, if it did not fit beside the headers."""
 
+HEADER_STORY_OFFSET = "story-offset"
+"""On a result: offset of the first record about the request in its partition of `stream-out`."""
+
 HEADER_HISTORY = "history"
 """JSON list of the workers that were lost with the job: epoch, slot, incarnation."""
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from services.stream_out.takeover import TakeOver
+from services.stream_out.takeover import Done, TakeOver
 from shared.bus.sending import Unsent
 from shared.request import FinishReason, PlacementId, RequestId, keyed_request_id, partition_of
 from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER
@@ -228,6 +228,55 @@ async def test_a_request_is_found_elsewhere_from_frames_before_its_open_on(world
         assert (await resumed.done()).events == (await exchange.done()).events
 
 
+async def ended(world, edge):
+    """A job under the key "k", and its exchange."""
+    exchange = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    job.serve()
+    return job, await exchange.done()
+
+
+async def assert_found(edge, job, exchange):
+    resumed = edge.call("GET", f"/v1/requests/{job.id}/events")
+    again = edge.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key="k")
+    assert (await resumed.done()).events == exchange.events
+    assert (await again.done()).events == exchange.events
+
+
+@scenario
+async def test_what_ended_is_found_by_every_edge_though_the_store_lost_its_memory_or_is_away(world):
+    a, b = await world.owner("a"), await world.node("b")
+    await asyncio.sleep(5)
+    job, exchange = await ended(world, a)
+    world.store.flush()
+    await asyncio.sleep(5)
+    for edge in (a, b):
+        await assert_found(edge, job, exchange)
+    world.store.away = True
+    for edge in (a, b):
+        await assert_found(edge, job, exchange)
+    world.store.away = False
+    await asyncio.sleep(100)
+    (owner,) = [edge for edge in (a, b) if partition_of(job.id) in edge.edge.owned_partitions]
+    assert job.id not in owner.edge._partitions[partition_of(job.id)].log.stories
+    await assert_found(owner, job, exchange)
+    assert len(world.results()) == 1
+
+
+@scenario
+async def test_what_ended_is_found_by_a_new_owner_though_the_store_lost_its_memory(world):
+    a = await world.owner("a")
+    job, exchange = await ended(world, a)
+    await asyncio.sleep(2)
+    a.kill()
+    world.store.flush()
+    b = await world.owner("b")
+    await asyncio.sleep(5)
+    await assert_found(b, job, exchange)
+    assert len(world.results()) == 1
+
+
 @scenario
 async def test_clients_of_a_lost_partition_are_served_on(world):
     """Twelve requests at an edge that gives half of its partitions to a second one, and gets them back."""
@@ -276,7 +325,7 @@ async def test_a_take_over_begins_where_the_oldest_local_client_needs_it(world):
     await exchange.events_until(1)
     partition = partition_of(job.id)
     end = world.log.end_offset("stream-out", partition)
-    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: 0}, 1))
+    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: Done(0, None)}, 1))
     await asyncio.sleep(1)
     assert edge.edge._partitions[partition].log.start == 0
     job.serve(IDS, start=3)
@@ -297,7 +346,7 @@ async def test_a_take_over_misses_nothing_of_a_request_that_a_local_client_waits
     job.serve()
     partition = partition_of(job.id)
     end = world.log.end_offset("stream-out", partition)
-    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: 0}, 1))
+    edge.edge._prepared.append(TakeOver(partition, end, end, {job.id: Done(0, None)}, 1))
     await asyncio.sleep(1)
     edge.bus.can_read = True
     assert (await exchange.json())["choices"][0]["text"] == TEXT

@@ -176,13 +176,15 @@ def test_attachments_are_counted_by_edge_and_stream():
 
 def test_what_comes_for_a_forgotten_request_is_void():
     fold = PartitionFold()
-    fold.apply(0, 0.0, an_open("a"))
-    fold.apply(1, 0.0, a_frame("a", 0, [1], FinishReason.STOP))
+    fold.apply(7, 0.0, an_open("a"))
+    fold.apply(8, 0.0, a_frame("a", 0, [1], FinishReason.STOP))
     fold.forget(REQUEST, 5.0)
-    assert kinds(fold.apply(2, 6.0, a_frame("a", 1, [2]))) == [Voided]
-    assert kinds(fold.apply(3, 6.0, an_open("b"))) == [Voided, Voided]
+    assert kinds(fold.apply(9, 6.0, a_frame("a", 1, [2]))) == [Voided]
+    assert kinds(fold.apply(10, 6.0, an_open("b"))) == [Voided, Voided]
+    assert fold.first_offset_of(REQUEST) == 7
     fold.expire(10.0)
-    assert kinds(fold.apply(4, 11.0, an_open("b"))) == [Opened]
+    assert fold.first_offset_of(REQUEST) is None
+    assert kinds(fold.apply(11, 11.0, an_open("b"))) == [Opened]
 
 
 def test_what_waits_for_its_first_placement_stays_void_as_long_as_it_may_come():
