@@ -108,7 +108,7 @@ def _request(
     followed: dict[RequestId, Capture],
 ) -> Iterator[str]:
     capture = followed.get(state.request_id)
-    if not _may_end_so(told, state, result, asked, capture):
+    if not _may_end_so(world, told, state, result, asked, capture):
         yield f"{state.request_id} ended {result.status}: {result.error}"
     for index in range(asked.num_choices if state.view else 0):
         ids = list(state.choice(index).ids)
@@ -125,18 +125,31 @@ def _request(
             yield f"{state.request_id}: DELETE said {capture.status}, the result says {result.status}"
 
 
-def _may_end_so(told: Told, state: RequestState, result: Result, asked: Asked, capture: Capture | None) -> bool:
+def _may_end_so(
+    world: World, told: Told, state: RequestState, result: Result, asked: Asked, capture: Capture | None
+) -> bool:
     match result.status:
         case "completed":
             return True
         case FinishReason.CANCELLED:
             if capture is None:  # its client lost the edge before it heard of it
                 return state.view is not None and state.view.edge is not None
-            return capture.asked_to_cancel or capture.was_alone
+            return capture.asked_to_cancel or capture.was_alone or _at_an_unseen_edge(world, told, state)
         case FinishReason.FAILED:
             return asked.refused_by_decode or _three_losses(told, state.request_id)
         case _:
             return False
+
+
+def _at_an_unseen_edge(world: World, told: Told, state: RequestState) -> bool:
+    """Whether the client was, when it was called gone, at an edge that could not say that it lives."""
+    gone_s = next(
+        record.timestamp_s
+        for record, cut in told.cuts
+        if cut.request_id == state.request_id and cut.reason == state.cut_reason
+    )
+    edges = {edge for edge, _ in state.attached}
+    return any(_was_silent(host, gone_s) for host in world.hosts if host.incarnation in edges)
 
 
 def _text(
