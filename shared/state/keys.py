@@ -36,7 +36,8 @@ def worker(incarnation: Incarnation) -> str:
 
 
 def worker_credits(incarnation: Incarnation) -> str:
-    """Hash: placement -> pages taken on that worker, and `total`, their sum; outlasts the worker by a while."""
+    """Hash: placement -> "pages ends_ms" taken on that worker, and `total`, the sum of all pages; it outlasts the worker
+    by a while."""
     return f"{PREFIX}:credits:{incarnation}"
 
 

@@ -63,12 +63,20 @@ class Group:
     holders: dict[int, Incarnation] = field(default_factory=dict[int, Incarnation])
 
 
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Pages that a placement has taken, for as long as it may run."""
+
+    num_pages: int
+    ends_ms: int
+
+
 @dataclass(slots=True)
 class Traces:
     """What outlasts a worker for a while: its credits and its feed."""
 
     ends_ms: int
-    credits: dict[PlacementId, int] = field(default_factory=dict[PlacementId, int])
+    credits: dict[PlacementId, Credit] = field(default_factory=dict[PlacementId, Credit])
     feed: list[BlockFeedEntry] = field(default_factory=list[BlockFeedEntry])
 
 
@@ -156,6 +164,12 @@ class MemoryStore:
         self.contents.traces[incarnation] = found
         return found
 
+    def drop_old_credits(self, incarnation: Incarnation) -> None:
+        """As in beat.lua."""
+        traces, now_ms = self.traces(incarnation), self.now_ms()
+        if traces is not None:
+            traces.credits = {key: credit for key, credit in traces.credits.items() if credit.ends_ms > now_ms}
+
     def live_group(self, name: str) -> Group:
         """The group without members whose membership has ended."""
         group = self.contents.groups[name]
@@ -198,6 +212,7 @@ class MemoryState:
             if held is None and up_ms >= lease_ms:
                 return False
             self._hold(slot, card, load, lease_ms)
+            self._store.drop_old_credits(card.incarnation)
             return True
 
         return await self._call("beat", renew)
@@ -216,7 +231,7 @@ class MemoryState:
                 held = self._store.holder(slot) if slot < num_slots else None
                 if held is not None:
                     traces = self._store.traces(held.card.incarnation)
-                    taken = list(traces.credits.values()) if traces is not None else []
+                    taken = [credit.num_pages for credit in traces.credits.values()] if traces is not None else []
                     found.append(LiveWorker(slot, held.card, held.load, sum(taken), len(taken)))
             return found
 
@@ -259,9 +274,10 @@ class MemoryState:
                 return standing
             if not all(self._has_room(worker, num_pages) for worker, num_pages in pages.items()):
                 return None
+            ends_ms = now_ms + keep_ms
             for worker, num_pages in pages.items():
-                self._store.renewed_traces(worker.incarnation).credits[placement.id] = num_pages
-            self._store.contents.placements[key] = (placement, now_ms + keep_ms)
+                self._store.renewed_traces(worker.incarnation).credits[placement.id] = Credit(num_pages, ends_ms)
+            self._store.contents.placements[key] = (placement, ends_ms)
             return placement
 
         return await self._call("place", take)
@@ -375,7 +391,7 @@ class MemoryState:
         if held is None or held.card.incarnation != worker.incarnation or not held.load.takes_work:
             return False
         traces = self._store.traces(worker.incarnation)
-        taken = traces.credits.values() if traces is not None else ()
+        taken = [credit.num_pages for credit in traces.credits.values()] if traces is not None else []
         return len(taken) < held.card.max_running and sum(taken) + num_pages <= held.card.num_pages
 
     def _drop_old_backlogs(self, lease_ms: int) -> None:

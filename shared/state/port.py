@@ -204,7 +204,8 @@ class State(Protocol):
         workers lost its slot, has said that it is draining or that the log is away, has credits for max_running
         placements already, or has not enough pages left beside the credits taken (capacity = its card's num_pages).
         Prefill and decode may be the same worker; it then needs the sum. `keep_ms` must exceed the time within which
-        the call may be made again.
+        the call may be made again, and that for which the placement may run: credits that nobody has given back by
+        then, as nobody lived who knew of them, end at a beat of their worker.
         """
         ...
 

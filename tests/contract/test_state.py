@@ -48,6 +48,12 @@ async def claim(world, name, **card):
     return None if slot is None else WorkerRef(slot, Incarnation(name))
 
 
+async def beat(world, *workers):
+    for worker in workers:
+        card = a_card(worker.incarnation)
+        assert await world.state.beat(worker.slot, card, a_load(), lease_ms=10 * world.lease_ms)
+
+
 async def lease(world, member, num_partitions=NUM_PARTITIONS, group="g"):
     return await world.state.lease_partitions(
         group, Incarnation(member), num_partitions=num_partitions, lease_ms=world.lease_ms
@@ -360,6 +366,23 @@ async def test_a_placement_is_forgotten_after_its_time(world, state):
     await world.pass_time(world.lease_ms + 20)
     assert await state.find_placement(a_key()) is None
     assert await place(world, b, a, "q") == a_placement("q", b, a)
+
+
+async def test_credits_that_nobody_gives_back_end_with_the_placements_time(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    await place(world, a, b, "long")
+    await state.place(
+        a_key(epoch=2), a_placement("p", a, b), num_prefill_pages=1, num_decode_pages=2, keep_ms=world.lease_ms // 2
+    )
+    await beat(world, a, b)
+    assert await credits_of(world) == {"a": (11, 2), "b": (22, 2)}
+
+    await world.pass_time(world.lease_ms // 2 + 20)
+    await beat(world, a, b)
+    assert await credits_of(world) == {"a": (10, 1), "b": (20, 1)}
+    await state.give_back(PlacementId("p"), Incarnation("a"))
+    await state.give_back(PlacementId("long"), Incarnation("a"))
+    assert await credits_of(world) == {"a": (0, 0), "b": (20, 1)}
 
 
 async def test_the_first_note_of_a_request_stands(world, state):

@@ -12,7 +12,15 @@ from shared.policy.fold import PartitionFold, RequestState
 from shared.request import FinishReason, PlacementId, RequestId, SamplingParams, WorkerRef
 from shared.wire.results import RESULT_DECODER, Result
 from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Frame, FrameEntry, Open
-from shared.wire.topics import INGEST, RESULTS, STREAM_OUT
+from shared.wire.to_worker import (
+    TO_DECODE_DECODER,
+    TO_PREFILL_DECODER,
+    DecodeWork,
+    FirstToken,
+    PrefillWork,
+    Stop,
+)
+from shared.wire.topics import DECODE, INGEST, PREFILL, RESULTS, STREAM_OUT
 from tests.sim.clients import Capture
 from tests.sim.world import Host, World
 
@@ -230,8 +238,32 @@ def _workers(world: World) -> Iterator[str]:
         except AssertionError as error:
             yield f"{host.incarnation}: {error}"
         traces = world.store.traces(host.incarnation)
-        if traces is not None and traces.credits:
-            yield f"{host.incarnation}: credits not given back: {traces.credits}"
+        taken = traces.credits if traces is not None else {}
+        left = {key: credit.num_pages for key, credit in taken.items() if _was_told(world, key)}
+        if left:
+            yield f"{host.incarnation}: credits not given back: {left}"
+
+
+def _was_told(world: World, placement: PlacementId) -> bool:
+    """Whether a worker that lives was told of the placement: then its credits are given back on both.
+
+    Where whoever should have told died, and its owner too before it had stopped it, they end with the deadline.
+    """
+    live = {host.incarnation for host in world.running("prefill", "decode")}
+    for topic, decoder in ((PREFILL, TO_PREFILL_DECODER), (DECODE, TO_DECODE_DECODER)):
+        for partition in range(topic.num_partitions):
+            for record in world.log.records(topic.name, partition):
+                message = decoder.decode(record.value)
+                if message.target.incarnation not in live:
+                    continue
+                match message:
+                    case PrefillWork() | DecodeWork():
+                        found = message.assignment.placement
+                    case Stop() | FirstToken():
+                        found = message.placement
+                if found == placement:
+                    return True
+    return False
 
 
 def at_rest(world: World) -> bool:

@@ -2,7 +2,7 @@
 -- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
 -- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
 -- Invariant: nothing is placed on a worker that has said it is draining, or that the log is away. `total` of a worker's
--- credits is the sum of the others in that hash and at most its num_pages, the others are at most as many as its
+-- credits is the sum of the pages in the others of that hash and at most its num_pages, the others are at most as many as its
 -- max_running, and a placement's credits are taken once, with its record. The operation's name is the key of the record:
 -- made again it finds the record and takes nothing, even if the credits have been given back since.
 
@@ -28,9 +28,10 @@ for i = 0, num_workers - 1 do
     return false
   end
 end
+local ends_ms = now_ms() + tonumber(ARGV[3])
 for i = 0, num_workers - 1 do
   local credits, need = KEYS[4 + 3 * i], tonumber(ARGV[6 + 2 * i])
-  redis.call('HSET', credits, ARGV[2], need)
+  redis.call('HSET', credits, ARGV[2], string.format('%.0f %.0f', need, ends_ms))
   redis.call('HINCRBY', credits, 'total', need)
   redis.call('PEXPIRE', credits, tonumber(ARGV[4]))
 end
