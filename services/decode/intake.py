@@ -15,6 +15,7 @@ from shared.blocks import token_ids
 from shared.engine.port import EngineRequest, Reservation
 from shared.errors import KvTransferFailed
 from shared.request import Event, PlacementId, Stamps
+from shared.state.keys import BEAT_INTERVAL_S
 from shared.transfer.port import Pulled
 from shared.wire.to_worker import DecodeWork, FirstToken
 from shared.wire.wire_format import WireFormat
@@ -53,7 +54,7 @@ class Ends:
     Attributes:
         arrived: KV, or the news that it will not come, and token are there: the engine is asked to run the request.
         refused: the engine can never run it, for this reason.
-        given_up: its deadline passed before its first token came.
+        given_up: its first token will not come: its deadline passed, or prefill is gone.
     """
 
     arrived: Callable[[Arrival], None]
@@ -182,10 +183,17 @@ class Intake:
         return pulled
 
     async def _first_token(self, arrival: Arrival) -> int | None:
-        """None: the request's deadline passed first. (A stop should have come then; its owner may be gone.)"""
-        deadline_s = arrival.work.assignment.deadline_s
-        while not arrival.first_token.done() and (left_s := deadline_s - self._context.clock_s()) > 0:
-            await asyncio.wait({arrival.first_token}, timeout=left_s)
+        """None: the request's deadline passed first, or prefill is gone.
+
+        A stop should have come then, but its owner may be gone too, or may never have heard of the placement. Where an
+        owner has, it misses the prefill worker as we do, and sooner: the choice is placed again.
+        """
+        work, context = arrival.work, self._context
+        while not arrival.first_token.done() and not context.is_gone(work.ticket.source):
+            left_s = work.assignment.deadline_s - context.clock_s()
+            if left_s <= 0:
+                break
+            await asyncio.wait({arrival.first_token}, timeout=min(left_s, BEAT_INTERVAL_S))
         return arrival.first_token.result() if arrival.first_token.done() else None
 
     async def _run(self, arrival: Arrival, token_id: int, pulled: Pulled | None) -> None:

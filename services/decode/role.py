@@ -100,7 +100,7 @@ class DecodeRole:
         self._context.credits.give_back(assignment.placement, self._context.me)
 
     def _given_up(self, arrival: Arrival) -> None:
-        self._context.log.warning("no first token before the deadline", placement=arrival.key)
+        self._context.log.warning("no first token will come", placement=arrival.key)
         self._context.credits.give_back(arrival.key, self._context.me)
 
     def _entry(self, token: TokenOutput, made_s: float) -> FrameEntry | None:

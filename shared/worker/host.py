@@ -156,6 +156,7 @@ class Worker:
                             log=parts.log,
                             clock_s=parts.clock_s,
                             random_bytes=parts.random_bytes,
+                            is_gone=self.peers.is_gone,
                             tasks=tasks,
                         )
                         tasks.create_task(self._open(context, prefill_reader, decode_reader))

@@ -2,23 +2,27 @@
 
 At each beat the registry is read. A worker that we may pull from and have not connected to is connected to, one after
 the other, so that no self-test disturbs another; where that fails, again later and later. A peer that restarts
-comes as a new incarnation, and one that is gone is forgotten with its lease.
+comes as a new incarnation, and one that is gone is forgotten with its lease. That it is gone is known for sure when no
+reading for some leases found it: an emptied store knows nobody for a beat.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shared.errors import KvTransferFailed, StartupError
 from shared.observe.log import Logger
 from shared.request import Incarnation
 from shared.state import keys
-from shared.state.port import Role, State, StateUnavailable, WorkerCard
+from shared.state.port import LiveWorker, Role, State, StateUnavailable, WorkerCard
 from shared.transfer.port import LinkReport, Transfer
 from shared.wire.topics import NUM_SLOTS
 
 LONGEST_RETRY_S = 30.0
 """A peer that cannot be connected to is tried again after a beat, then after twice as long, at last so often."""
+
+GONE_AFTER_S = 5 * keys.LEASE_MS / 1000
+"""A peer is gone when the registry, read all the time, has not named it for so long."""
 
 SOURCES = {Role.DECODE: frozenset({Role.PREFILL}), Role.PREFILL: frozenset[Role]()}
 """Whose KV a role pulls."""
@@ -87,6 +91,8 @@ class Peers:
         self._sources: dict[Incarnation, WorkerCard] = {}
         self._tested: dict[Incarnation, LinkReport] = {}
         self._failures: dict[Incarnation, _Failure] = {}
+        self._seen_s: dict[Incarnation, float] = {}
+        self._read_since_s = self._read_s = clock_s()
 
     async def run(self) -> None:
         """Keep the links up, for ever."""
@@ -99,14 +105,20 @@ class Peers:
         try:
             workers = await self._state.workers(num_slots=NUM_SLOTS)
         except StateUnavailable:
+            self._read_since_s = self._read_s = self._clock_s()
             return
         self._sources = {each.card.incarnation: each.card for each in workers if self._may_pull_from(each.card)}
+        self._note_seen(workers)
         self._failures = {peer: failure for peer, failure in self._failures.items() if peer in self._sources}
         self._tested = {peer: report for peer, report in self._tested.items() if peer in self._sources}
         for card in self._missing():
             failure = self._failures.get(card.incarnation)
             if failure is None or self._clock_s() >= failure.retry_at_s:
                 await self._connect(card)
+
+    def is_gone(self, peer: Incarnation) -> bool:
+        """Whether a worker that registered has ended, for all that the registry tells. It does not come back."""
+        return self._read_s - max(self._read_since_s, self._seen_s.get(peer, self._read_since_s)) > GONE_AFTER_S
 
     def links(self) -> tuple[PeerLink, ...]:
         """The links to workers that stand in the registry."""
@@ -144,6 +156,14 @@ class Peers:
                     f"BATON_TRANSFER_FLOOR_GB_PER_S sets: "
                     f"{link.report.warning or 'no cause is known; docs/links.md tells what to look at'}"
                 )
+
+    def _note_seen(self, workers: Sequence[LiveWorker]) -> None:
+        now_s = self._clock_s()
+        if now_s - self._read_s > keys.LEASE_MS / 1000:
+            self._read_since_s = now_s
+        self._read_s = now_s
+        self._seen_s = {peer: at_s for peer, at_s in self._seen_s.items() if at_s >= now_s - GONE_AFTER_S}
+        self._seen_s |= dict.fromkeys((each.card.incarnation for each in workers), now_s)
 
     def _may_pull_from(self, card: WorkerCard) -> bool:
         return card.role in SOURCES[self._role] and card.layout_fingerprint == self._layout_fingerprint

@@ -9,7 +9,7 @@ from typing import Protocol
 from shared.bus.port import Producer
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
-from shared.request import PlacementId, WorkerRef
+from shared.request import Incarnation, PlacementId, WorkerRef
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
 from shared.wire.to_worker import Assignment, ToDecode, ToPrefill
@@ -32,6 +32,7 @@ class WorkerContext:
         page_bytes: bytes of one KV page.
         tasks: a failure in any of them ends the worker.
         handoff: producer for records to other workers.
+        is_gone: whether another worker has ended, for all that is known here; it does not come back.
     """
 
     me: WorkerRef
@@ -46,6 +47,7 @@ class WorkerContext:
     log: Logger
     clock_s: Callable[[], float]
     random_bytes: Callable[[int], bytes]
+    is_gone: Callable[[Incarnation], bool]
     tasks: asyncio.TaskGroup
 
 

@@ -120,8 +120,8 @@ class FakeTransfer:
 
 @asynccontextmanager
 async def a_context(engine, *, me, transfer=None, clock_s=None):
-    """What a role gets; `credits` are those given back, in order."""
-    given_back = []
+    """What a role gets; `given_back` are credits, in order, `gone` the workers that have ended."""
+    given_back, gone = [], set()
     async with asyncio.TaskGroup() as tasks:
         yield SimpleNamespace(
             me=me,
@@ -140,6 +140,8 @@ async def a_context(engine, *, me, transfer=None, clock_s=None):
             metrics=WorkerMetrics(CollectorRegistry(), "m"),
             log=structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical")),
             random_bytes=bytes,
+            gone=gone,
+            is_gone=gone.__contains__,
         )
         for task in tasks._tasks:
             task.cancel()

@@ -214,6 +214,23 @@ def test_a_token_that_never_comes_is_waited_for_until_the_deadline(fails):
     run(scene)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_token_is_not_waited_for_when_prefill_is_gone(fails):
+    async def scene(stage, engine):
+        stage.transfer.fails = fails
+        stage.intake.take(a_ticket_for("a", 100))
+        stage.intake.take(a_ticket_for("b", 100))
+        await asyncio.sleep(10)
+        stage.intake.take_token(a_token_for("b"))
+        stage.context.gone.add(Incarnation("prefill"))
+        await asyncio.sleep(PULL_TIMEOUT_S)
+        assert sorted(stage.ended) == [("arrived", "b"), ("given up", "a")]
+        engine.abort("b")
+        assert num_used(engine) == 0
+
+    run(scene)
+
+
 def test_what_the_engine_can_never_run_is_refused_and_the_next_one_has_its_turn():
     async def scene(stage, engine):
         stage.intake.take(a_ticket_for("huge", 2000))

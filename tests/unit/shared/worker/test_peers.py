@@ -20,7 +20,7 @@ from shared.transfer.local import LocalNetwork, LocalTransfer
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import LinkReport, Refusal
 from shared.worker.link_metrics import LinkMetrics
-from shared.worker.peers import LONGEST_RETRY_S, LinkFloor, Peers
+from shared.worker.peers import GONE_AFTER_S, LONGEST_RETRY_S, LinkFloor, Peers
 from tests.virtual_loop import run_virtually
 
 LAYOUT = KvLayout("f", num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
@@ -400,5 +400,44 @@ def test_metrics_tell_of_links_and_refusals_as_they_are_when_asked():
         del transfer.up[1]
         assert shown("baton_kv_link_bytes_per_second", **ipc) is None
         assert shown("baton_kv_links_missing") == 1
+
+    on_one_host(check)
+
+
+def test_a_peer_is_gone_when_the_registry_read_all_the_time_lacks_it():
+    async def check(place):
+        slot = await place.register("a")
+        await place.register("b", layout=replace(LAYOUT, num_layers=2))
+        peers = place.peers(await place.transfer("me"))
+        a, b = Incarnation("a"), Incarnation("b")
+        async with running(peers):
+            await asyncio.sleep(2 * GONE_AFTER_S)
+            assert not peers.is_gone(a)
+            assert not peers.is_gone(b), "though nothing may be pulled from it"
+            assert peers.is_gone(Incarnation("of before"))
+            await place.leave(slot, "a")
+            await asyncio.sleep(GONE_AFTER_S - 2 * BEAT_S)
+            place.state.cut_off = True
+            await asyncio.sleep(2 * GONE_AFTER_S)
+            assert not peers.is_gone(a), "unseen is not gone"
+            place.state.cut_off = False
+            await asyncio.sleep(GONE_AFTER_S - 2 * BEAT_S)
+            assert not peers.is_gone(a)
+            await asyncio.sleep(4 * BEAT_S)
+            assert peers.is_gone(a)
+            assert not peers.is_gone(b)
+
+    on_one_host(check)
+
+
+def test_one_reading_of_an_emptied_registry_makes_nobody_gone():
+    async def check(place):
+        await place.register("a")
+        peers = place.peers(await place.transfer("me"))
+        await peers.refresh()
+        await asyncio.sleep(2 * GONE_AFTER_S)
+        place.store.flush()
+        await peers.refresh()
+        assert not peers.is_gone(Incarnation("a"))
 
     on_one_host(check)
