@@ -369,6 +369,7 @@ async def _chunks(hold: Hold, cursor: Cursor, *, keep_alive_s: float) -> AsyncGe
             yield b"".join(parts)
         if finished:
             break
+        hold.check()
         if hold.story is not story or story.events_behind(cursor) or story.finished:
             continue
         try:

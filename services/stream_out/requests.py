@@ -316,6 +316,7 @@ async def _look(hold: Hold) -> None:
     try:
         async with asyncio.timeout(LOOK_TIMEOUT_S):
             await hold.caught_up.wait()
+            hold.check()
     except TimeoutError as error:
         raise _try_again("the request could not be looked up in time") from error
 

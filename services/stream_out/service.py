@@ -265,6 +265,13 @@ class StreamOut:
         return max(min(starts), await reader.beginning_offset(partition))
 
     async def _read_follower(self, reader: Reader, hold: Hold, end_offset: int) -> None:
+        try:
+            await self._read_to_its_end(reader, hold, end_offset)
+        except Exception:
+            hold.break_off()
+            raise
+
+    async def _read_to_its_end(self, reader: Reader, hold: Hold, end_offset: int) -> None:
         while not hold.story.finished:
             if hold.log.position >= end_offset:
                 hold.caught_up.set()

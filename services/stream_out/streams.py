@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from services.stream_out.events import EventMaker, StreamEvent
 from services.stream_out.sse import Cursor
+from shared.errors import Overloaded
 from shared.policy.fold import Change, PartitionFold, RequestState, Voided
 from shared.request import RequestId
 from shared.text.tokeniser import Tokeniser
@@ -103,10 +104,23 @@ class Hold:
         self.story = story
         self.caught_up = asyncio.Event()
         self.headers: dict[str, str] = {REQUEST_ID_HEADER: story.request_id}
+        self._is_broken = False
+
+    def break_off(self) -> None:
+        """Nobody reads the story on: who waits for news of it hears so."""
+        self._is_broken = True
+        self.caught_up.set()
+        self.story.wake()
+
+    def check(self) -> None:
+        """Raises Overloaded where no news can come any more."""
+        if self._is_broken:
+            raise Overloaded("the request could not be read on here; it goes on", retry_after_s=1.0)
 
     async def wait(self, is_so: Callable[[Story], bool]) -> Story:
-        """Wait until `is_so` holds of the story."""
+        """Wait until `is_so` holds of the story. Raises Overloaded."""
         while not is_so(self.story):
+            self.check()
             await self.story.news()
         return self.story
 

@@ -278,6 +278,31 @@ async def test_what_ended_is_found_by_a_new_owner_though_the_store_lost_its_memo
 
 
 @scenario
+async def test_a_client_whose_reader_died_of_a_defect_is_cut_off_and_not_kept_waiting(world):
+    a = await world.owner("a")
+    exchange = a.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    b = await world.node("b", keep_alive_s=1e6)
+    job.serve(IDS[:6], finish=None)
+    resumed = b.call("GET", f"/v1/requests/{job.id}/events")
+    await resumed.events_until(2)
+
+    def take(log, record):
+        raise RuntimeError("a defect")
+
+    fine, b.edge._take = b.edge._take, take
+    job.serve(IDS[:7], start=6, finish=None)
+    await resumed.done()
+    assert not resumed.body.endswith(b"data: [DONE]\n\n")
+    assert (await b.call("GET", f"/v1/requests/{job.id}").done()).status == 503
+    b.edge._take = fine
+    job.serve(IDS, start=7)
+    again = b.call("GET", f"/v1/requests/{job.id}/events")
+    assert (await again.done()).events == (await exchange.done()).events
+
+
+@scenario
 async def test_clients_of_a_lost_partition_are_served_on(world):
     """Twelve requests at an edge that gives half of its partitions to a second one, and gets them back."""
     a = await world.owner("a")
