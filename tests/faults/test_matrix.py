@@ -85,6 +85,14 @@ class Scene:
         self._known.update(new)
         assert new == []
 
+    async def one_of_each_cut(self, kind):
+        """A decode worker whose connections fall silent, and a prefill worker whose connections are reset."""
+        async with self.under_load():
+            await asyncio.gather(
+                self.injector.cut(kind, self.some("decode"), Path.FROZEN, CUT_S),
+                self.injector.cut(kind, self.some("prefill"), Path.RESET, CUT_S),
+            )
+
     def _all_begun(self, clients):
         long = [capture for capture in clients.captures if capture.name.startswith("long-")]
         return len(long) == NUM_STREAMS and all(len(capture.events) >= BEGUN_EVENTS for capture in long)
@@ -117,30 +125,33 @@ async def scene(tmp_path_factory):
         yield opened
 
 
-@pytest.mark.parametrize("role", ROLES)
-async def test_killed(scene, role):
+async def test_killed(scene):
     async with scene.under_load():
-        await scene.injector.kill(scene.some(role))
-
-
-@pytest.mark.parametrize("role", ROLES)
-async def test_stopped_for_longer_than_the_lease_and_woken(scene, role):
-    async with scene.under_load():
-        await scene.injector.pause(scene.some(role, 1), 2 * LEASE_S)
-
-
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-async def test_hung_engine_step(scene, role):
-    async with scene.under_load():
-        await scene.injector.hang(scene.some(role))
-
-
-@pytest.mark.parametrize("role", ROLES)
-async def test_rolling_restart(scene, role):
-    async with scene.under_load():
-        for seat in scene.cluster.of(role):
-            await scene.injector.term(seat)
+        for role in ROLES:
+            await scene.injector.kill(scene.some(role))
             await scene.cluster.all_ready()
+
+
+async def test_stopped_for_longer_than_the_lease_and_woken(scene):
+    async with scene.under_load():
+        for role in ROLES:
+            await scene.injector.pause(scene.some(role, 1), 2 * LEASE_S)
+            await scene.cluster.all_ready()
+
+
+async def test_hung_engine_step(scene):
+    async with scene.under_load():
+        for role in ("decode", "prefill"):
+            await scene.injector.hang(scene.some(role))
+            await scene.cluster.all_ready()
+
+
+async def test_rolling_restart(scene):
+    async with scene.under_load():
+        for role in ROLES:
+            for seat in scene.cluster.of(role):
+                await scene.injector.term(seat)
+                await scene.cluster.all_ready()
 
 
 async def test_edge_killed_while_clients_stream_and_resume_on_the_other(scene):
@@ -171,23 +182,19 @@ async def test_kafka_away_for_long(scene):
         await scene.injector.kill_server(Kind.BROKER_KILL, scene.cluster.brokers[0], KAFKA_AWAY_S)
 
 
-@pytest.mark.parametrize(("role", "how"), [("decode", Path.FROZEN), ("prefill", Path.RESET)])
-async def test_worker_cut_from_only_redis(scene, role, how):
-    async with scene.under_load():
-        await scene.injector.cut(Kind.CUT_REDIS, scene.some(role), how, CUT_S)
+async def test_worker_cut_from_only_redis(scene):
+    await scene.one_of_each_cut(Kind.CUT_REDIS)
 
 
-@pytest.mark.parametrize(("role", "how"), [("decode", Path.FROZEN), ("prefill", Path.RESET)])
-async def test_worker_cut_from_only_kafka(scene, role, how):
-    async with scene.under_load():
-        await scene.injector.cut(Kind.CUT_KAFKA, scene.some(role), how, CUT_S)
+async def test_worker_cut_from_only_kafka(scene):
+    await scene.one_of_each_cut(Kind.CUT_KAFKA)
 
 
-@pytest.mark.parametrize("how", [Path.RESET, Path.FROZEN])
-async def test_prefill_workers_cut_from_only_their_peers(scene, how):
-    async with scene.under_load():
-        cuts = [scene.injector.cut(Kind.CUT_PEERS, seat, how, CUT_S) for seat in scene.cluster.of("prefill")]
-        await asyncio.gather(*cuts)
+async def test_prefill_workers_cut_from_only_their_peers(scene):
+    for how in (Path.RESET, Path.FROZEN):
+        async with scene.under_load():
+            cuts = [scene.injector.cut(Kind.CUT_PEERS, seat, how, CUT_S) for seat in scene.cluster.of("prefill")]
+            await asyncio.gather(*cuts)
 
 
 async def test_one_broker_of_three_killed_and_restarted(tmp_path):

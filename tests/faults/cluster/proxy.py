@@ -12,6 +12,9 @@ from enum import StrEnum
 
 HOST = "127.0.0.1"
 
+ACCEPTING_S = 0.05
+"""What was accepted just before the end becomes a connection within this, and is aborted: else its socket is left."""
+
 
 class Path(StrEnum):
     OPEN = "open"
@@ -42,6 +45,7 @@ class Proxy:
         self._server.close()
         self.path = Path.RESET
         self._thawed.set()
+        await asyncio.sleep(ACCEPTING_S)
         await asyncio.gather(*self.tasks)  # cancelled in the midst of connecting they would leave a socket
         for end in tuple(self.ends):
             end.transport.abort()
