@@ -36,8 +36,7 @@ def worker(incarnation: Incarnation) -> str:
 
 
 def worker_credits(incarnation: Incarnation) -> str:
-    """Hash: placement -> "pages ends_ms" taken on that worker, and `total`, the sum of all pages; it outlasts the worker
-    by a while."""
+    """Hash: placement -> "pages ends_ms" taken on that worker; `total`: their sum. Outlasts the worker for a while."""
     return f"{PREFIX}:credits:{incarnation}"
 
 

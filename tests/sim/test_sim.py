@@ -32,6 +32,14 @@ def test_nothing_is_lost_doubled_or_spliced():
     assert sum(outcome.num_faults for outcome in outcomes) > NUM_SCHEDULES
 
 
+ONCE_FOUND = (106672, 116119, 127685, 128130)
+"""A stopped arrival that the engine refuses; tickets of a prefill worker that is gone, unknown to any owner."""
+
+
+def test_what_was_found_and_mended_stays_so():
+    assert {outcome.seed: outcome.findings for outcome in run_seeds(ONCE_FOUND) if outcome.findings} == {}
+
+
 def test_a_schedule_goes_the_same_way_each_time():
     first, second = ([outcome.digest for outcome in run_seeds(range(4))] for _ in range(2))
     assert first == second
