@@ -126,6 +126,7 @@ async def check_buried(serving, key, value, place, result) -> None:
         "source-partition": str(place.partition).encode(),
         "source-offset": str(place.offset).encode(),
         "source-bytes": str(len(body)).encode(),
+        "tenant": result["tenant"].encode(),
     }
 
 
