@@ -12,13 +12,13 @@ NUM_SCHEDULES = 200
 
 KNOWN = {
     "placement-id": (61, 202),
-    "open-compare-and-set": (29, 30, 37),
+    "open-compare-and-set": (216, 294, 405),
     "read-back": (3, 61, 108),
     "work-before-open": (71, 335),
     "ack-before-token": (1, 3, 5),
     "finished-ids": (5, 18, 23),
     "held-gaps": (4, 18, 20),
-    "blind-judge": (29, 30, 128),
+    "blind-judge": (243, 312, 377),
 }
 """Seeds whose schedules miss the rule. What runs when changes with the services: then others do, and are looked for."""
 
