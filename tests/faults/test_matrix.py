@@ -199,6 +199,5 @@ async def test_prefill_workers_cut_from_only_their_peers(scene):
 
 async def test_one_broker_of_three_killed_and_restarted(tmp_path):
     async with open_scene(tmp_path, Shape(brokers=3, edges=1, ingests=1, prefills=1, decodes=2)) as scene:
-        for broker in scene.cluster.brokers[:2]:
-            async with scene.under_load():
-                await scene.injector.kill_server(Kind.BROKER_KILL, broker, 1.0)
+        async with scene.under_load():
+            await scene.injector.kill_server(Kind.BROKER_KILL, scene.cluster.brokers[0], 1.0)
