@@ -198,6 +198,6 @@ async def test_prefill_workers_cut_from_only_their_peers(scene):
 
 
 async def test_one_broker_of_three_killed_and_restarted(tmp_path):
-    async with open_scene(tmp_path, Shape(brokers=3, edges=1, ingests=1, prefills=1, decodes=2)) as scene:
-        async with scene.under_load():
-            await scene.injector.kill_server(Kind.BROKER_KILL, scene.cluster.brokers[0], 1.0)
+    shape = Shape(brokers=3, edges=1, ingests=1, prefills=1, decodes=2)
+    async with open_scene(tmp_path, shape) as scene, scene.under_load():
+        await scene.injector.kill_server(Kind.BROKER_KILL, scene.cluster.brokers[0], 1.0)

@@ -44,7 +44,10 @@ class SecuredWorld(RedisWorld):
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(redis):
+async def world(redis, monkeypatch):
+    # Twenty TLS connections at once take longer than that on a busy machine.
+    monkeypatch.setattr("shared.state.redis.ATTEMPT_TIMEOUT_S", 5.0)
+    monkeypatch.setattr("shared.state.redis.CALL_TIMEOUT_S", 10.0)
     async with redis_state(redis.url, redis.access()) as state, redis_state(redis.url, redis.operator) as operator:
         world = SecuredWorld(state, operator)
         await world.flush()
