@@ -16,7 +16,7 @@ from shared.errors import EdgeDraining, Overloaded, RateLimited
 from shared.observe.log import Logger
 from shared.policy.admission import TenantLimits, max_wait_s, predicted_wait_s
 from shared.request import RequestId
-from shared.state.keys import LEASE_MS
+from shared.state.keys import LEASE_MS, LEASE_S
 from shared.state.port import PublishedBacklog, State, StateUnavailable
 
 FULL_RETRY_S = 1.0
@@ -31,7 +31,7 @@ CLIENTS_A_REQUEST = 4
 ON_THE_WAY_S = 0.5
 """A job is counted by ingest so long after it was accepted, or before."""
 
-MAX_AGE_S = 2 * LEASE_MS / 1000 + ON_THE_WAY_S
+MAX_AGE_S = 2 * LEASE_S + ON_THE_WAY_S
 """What was accepted longer ago than this every report counts: older reports are not used."""
 
 PLACE_SLACK_S = 60.0
@@ -114,7 +114,7 @@ class Admission:
     def check_wait(self, deadline_s: float) -> None:
         """Raises Overloaded if a request would wait too long for its placement."""
         now_s = self._clock_s()
-        if now_s - self._read_s > LEASE_MS / 1000:
+        if now_s - self._read_s > LEASE_S:
             self._metrics.unlimited.inc()
             return
         wait_s = predicted_wait_s([each.report for each in self._backlogs], self._num_accepted_since())

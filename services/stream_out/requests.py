@@ -14,7 +14,7 @@ from shared.bus.port import BusUnavailable
 from shared.errors import IdempotencyConflict, Overloaded, RateLimited, RequestNotFound
 from shared.policy.admission import TenantLimits
 from shared.request import FinishReason, RequestId, keyed_request_id, partition_of
-from shared.state.keys import LEASE_MS
+from shared.state.keys import LEASE_S
 from shared.state.port import StateUnavailable
 from shared.wire.openai_answers import usage_body
 from shared.wire.to_ingest import (
@@ -179,7 +179,7 @@ class Requests:
     async def _admit(self, hold: Hold, submission: Submission) -> None:
         """Refuse what would wait too long or is over its tenant's limits. Raises Overloaded, RateLimited."""
         admission, caller = self._edge.admission, submission.caller
-        if self._edge.bus.silent_s() > LEASE_MS / 1000:
+        if self._edge.bus.silent_s() > LEASE_S:
             raise _try_again("the log does not take requests now")
         admission.check_wait(submission.deadline_s)
         request_id = hold.story.request_id

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from shared.request import Incarnation
-from shared.state.keys import LEASE_MS
-
-LEASE_S = LEASE_MS / 1000
+from shared.state.keys import LEASE_MS, LEASE_S
 
 SILENCE_S = LEASE_S / 2
 """A log that is there answers twice a second. Workers say after a lease that it is away: a judge whom it does not

@@ -13,6 +13,8 @@ BEAT_INTERVAL_S = 0.5
 LEASE_MS = 2000
 """...and lost after this long without."""
 
+LEASE_S = LEASE_MS / 1000
+
 WORKER_TRACES_MS = 60_000
 """How long a worker's credits and block feed outlast its last beat."""
 

@@ -238,7 +238,7 @@ class Worker:
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             draining=self._draining,
-            log_away=self._parts.bus.silent_s() > keys.LEASE_MS / 1000,
+            log_away=self._parts.bus.silent_s() > keys.LEASE_S,
         )
 
     async def _beat_for_ever(self, slot: int, engine: EngineThread) -> None:

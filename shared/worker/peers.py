@@ -21,7 +21,7 @@ from shared.wire.topics import NUM_SLOTS
 LONGEST_RETRY_S = 30.0
 """A peer that cannot be connected to is tried again after a beat, then after twice as long, at last so often."""
 
-GONE_AFTER_S = 5 * keys.LEASE_MS / 1000
+GONE_AFTER_S = 5 * keys.LEASE_S
 """A peer is gone when the registry, read all the time, has not named it for so long."""
 
 SOURCES = {Role.DECODE: frozenset({Role.PREFILL}), Role.PREFILL: frozenset[Role]()}
@@ -159,7 +159,7 @@ class Peers:
 
     def _note_seen(self, workers: Sequence[LiveWorker]) -> None:
         now_s = self._clock_s()
-        if now_s - self._read_s > keys.LEASE_MS / 1000:
+        if now_s - self._read_s > keys.LEASE_S:
             self._read_since_s = now_s
         self._read_s = now_s
         self._seen_s = {peer: at_s for peer, at_s in self._seen_s.items() if at_s >= now_s - GONE_AFTER_S}
