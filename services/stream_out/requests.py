@@ -269,9 +269,25 @@ class Requests:
                     self._edge.spawn(self._depart(stack.pop_all(), hold, stream))
 
     async def _arrive(self, hold: Hold, stream: str) -> None:
-        story = await hold.wait(lambda story: story.decided)
+        while not hold.story.decided:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    await hold.wait(lambda story: story.decided)
+            except TimeoutError:
+                if await self._comes_to_nothing(hold.story.request_id):
+                    hold.break_off()
+                    return
+        story = hold.story
         if _needs_company(story):
             await self._edge.tell(Attach(story.request_id, self._edge.incarnation, stream))
+
+    async def _comes_to_nothing(self, request_id: RequestId) -> bool:
+        """Whether a request that was accepted, and that the log does not tell of here, is not waited for in the right
+        place: it began before what is read here, or it is none any more."""
+        try:
+            return await self._tenant_of(request_id) is None or await self._edge.has_begun(request_id)
+        except (Overloaded, BusUnavailable):
+            return False
 
     async def _depart(self, stack: AsyncExitStack, hold: Hold, stream: str) -> None:
         # Before its `open` the request attaches nobody, and the `open` would come behind our Detach and undo it.

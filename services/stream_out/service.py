@@ -68,6 +68,8 @@ LOOK_TIMEOUT_S = 10.0
 HINTS_COMPLETE_AFTER_MS = int((MAX_DEADLINE_S + FORGET_AFTER_S) * 1000)
 """A store that has kept its memory for so long knows every request that ended a moment ago."""
 
+CATCH_UP_POLL_S = 0.005
+
 HINT_SLACK_RECORDS = 1000
 """Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
 
@@ -206,11 +208,29 @@ class StreamOut:
         found = self._partitions.get(partition_of(request_id))
         if found is not None and found.owner is not None and found.owner.settled and hint is None:
             with found.log.hold(request_id) as hold:
-                hold.caught_up.set()
-                yield hold
+                task = self.spawn(self._catch_up(hold))
+                try:
+                    yield hold
+                finally:
+                    task.cancel()
             return
         async with self._follower(request_id, hint, is_new=is_new) as hold:
             yield hold
+
+    async def _catch_up(self, hold: Hold) -> None:
+        """This edge may have stood still: what it has read tells nothing of a request that it does not know."""
+        try:
+            end_offset = await self._reader.end_offset(partition_of(hold.story.request_id))
+        except BusUnavailable:
+            hold.break_off()
+            return
+        while hold.log.position < end_offset:  # noqa: ASYNC110 - the hold may move to another log, told of by nobody
+            await asyncio.sleep(CATCH_UP_POLL_S)
+        hold.caught_up.set()
+
+    async def has_begun(self, request_id: RequestId) -> bool:
+        """Whether the request has a first record somewhere. Raises BusUnavailable."""
+        return await self._find(request_id) is not None
 
     async def _find(self, request_id: RequestId) -> RequestHint | None:
         try:

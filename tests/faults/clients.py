@@ -249,7 +249,11 @@ class _Exchanges:
             while clients.clock_s() < give_up_s:
                 self._edge = clients.rng.choice([edge for edge in clients.edges if edge != self._edge] or clients.edges)
                 try:
-                    await self._attempt()
+                    # A stream that is kept alive and comes to no end has none.
+                    async with asyncio.timeout(give_up_s - clients.clock_s()):
+                        await self._attempt()
+                except TimeoutError:
+                    break
                 except Broken as broken:
                     if not isinstance(broken, NotConnected):
                         self._may_ask_again()

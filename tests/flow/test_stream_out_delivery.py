@@ -5,7 +5,9 @@ import pytest
 
 from services.stream_out.takeover import Done, TakeOver
 from shared.bus.sending import Unsent
+from shared.policy.admission import TenantLimits
 from shared.request import FinishReason, PlacementId, RequestId, keyed_request_id, partition_of
+from shared.state.port import RequestHint
 from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER
 from shared.wire.to_stream_out import Attach, Cut, Detach, Open
 from tests.flow.edges import CHAT, COMPLETION, DECODE, IDS, PREFILL, TEXT, run_virtually, scenario, texts, world
@@ -275,6 +277,52 @@ async def test_what_ended_is_found_by_a_new_owner_though_the_store_lost_its_memo
     await asyncio.sleep(5)
     await assert_found(b, job, exchange)
     assert len(world.results()) == 1
+
+
+@scenario
+async def test_an_edge_that_stood_still_reads_on_before_it_says_that_there_is_no_such_request(world):
+    a = await world.owner("a")
+    posted = a.call("POST", "/v1/completions", COMPLETION | {"stream": True}, idempotency_key="k")
+    job = await world.job()
+    posted.leave()
+    await posted.done()
+
+    async def nothing(timeout_s):
+        await asyncio.sleep(timeout_s)
+        return ()
+
+    read, a.edge._reader.read = a.edge._reader.read, nothing
+    await asyncio.sleep(1)
+    job.open(note=False)
+    world.store.flush()
+    resumed = a.call("GET", f"/v1/requests/{job.id}/events")
+    await asyncio.sleep(1)
+    assert resumed.status is None
+    a.edge._reader.read = read
+    job.serve()
+    assert texts((await resumed.done()).events) == TEXT
+
+
+@pytest.mark.parametrize("found_elsewhere", [False, True])
+def test_nobody_waits_for_ever_for_a_request_that_the_log_does_not_tell_of(found_elsewhere):
+    async def live():
+        async with world() as made:
+            a = await made.owner("a")
+            name = RequestId("req-ghost")
+            await a.state.take_place("default", name, TenantLimits(), num_tokens=3, keep_ms=3_600_000)
+            stream = a.call("GET", f"/v1/requests/{name}/events")
+            await asyncio.sleep(30)
+            assert stream.status == 200
+            assert not stream.task.done()
+            if found_elsewhere:
+                await a.state.note_request(name, RequestHint(partition_of(name), 0), keep_ms=60_000)
+            else:
+                await a.state.leave_place(name, num_tokens=0)
+            await asyncio.sleep(15)
+            assert stream.task.done()
+            assert not stream.body.endswith(b"data: [DONE]\n\n")
+
+    run_virtually(live())
 
 
 @scenario

@@ -33,6 +33,9 @@ LONGEST_SERVER_DOWN_S = 1.0
 """How long who was killed stays away at most, beside his start."""
 
 
+BACK_WITHIN_S = 60.0
+"""A process that takes longer to end and to be started again never will."""
+
 BEARABLE_S = 0.6
 """So short that nobody's lease runs out."""
 
@@ -263,8 +266,9 @@ class Injector:
         num_lives = len(seat.lives)
         seat.held_back_s = down_s
         seat.end(signal_number)
-        while len(seat.lives) == num_lives:
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(BACK_WITHIN_S):
+            while len(seat.lives) == num_lives:
+                await asyncio.sleep(0.02)
         self._done(fault)
 
     async def pause(self, seat, for_s):

@@ -17,7 +17,7 @@ from shared.text.tokeniser import Tokeniser
 from shared.wire.results import RESULT_DECODER
 from tests.faults import history
 from tests.faults.capture import write_captures
-from tests.faults.clients import Clients, Mix, draw_wants
+from tests.faults.clients import END_SLACK_S, Clients, Mix, draw_wants
 from tests.faults.cluster.cluster import GRACE_S, MODEL, Shape, running_cluster
 from tests.faults.cluster.faults import Injector, draw_plans, unexplained_ends
 from tests.faults.cluster.recovery import ALONE_BEFORE_S, recoveries, summary
@@ -80,9 +80,11 @@ class Load:
 
     clients: Clients
     stopping: bool = False
+    _mix: Mix = None
     _task: asyncio.Task = None
 
     def begin(self, mix, seed):
+        self._mix = mix
         self._task = asyncio.create_task(self.clients.run_all(self._wants(mix, seed), math.inf))
 
     def _wants(self, mix, seed):
@@ -92,9 +94,13 @@ class Load:
             yield want
 
     async def end(self):
-        """No more requests; wait until all have their outcome."""
+        """No more requests; wait until all have their outcome. Who gets none is sent home: the history tells."""
         self.stopping = True
-        await self._task
+        _, waiting = await asyncio.wait({self._task}, timeout=self._mix.timeout_s + 2 * END_SLACK_S)
+        if waiting:
+            await self.cancel()
+        else:
+            self._task.result()
 
     async def cancel(self):
         """Whoever still waits is sent home."""

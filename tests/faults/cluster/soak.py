@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, defaultdict
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -34,17 +34,19 @@ class Sampler:
 
     @asynccontextmanager
     async def running(self):
-        task = asyncio.create_task(self._run())
+        over = asyncio.Event()
+        task = asyncio.create_task(self._run(over))
         try:
             yield self
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            over.set()  # no cancel: a library in the middle of a sample may take it for its own, and it is lost
+            await task
 
-    async def _run(self):
-        while True:
+    async def _run(self, over):
+        while not over.is_set():
             await self.sample()
-            await asyncio.sleep(INTERVAL_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), INTERVAL_S)
 
     async def sample(self):
         async with httpx.AsyncClient(timeout=5.0) as http:
