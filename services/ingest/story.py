@@ -14,8 +14,8 @@ from shared.state.port import Placement, RequestHint, State, StateUnavailable
 from shared.wire.codec import encode
 from shared.wire.to_ingest import Resume, body_hash
 from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody, Open, View
-from shared.wire.to_worker import Assignment, PrefillWork
-from shared.wire.topics import DEAD_LETTER, PREFILL, STREAM_OUT
+from shared.wire.to_worker import Assignment, LocalWork, PrefillWork
+from shared.wire.topics import DEAD_LETTER, DECODE, PREFILL, STREAM_OUT, Topic
 from shared.wire.wire_format import WireFormat
 
 HINT_KEEP_S = 3600
@@ -38,11 +38,8 @@ class StoryWriter:
         """Work record, then `open`, each acknowledged: an `open` always stands for work that is on its way."""
         job = waiting.admitted.job
         placed_s = self._clock_s()
-        max_wire_loss = self._wire_loss.allowed(job.tenant)
-        work = PrefillWork(
-            assignment(waiting, placement, max_wire_loss), waiting.ids, placement.prefill, placement.decode
-        )
-        await self._producer.send(PREFILL.name, placement.prefill.slot, encode(work))
+        topic, work = work_of(waiting, placement, self._wire_loss.allowed(job.tenant))
+        await self._producer.send(topic.name, work.target.slot, encode(work))
         await self._tell(
             job,
             Open(
@@ -109,6 +106,16 @@ class StoryWriter:
         await self._producer.send(
             DEAD_LETTER.name, letter.partition, letter.value, key=letter.key, headers=letter.headers
         )
+
+
+def work_of(
+    waiting: Waiting, placement: Placement, max_wire_loss: WireFormat
+) -> tuple[Topic, PrefillWork | LocalWork]:
+    """The first worker's part, and where that worker reads it. One worker alone has nobody to hand it to."""
+    given = assignment(waiting, placement, max_wire_loss)
+    if placement.prefill == placement.decode:
+        return DECODE, LocalWork(given, waiting.ids, placement.decode)
+    return PREFILL, PrefillWork(given, waiting.ids, placement.prefill, placement.decode)
 
 
 def assignment(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> Assignment:

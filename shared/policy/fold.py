@@ -132,7 +132,7 @@ class ChoiceState:
             return ()
         if self.decode_began:
             return (self.placement.decode,)
-        return (self.placement.prefill, self.placement.decode)
+        return _workers_of(self.placement)
 
 
 @dataclass(slots=True)
@@ -302,9 +302,16 @@ def _hold(choice: ChoiceState, entry: FrameEntry, worker: WorkerRef) -> None:
     choice.held.setdefault(entry.placement, []).append((entry, worker))
 
 
+def _workers_of(placement: Open) -> tuple[WorkerRef, ...]:
+    """Whoever works for it; one alone where the decode worker computes the prompt too."""
+    if placement.prefill == placement.decode:
+        return (placement.decode,)
+    return (placement.prefill, placement.decode)
+
+
 def _void_open(message: Open) -> Iterator[Change]:
-    yield Voided(message.request_id, message.placement, message.prefill)
-    yield Voided(message.request_id, message.placement, message.decode)
+    for worker in _workers_of(message):
+        yield Voided(message.request_id, message.placement, worker)
 
 
 def _void_held(choice: ChoiceState) -> Iterator[Change]:

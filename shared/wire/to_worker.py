@@ -98,6 +98,20 @@ class DecodeWork:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalWork:
+    """Compute KV of `ids` on the decode worker itself and go on behind them: no other worker has a part in it.
+
+    Attributes:
+        ids: prompt and accepted tokens.
+        target: the decode worker this is for.
+    """
+
+    assignment: Assignment
+    ids: WireIds
+    target: WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
 class FirstToken:
     """The token behind the ids of a `DecodeWork` stands in the log: go on behind it.
 
@@ -119,7 +133,7 @@ class Stop:
 
 
 ToPrefill = PrefillWork | Stop
-ToDecode = DecodeWork | FirstToken | Stop
+ToDecode = DecodeWork | LocalWork | FirstToken | Stop
 
 TO_PREFILL_DECODER: Decoder[ToPrefill] = Decoder(PrefillWork, Stop)
-TO_DECODE_DECODER: Decoder[ToDecode] = Decoder(DecodeWork, FirstToken, Stop)
+TO_DECODE_DECODER: Decoder[ToDecode] = Decoder(DecodeWork, LocalWork, FirstToken, Stop)

@@ -17,6 +17,7 @@ from shared.wire.to_worker import (
     TO_PREFILL_DECODER,
     DecodeWork,
     FirstToken,
+    LocalWork,
     PrefillWork,
     Stop,
 )
@@ -257,7 +258,7 @@ def _was_told(world: World, placement: PlacementId) -> bool:
                 if message.target.incarnation not in live:
                     continue
                 match message:
-                    case PrefillWork() | DecodeWork():
+                    case PrefillWork() | LocalWork() | DecodeWork():
                         found = message.assignment.placement
                     case Stop() | FirstToken():
                         found = message.placement

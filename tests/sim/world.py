@@ -27,7 +27,7 @@ from shared.wire import topics
 from shared.wire.codec import Decoder
 from shared.wire.to_ingest import RESUME_DECODER
 from shared.wire.to_stream_out import STREAM_OUT_DECODER, Frame
-from shared.wire.to_worker import TO_DECODE_DECODER, TO_PREFILL_DECODER, DecodeWork, PrefillWork
+from shared.wire.to_worker import TO_DECODE_DECODER, TO_PREFILL_DECODER, DecodeWork, LocalWork, PrefillWork
 from shared.worker.host import WorkerLimits
 from tests.fake_tokeniser import fake_tokeniser
 from tests.flow.system import MODEL, System
@@ -266,7 +266,7 @@ def _short(message: Any) -> str:
             for each in message.entries
         )
         return f"Frame of {message.worker.incarnation}: {'; '.join(made)}"
-    if isinstance(message, PrefillWork | DecodeWork):
+    if isinstance(message, PrefillWork | LocalWork | DecodeWork):
         assignment = message.assignment
         return f"{type(message).__name__} {assignment.request_id}[{assignment.choice}] {assignment.placement}"
     names = ("request_id", "choice", "epoch", "placement", "prefill", "decode", "target", "reason", "outcome", "lost")

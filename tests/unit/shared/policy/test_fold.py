@@ -389,3 +389,14 @@ def test_prefill_is_needed_until_decode_has_said_something_that_counts():
     assert needed(an_open("a"), first, a_frame("a", 1, [2])) == ["d"]
     assert needed(an_open("a"), first, a_frame("a", 1, [2]), a_cut(2)) == []
     assert needed(an_open("a"), first, a_frame("a", 1, [2]), a_cut(2), an_open("b", epoch=2)) == ["p", "d"]
+
+
+def test_a_placement_on_one_worker_needs_it_once_and_is_voided_there_once():
+    local = Open(REQUEST, 0, 1, PlacementId("a"), DECODE, DECODE, a_view())
+    state, _ = fold_all(local)
+    assert state.choice(0).needed == (DECODE,)
+    state, changes = fold_all(local, a_frame("a", 0, [7], FinishReason.LENGTH))
+    assert state.finished
+    assert Voided not in kinds(changes), "who ended it holds nothing more"
+    _, changes = fold_all(local, a_frame("a", 0, [7]), a_cut(2))
+    assert [change.worker for change in changes if isinstance(change, Voided)] == [DECODE]

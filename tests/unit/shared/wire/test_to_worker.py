@@ -12,6 +12,7 @@ from shared.wire.to_worker import (
     DecodeWork,
     FirstToken,
     KvTicket,
+    LocalWork,
     PrefillWork,
     Stop,
 )
@@ -27,6 +28,7 @@ IDS = token_ids((1, 2, 3))
 TO_PREFILL = [PrefillWork(ASSIGNMENT, IDS, WORKER, WORKER), Stop(PlacementId("a"), WORKER)]
 TO_DECODE = [
     DecodeWork(ASSIGNMENT, IDS, WORKER, TICKET),
+    LocalWork(ASSIGNMENT, IDS, WORKER),
     FirstToken(PlacementId("a"), WORKER, 0),
     Stop(PlacementId("a"), WORKER),
 ]
@@ -42,7 +44,7 @@ def test_every_message_comes_back_as_it_was(decoder, messages):
 
 
 def test_a_worker_takes_only_what_is_for_its_role():
-    for message in TO_DECODE[:2]:
+    for message in TO_DECODE[:3]:
         with pytest.raises(UndecodableMessage):
             TO_PREFILL_DECODER.decode(encode(message))
     with pytest.raises(UndecodableMessage):
