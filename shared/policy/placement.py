@@ -7,20 +7,53 @@ from shared.blocks import PAGE_TOKENS, pages_for
 from shared.policy.holders import Holders
 from shared.policy.views import ClusterView, RequestView, WorkerView
 from shared.request import WorkerRef
+from shared.wire.explanation import Explanation
 
-EXPECTED_OUTPUT_TOKENS = 256
-"""Credits are taken for this many new tokens at most: few answers use their whole max_tokens, and a worker that runs
-out of pages preempts. Prediction takes this constant's place."""
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the operator wants of placements.
+
+    Attributes:
+        ttft_goal_s: time to the first token within which a request counts as served well.
+        tpot_goal_s: mean time of each later token, likewise.
+        num_decode_candidates: the best so many decode workers are tried with all prefill workers.
+        local_prefill: a decode worker may compute a prompt itself.
+        fetch: a worker may get a prompt's beginning from another that holds it.
+    """
+
+    ttft_goal_s: float
+    tpot_goal_s: float
+    num_decode_candidates: int = 4
+    local_prefill: bool = True
+    fetch: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Whoever computes the prompt gets those of its first `num_pages` pages that it lacks from `source`."""
+
+    source: WorkerRef
+    num_pages: int
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A decision, with the credits it takes."""
+    """A decision, with the credits it takes.
+
+    Attributes:
+        prefill: computes the prompt; the same as `decode` if that does it itself.
+        num_prefill_pages: credit on `prefill`; 0 if that is `decode`.
+        prefill_s: predicted work on `prefill`.
+    """
 
     prefill: WorkerRef
     decode: WorkerRef
     num_prefill_pages: int
     num_decode_pages: int
+    prefill_s: float
+    fetch: Fetch | None
+    explanation: Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +75,16 @@ class NeverFits:
 Decision = Chosen | NoRoomNow | NeverFits
 
 
-def place(request: RequestView, cluster: ClusterView, holders: Holders, *, tie_break: int) -> Decision:
+def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: Rules, *, tie_break: int) -> Decision:
     """Choose workers for `request`; equal scores are settled by `tie_break`, any integer."""
     num_prefill_pages = pages_for(request.num_tokens)
-    num_decode_pages = pages_for(request.num_tokens + min(request.max_new_tokens, EXPECTED_OUTPUT_TOKENS))
+    num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
     limit_tokens = capacity_tokens(request.model, cluster)
     if limit_tokens is not None and request.num_tokens + request.max_new_tokens > limit_tokens:
         return NeverFits(limit_tokens)
 
     def uncached_pages(worker: WorkerView) -> int:
-        return num_prefill_pages - holders.overlap(worker.ref.incarnation, request.blocks)
+        return num_prefill_pages - holders.overlap(worker.ref.incarnation, request.blocks)[0]
 
     decoders = _with_room(cluster.decode, request.model, num_decode_pages)
     for decode in _best_first(decoders, lambda worker: _decode_score(worker, uncached_pages(worker)), tie_break):
@@ -61,7 +94,9 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, *, tie_b
             if worker.layout_fingerprint == decode.layout_fingerprint
         ]
         for prefill in _best_first(fitting, lambda worker: worker.num_credit_pages + uncached_pages(worker), tie_break):
-            return Chosen(prefill.ref, decode.ref, num_prefill_pages, num_decode_pages)
+            return Chosen(
+                prefill.ref, decode.ref, num_prefill_pages, num_decode_pages, 0.0, None, Explanation("", 0, ())
+            )
     return NoRoomNow()
 
 

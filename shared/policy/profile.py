@@ -1,4 +1,4 @@
-"""How long a worker's engine takes for a step: five measured speeds, and what follows from them.
+"""How long a worker's engine takes for a step and its link for a pull: measured speeds, and what follows from them.
 
 A step reads all weights once (`base_s`) and computes its prompt tokens meanwhile; from a certain number on these take
 longer than the reading (`token_s` each). Attention comes on top: of prompt tokens over the positions before them
@@ -61,6 +61,23 @@ class SpeedProfile:
     def decode_step_s(self, num_rows: int, num_context_tokens: int) -> float:
         """Predicted time of a step of decode rows alone."""
         return self.base_s + self.row_s * num_rows + self.context_s * num_context_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRate:
+    """How fast one worker pulls KV from another.
+
+    Attributes:
+        latency_s: of any pull, however small.
+        bytes_per_s: of the bytes after that; above 0.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    def pull_s(self, num_bytes: int) -> float:
+        """Predicted time to pull so much; nothing takes no time."""
+        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes > 0 else 0.0
 
 
 def num_pairs(num_new: int, num_before: int) -> int:
