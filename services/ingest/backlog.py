@@ -18,7 +18,7 @@ from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.admission import BacklogReport, WaitingLine
-from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, capacity_tokens, place
+from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, Rules, capacity_tokens, place
 from shared.policy.views import ClusterView, RequestView
 from shared.request import PlacementId
 from shared.state import keys
@@ -26,6 +26,9 @@ from shared.state.port import Placement, PlacementKey, State, StateUnavailable
 
 ROOM_POLL_S = 0.02
 STATE_RETRY_S = 0.1
+
+LIKELY_NEW_TOKENS = 256
+RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False, fetch=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +174,20 @@ class Backlog:
         return self._decide_by(await self._cluster.refresh(), waiting)
 
     def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision:
-        return place(self._request_view(waiting), view, self._cluster.holders, tie_break=self._num_placed)
+        return place(self._request_view(waiting), view, self._cluster.holders, RULES, tie_break=self._num_placed)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted = waiting.admitted
+        max_new_tokens = admitted.sampling.max_tokens - len(waiting.accepted_ids)
+        likely_new_tokens = min(max_new_tokens, LIKELY_NEW_TOKENS)
         return RequestView(
             request_id=admitted.job.request_id,
             choice=waiting.choice,
             model=admitted.spec.model,
             num_tokens=len(admitted.prompt_ids) + len(waiting.accepted_ids),
-            max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
+            max_new_tokens=max_new_tokens,
+            expected_new_tokens=likely_new_tokens,
+            reserve_new_tokens=likely_new_tokens,
             blocks=self._blocks(waiting),
         )
 
@@ -200,6 +207,7 @@ class Backlog:
             wanted,
             num_prefill_pages=chosen.num_prefill_pages,
             num_decode_pages=chosen.num_decode_pages,
+            prefill_s=chosen.prefill_s,
             keep_ms=max(int((job.deadline_s - self._clock_s()) * 1000), keys.LEASE_MS),
         )
         if placement is not None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from shared.blocks import PAGE_TOKENS
 from shared.observe.metrics import IngestMetrics
 from shared.policy.holders import Holders
 from shared.policy.placement import Chosen
@@ -76,7 +77,16 @@ class Cluster:
     async def follow_feeds(self) -> None:
         """Take what the workers announced since the last time. Raises StateUnavailable."""
         for entry in await self._state.read_block_feeds(self._cursors):
-            complete = self.holders.update(entry.incarnation, entry.sequence, entry.stored, entry.evicted)
+            news = entry.news
+            complete = self.holders.update(
+                entry.incarnation,
+                entry.sequence,
+                news.stored,
+                news.evicted,
+                news.host_stored,
+                news.host_evicted,
+                is_full=news.is_full,
+            )
             if not complete:
                 self._metrics.feed_gaps.inc()
             if entry.incarnation in self._cursors:
@@ -84,7 +94,12 @@ class Cluster:
 
 
 def _with_credit(worker: WorkerView, num_pages: int) -> WorkerView:
-    return replace(worker, num_credit_pages=worker.num_credit_pages + num_pages, num_credits=worker.num_credits + 1)
+    return replace(
+        worker,
+        num_credit_pages=worker.num_credit_pages + num_pages,
+        num_credits=worker.num_credits + 1,
+        num_context_tokens=worker.num_context_tokens + num_pages * PAGE_TOKENS,
+    )
 
 
 def worker_view(worker: LiveWorker) -> WorkerView:
@@ -98,5 +113,11 @@ def worker_view(worker: LiveWorker) -> WorkerView:
         max_running=worker.card.max_running,
         max_context=worker.card.max_context,
         layout_fingerprint=worker.card.layout_fingerprint,
+        max_batch_tokens=worker.card.max_batch_tokens,
+        page_bytes=worker.card.page_bytes,
+        profile=worker.load.profile,
+        links=worker.load.links,
+        queued_prefill_s=worker.credit_work_s,
+        num_context_tokens=worker.num_credit_pages * PAGE_TOKENS,
         takes_work=worker.load.takes_work,
     )

@@ -18,8 +18,9 @@ LEASE_S = LEASE_MS / 1000
 WORKER_TRACES_MS = 60_000
 """How long a worker's credits and block feed outlast its last beat."""
 
-BLOCK_FEED_LENGTH = 4096
-"""Entries kept of each worker's stream of stored and evicted blocks."""
+BLOCK_FEED_LENGTH = 512
+"""Entries kept of each worker's stream of stored and evicted blocks: minutes of them, or half a million blocks of a
+full list. Of at most 16 KiB each, so 8 MiB a worker at the very most."""
 
 
 def up() -> str:
@@ -33,18 +34,24 @@ def slot(slot_number: int) -> str:
 
 
 def worker(incarnation: Incarnation) -> str:
-    """Hash: card (JSON), load (JSON), num_pages; expires with the slot's lease."""
+    """Hash: card, load, speeds (JSON), num_pages; expires with the slot's lease."""
     return f"{PREFIX}:worker:{incarnation}"
 
 
 def worker_credits(incarnation: Incarnation) -> str:
-    """Hash: placement -> "pages ends_ms" taken on that worker; `total`: their sum. Outlasts the worker for a while."""
+    """Hash: placement -> "pages ends_ms work_us" taken on that worker; `total` and `work`: the sums of pages and of
+    microseconds. Outlasts the worker for a while."""
     return f"{PREFIX}:credits:{incarnation}"
 
 
 def block_feed(incarnation: Incarnation) -> str:
     """Stream: blocks stored and evicted by that worker; entry n has the id "n+1-0"; outlasts the worker by a while."""
     return f"{PREFIX}:blocks:{incarnation}"
+
+
+def blocks_wanted(incarnation: Incarnation) -> str:
+    """String: somebody asks the worker for the full list of its blocks; there until it announces one."""
+    return f"{PREFIX}:blocks-wanted:{incarnation}"
 
 
 def members(group: str) -> str:

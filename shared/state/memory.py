@@ -8,27 +8,30 @@ import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeVar
 
-from shared.blocks import BlockHash
 from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys
 from shared.state.port import (
     BlockFeedEntry,
+    BlockNews,
     LiveWorker,
     Placement,
     PlacementKey,
     PublishedBacklog,
+    Renewed,
     RequestHint,
     StateUnavailable,
     WorkerCard,
     WorkerLoad,
 )
 
-FEED_READ_LENGTH = 512
+FEED_READ_LENGTH = 8
+
+MICROSECONDS = 1_000_000
 
 UNITS = 60_000
 """As in take_place.lua."""
@@ -65,10 +68,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """Pages that a placement has taken, for as long as it may run."""
+    """Pages that a placement has taken, for as long as it may run, and the work it has brought."""
 
     num_pages: int
     ends_ms: int
+    work_us: int
 
 
 @dataclass(slots=True)
@@ -109,6 +113,7 @@ class Contents:
     placements: dict[PlacementKey, tuple[Placement, int]] = field(
         default_factory=dict[PlacementKey, tuple[Placement, int]]
     )
+    blocks_wanted_until_ms: dict[Incarnation, int] = field(default_factory=dict[Incarnation, int])
     backlogs: dict[Incarnation, tuple[BacklogReport, int]] = field(
         default_factory=dict[Incarnation, tuple[BacklogReport, int]]
     )
@@ -170,6 +175,10 @@ class MemoryStore:
         if traces is not None:
             traces.credits = {key: credit for key, credit in traces.credits.items() if credit.ends_ms > now_ms}
 
+    def wants_blocks(self, incarnation: Incarnation) -> bool:
+        """Whether somebody wants the full list of the worker's blocks."""
+        return self.contents.blocks_wanted_until_ms.get(incarnation, 0) > self.now_ms()
+
     def live_group(self, name: str) -> Group:
         """The group without members whose membership has ended."""
         group = self.contents.groups[name]
@@ -203,17 +212,17 @@ class MemoryState:
 
         return await self._call("claim_slot", claim)
 
-    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
-        def renew() -> bool:
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> Renewed | None:
+        def renew() -> Renewed | None:
             up_ms = self._store.touch_up(self._store.now_ms(), lease_ms)
             held = self._store.holder(slot)
             if held is not None and held.card.incarnation != card.incarnation:
-                return False
+                return None
             if held is None and up_ms >= lease_ms:
-                return False
+                return None
             self._hold(slot, card, load, lease_ms)
             self._store.drop_old_credits(card.incarnation)
-            return True
+            return Renewed(blocks_wanted=self._store.wants_blocks(card.incarnation))
 
         return await self._call("beat", renew)
 
@@ -230,9 +239,10 @@ class MemoryState:
             for slot in sorted(self._store.contents.slots):
                 held = self._store.holder(slot) if slot < num_slots else None
                 if held is not None:
-                    traces = self._store.traces(held.card.incarnation)
-                    taken = [credit.num_pages for credit in traces.credits.values()] if traces is not None else []
-                    found.append(LiveWorker(slot, held.card, held.load, sum(taken), len(taken)))
+                    taken = self._credits(held.card.incarnation)
+                    work_us = sum(credit.work_us for credit in taken)
+                    pages = sum(credit.num_pages for credit in taken)
+                    found.append(LiveWorker(slot, held.card, held.load, pages, len(taken), work_us / MICROSECONDS))
             return found
 
         return await self._call("workers", look)
@@ -262,7 +272,14 @@ class MemoryState:
         return await self._call("group_members", lambda: frozenset(self._store.live_group(group).members))
 
     async def place(
-        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+        self,
+        key: PlacementKey,
+        placement: Placement,
+        *,
+        num_prefill_pages: int,
+        num_decode_pages: int,
+        prefill_s: float,
+        keep_ms: int,
     ) -> Placement | None:
         pages = {placement.prefill: num_prefill_pages}
         pages[placement.decode] = pages.get(placement.decode, 0) + num_decode_pages
@@ -276,7 +293,9 @@ class MemoryState:
                 return None
             ends_ms = now_ms + keep_ms
             for worker, num_pages in pages.items():
-                self._store.renewed_traces(worker.incarnation).credits[placement.id] = Credit(num_pages, ends_ms)
+                work_us = round(prefill_s * MICROSECONDS) if worker == placement.prefill else 0
+                credit = Credit(num_pages, ends_ms, work_us)
+                self._store.renewed_traces(worker.incarnation).credits[placement.id] = credit
             self._store.contents.placements[key] = (placement, ends_ms)
             return placement
 
@@ -284,6 +303,14 @@ class MemoryState:
 
     async def find_placement(self, key: PlacementKey) -> Placement | None:
         return await self._call("find_placement", lambda: self._standing(key))
+
+    async def computed(self, placement: PlacementId, worker: Incarnation) -> None:
+        def note() -> None:
+            traces = self._store.traces(worker)
+            if traces is not None and placement in traces.credits:
+                traces.credits[placement] = replace(traces.credits[placement], work_us=0)
+
+        await self._call("computed", note)
 
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
         def give() -> None:
@@ -347,16 +374,16 @@ class MemoryState:
 
         return await self._call("tenant_of", look)
 
-    async def announce_blocks(
-        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
-    ) -> None:
+    async def announce_blocks(self, incarnation: Incarnation, sequence: int, news: BlockNews) -> None:
         def add() -> None:
             feed = self._store.renewed_traces(incarnation).feed
-            if not feed or feed[-1].sequence < sequence:
-                feed.append(
-                    BlockFeedEntry(incarnation, sequence, tuple(stored), tuple(evicted), cursor=f"{sequence + 1}-0")
-                )
-                del feed[: -keys.BLOCK_FEED_LENGTH]
+            if feed and feed[-1].sequence >= sequence:
+                return
+            if news.is_full:
+                feed.clear()
+                self._store.contents.blocks_wanted_until_ms.pop(incarnation, None)
+            feed.append(BlockFeedEntry(incarnation, sequence, news, cursor=f"{sequence + 1}-0"))
+            del feed[: -keys.BLOCK_FEED_LENGTH]
 
         await self._call("announce_blocks", add)
 
@@ -371,6 +398,13 @@ class MemoryState:
             return found
 
         return await self._call("read_block_feeds", read)
+
+    async def ask_for_blocks(self, incarnation: Incarnation) -> None:
+        def ask() -> None:
+            until_ms = self._store.now_ms() + keys.WORKER_TRACES_MS
+            self._store.contents.blocks_wanted_until_ms[incarnation] = until_ms
+
+        await self._call("ask_for_blocks", ask)
 
     async def reachable(self) -> bool:
         return not self._store.away and not self.cut_off
@@ -390,9 +424,12 @@ class MemoryState:
         held = self._store.holder(worker.slot)
         if held is None or held.card.incarnation != worker.incarnation or not held.load.takes_work:
             return False
-        traces = self._store.traces(worker.incarnation)
-        taken = [credit.num_pages for credit in traces.credits.values()] if traces is not None else []
+        taken = [credit.num_pages for credit in self._credits(worker.incarnation)]
         return len(taken) < held.card.max_running and sum(taken) + num_pages <= held.card.num_pages
+
+    def _credits(self, incarnation: Incarnation) -> list[Credit]:
+        traces = self._store.traces(incarnation)
+        return list(traces.credits.values()) if traces is not None else []
 
     def _drop_old_backlogs(self, lease_ms: int) -> None:
         contents, oldest_ms = self._store.contents, self._store.now_ms() - lease_ms

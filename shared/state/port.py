@@ -6,14 +6,18 @@ not known whether the call had its effect. Cancelling a call does not undo it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
 from shared.blocks import BlockHash
 from shared.errors import BatonError
 from shared.policy.admission import BacklogReport, TenantLimits, Verdict
+from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
+
+MAX_NEWS_BLOCKS = 1024
+"""In one announcement: so that a reader is done with it in a fraction of a millisecond."""
 
 
 class StateUnavailable(BatonError):
@@ -36,6 +40,9 @@ class WorkerCard:
         max_context: positions of its model.
         num_pages: pages of its cache.
         max_running: requests it runs at once.
+        max_batch_tokens: prompt tokens and decode rows of one step.
+        page_bytes: of one page's KV as the model wrote it.
+        num_host_pages: pages in host memory that hold what falls out of its cache; 0: it has no such tier.
         transfer_address: its KV listener, "host:port".
         layout_fingerprint: of its pages; KV moves only between equal ones.
     """
@@ -48,6 +55,9 @@ class WorkerCard:
     max_context: int
     num_pages: int
     max_running: int
+    max_batch_tokens: int
+    page_bytes: int
+    num_host_pages: int
     transfer_address: str
     layout_fingerprint: str
 
@@ -59,6 +69,9 @@ class WorkerLoad:
     Attributes:
         draining: it takes no new work.
         log_away: the log has answered it nothing for a lease: what it makes reaches nobody.
+        profile: its measured speeds; None: it has measured nothing yet.
+        links: how fast it pulls KV, by the peer that sends it. Speeds are published rounded: readers take only those
+            anew that changed.
     """
 
     num_free_pages: int
@@ -66,6 +79,8 @@ class WorkerLoad:
     num_waiting: int
     draining: bool = False
     log_away: bool = False
+    profile: SpeedProfile | None = None
+    links: Mapping[Incarnation, LinkRate] = field(default_factory=dict[Incarnation, LinkRate])
 
     @property
     def takes_work(self) -> bool:
@@ -78,6 +93,8 @@ class LiveWorker:
 
     Attributes:
         num_credit_pages, num_credits: taken by placements that have not been given back yet.
+        credit_work_s: of prefill that those have brought and that is not computed yet, as predicted when they were
+            made.
     """
 
     slot: int
@@ -85,6 +102,7 @@ class LiveWorker:
     load: WorkerLoad
     num_credit_pages: int
     num_credits: int
+    credit_work_s: float
 
     @property
     def ref(self) -> WorkerRef:
@@ -126,6 +144,35 @@ class PublishedBacklog:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewed:
+    """A beat that found the slot still held.
+
+    Attributes:
+        blocks_wanted: a reader lost track of the worker's blocks; asked at each beat until the worker announces its
+            full list.
+    """
+
+    blocks_wanted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNews:
+    """What a worker announces at once about the blocks it holds; of each tier a block is in it once.
+
+    Attributes:
+        stored, evicted: on its GPU.
+        host_stored, host_evicted: in its host memory.
+        is_full: nothing that was announced before counts any more. A long list goes on in the announcements behind it.
+    """
+
+    stored: tuple[BlockHash, ...] = ()
+    evicted: tuple[BlockHash, ...] = ()
+    host_stored: tuple[BlockHash, ...] = ()
+    host_evicted: tuple[BlockHash, ...] = ()
+    is_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFeedEntry:
     """One announcement of a worker.
 
@@ -136,8 +183,7 @@ class BlockFeedEntry:
 
     incarnation: Incarnation
     sequence: int
-    stored: tuple[BlockHash, ...]
-    evicted: tuple[BlockHash, ...]
+    news: BlockNews
     cursor: str
 
 
@@ -149,8 +195,8 @@ class State(Protocol):
         """Take the lowest free slot (the same one if this incarnation holds one); None: all are taken."""
         ...
 
-    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
-        """Renew the slot's lease and publish the load; False: the lease was lost, whoever holds the slot now.
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> Renewed | None:
+        """Renew the slot's lease and publish the load; None: the lease was lost, whoever holds the slot now.
 
         One exception: if the store itself was emptied, or out of everybody's reach, less than a lease ago (`up_ms`),
         a slot that nobody holds is taken again, for its lease ended through no fault of its holder. A worker that
@@ -196,9 +242,18 @@ class State(Protocol):
 
     # Placement
     async def place(
-        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+        self,
+        key: PlacementKey,
+        placement: Placement,
+        *,
+        num_prefill_pages: int,
+        num_decode_pages: int,
+        prefill_s: float,
+        keep_ms: int,
     ) -> Placement | None:
         """Take credits on both workers and record the placement, atomically.
+
+        Pages of both, and on the prefill worker `prefill_s` of work (0 or more; kept to the microsecond).
 
         Returns the placement that stands for `key` (an earlier one, if this was asked before), or None: one of the
         workers lost its slot, has said that it is draining or that the log is away, has credits for max_running
@@ -213,8 +268,12 @@ class State(Protocol):
         """The placement that stands for `key`, whether its credits were given back or not."""
         ...
 
+    async def computed(self, placement: PlacementId, worker: Incarnation) -> None:
+        """The placement's prefill on this worker is computed: its work is given back, its pages stay taken."""
+        ...
+
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
-        """Return the placement's credits on one worker; again does nothing."""
+        """Return the placement's credits on one worker, pages and work; again does nothing."""
         ...
 
     async def note_request(self, request_id: RequestId, hint: RequestHint, *, keep_ms: int) -> None:
@@ -252,16 +311,43 @@ class State(Protocol):
         ...
 
     # Blocks
-    async def announce_blocks(
-        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
-    ) -> None:
-        """Append to the worker's feed. A sequence number at or below the last one does nothing."""
+    async def announce_blocks(self, incarnation: Incarnation, sequence: int, news: BlockNews) -> None:
+        """Append to the worker's feed. A sequence number at or below the last one does nothing.
+
+        A full list takes the place of all that stood in the feed. `pieces` cuts news that are too long for one entry.
+        """
         ...
 
     async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
-        """Entries behind the cursors ("0" reads from the start of what is kept), in order for each worker."""
+        """Entries behind the cursors ("0" reads from the start of what is kept), in order for each worker.
+
+        Not always all there are: who reads until nothing comes has read all.
+        """
+        ...
+
+    async def ask_for_blocks(self, incarnation: Incarnation) -> None:
+        """Ask a worker for the full list of its blocks: its beats tell it so until it has announced one.
+
+        Nobody answers if the worker is gone; if the store loses its memory, the question is lost too.
+        """
         ...
 
     async def reachable(self) -> bool:
         """Whether the store answers now (readiness)."""
         ...
+
+
+def pieces(news: BlockNews) -> list[BlockNews]:
+    """The same news in announcements of at most MAX_NEWS_BLOCKS blocks, to be made in this order."""
+    found: list[BlockNews] = []
+    room = 0
+    for name in ("stored", "host_stored", "evicted", "host_evicted"):
+        blocks: tuple[BlockHash, ...] = getattr(news, name)
+        while blocks:
+            if room == 0:
+                found.append(BlockNews(is_full=news.is_full and not found))
+                room = MAX_NEWS_BLOCKS
+            found[-1] = replace(found[-1], **{name: blocks[:room]})
+            taken, blocks = len(blocks[:room]), blocks[room:]
+            room -= taken
+    return found or [news]

@@ -10,9 +10,11 @@ import asyncio
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import sha1
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,15 +40,18 @@ from redis.maint_notifications import MaintNotificationsConfig
 from shared.blocks import BlockHash
 from shared.errors import StartupError
 from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
+from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId
 from shared.runtime.access import OLDEST_TLS, OPEN_REDIS, RedisAccess
 from shared.state import keys
 from shared.state.port import (
     BlockFeedEntry,
+    BlockNews,
     LiveWorker,
     Placement,
     PlacementKey,
     PublishedBacklog,
+    Renewed,
     RequestHint,
     StateUnavailable,
     WorkerCard,
@@ -61,13 +66,20 @@ ATTEMPT_TIMEOUT_S = 0.5
 
 FIRST_BACKOFF_S = 0.02
 NUM_CONNECTIONS = 16
-FEED_READ_LENGTH = 512
-"""Entries taken of each feed at one read."""
+FEED_READ_LENGTH = 8
+"""Entries taken of each feed at one read: at most 128 KiB."""
+
+NEWS_FIELDS = ("stored", "evicted", "host_stored", "host_evicted")
+
+WANTS_BLOCKS = 2
+"""As beat.lua answers."""
+
+MICROSECONDS = 1_000_000
+
+NUM_READ_KEPT = 256
+"""Of each kind; of a worker's speeds there are versions, one at a time."""
 
 BLOCK_HASH_BYTES = 16
-
-# Its own words, in Redis and Valkey alike, for an XADD whose id is not above the last one.
-STALE_ID_ERROR = "equal or smaller than the target stream top item"
 
 REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLError)
 """Another try does not mend it; whoever gives out the rights must."""
@@ -102,6 +114,14 @@ class Script:
 
     source: str
     sha: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What a worker measured."""
+
+    profile: SpeedProfile | None = None
+    links: Mapping[Incarnation, LinkRate] = field(default_factory=dict[Incarnation, LinkRate])
 
 
 def load_script(name: str) -> Script:
@@ -159,11 +179,13 @@ class RedisState:
         self._client = client
         self._running: set[asyncio.Task[Any]] = set()
         self._scripts: dict[str, Script] = {}
-        self._card_reader = TypeAdapter(WorkerCard)
         self._load_reader = TypeAdapter(WorkerLoad)
         self._placement_reader = TypeAdapter(Placement)
         self._report_reader = TypeAdapter(BacklogReport)
-        self._cards: dict[bytes, WorkerCard] = {}
+        # What workers publish often stays as it was: each is read once, and found again as the same object.
+        self._card = lru_cache(NUM_READ_KEPT)(TypeAdapter(WorkerCard).validate_json)
+        self._speeds = lru_cache(NUM_READ_KEPT)(TypeAdapter(Speeds).validate_json)
+        self._live: dict[tuple[Any, ...], LiveWorker] = {}
 
     async def close(self) -> None:
         """Let calls end that somebody gave up, then close the connections."""
@@ -175,9 +197,10 @@ class RedisState:
         slot = int(await self._run("claim_slot", names, _worker_args(card, load, lease_ms)))
         return slot if slot >= 0 else None
 
-    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> bool:
-        names = [*_worker_keys(card.incarnation), keys.slot(slot)]
-        return bool(await self._run("beat", names, _worker_args(card, load, lease_ms)))
+    async def beat(self, slot: int, card: WorkerCard, load: WorkerLoad, *, lease_ms: int) -> Renewed | None:
+        names = [*_worker_keys(card.incarnation), keys.slot(slot), keys.blocks_wanted(card.incarnation)]
+        answer = int(await self._run("beat", names, _worker_args(card, load, lease_ms)))
+        return Renewed(blocks_wanted=answer == WANTS_BLOCKS) if answer else None
 
     async def release_slot(self, slot: int, incarnation: Incarnation) -> None:
         await self._run("release_slot", [keys.slot(slot), keys.worker(incarnation)], [incarnation])
@@ -189,19 +212,21 @@ class RedisState:
             [keys.slot(number) for number in range(num_slots)],
             [keys.worker(nobody), keys.worker_credits(nobody)],
         )
-        rows = [answer[start : start + 5] for start in range(0, len(answer), 5)]
-        # A card does not change while its worker lives, so it is read once.
-        self._cards = {row[1]: self._cards.get(row[1]) or self._card_reader.validate_json(row[1]) for row in rows}
-        return [
-            LiveWorker(
-                slot=slot,
-                card=self._cards[card],
-                load=self._load_reader.validate_json(load),
-                num_credit_pages=num_pages,
-                num_credits=num_credits,
-            )
-            for slot, card, load, num_pages, num_credits in rows
-        ]
+        rows = [tuple(answer[start : start + 7]) for start in range(0, len(answer), 7)]
+        self._live = {row: self._live.get(row) or self._live_worker(row) for row in rows}
+        return list(self._live.values())
+
+    def _live_worker(self, row: tuple[Any, ...]) -> LiveWorker:
+        slot, card, load, speeds, num_pages, num_credits, work_us = row
+        said = self._speeds(speeds)
+        return LiveWorker(
+            slot=slot,
+            card=self._card(card),
+            load=replace(self._load_reader.validate_json(load), profile=said.profile, links=said.links),
+            num_credit_pages=num_pages,
+            num_credits=num_credits,
+            credit_work_s=work_us / MICROSECONDS,
+        )
 
     async def up_ms(self, *, lease_ms: int) -> int:
         return int(await self._run("up", [keys.up()], [lease_ms]))
@@ -220,21 +245,32 @@ class RedisState:
         return frozenset(Incarnation(member.decode()) for member in found)
 
     async def place(
-        self, key: PlacementKey, placement: Placement, *, num_prefill_pages: int, num_decode_pages: int, keep_ms: int
+        self,
+        key: PlacementKey,
+        placement: Placement,
+        *,
+        num_prefill_pages: int,
+        num_decode_pages: int,
+        prefill_s: float,
+        keep_ms: int,
     ) -> Placement | None:
         pages = {placement.prefill: num_prefill_pages}
         pages[placement.decode] = pages.get(placement.decode, 0) + num_decode_pages
+        work_us = round(prefill_s * MICROSECONDS)
         names = [_placement_key(key)]
         args: list[Any] = [orjson.dumps(placement), placement.id, keep_ms, keys.WORKER_TRACES_MS]
         for worker, num_pages in pages.items():
             names += [keys.slot(worker.slot), keys.worker(worker.incarnation), keys.worker_credits(worker.incarnation)]
-            args += [worker.incarnation, num_pages]
+            args += [worker.incarnation, num_pages, work_us if worker == placement.prefill else 0]
         standing: bytes | None = await self._run("place", names, args)
         return None if standing is None else self._placement_reader.validate_json(standing)
 
     async def find_placement(self, key: PlacementKey) -> Placement | None:
         found: bytes | None = await self._ask(lambda: self._client.get(_placement_key(key)))
         return None if found is None else self._placement_reader.validate_json(found)
+
+    async def computed(self, placement: PlacementId, worker: Incarnation) -> None:
+        await self._run("computed", [keys.worker_credits(worker)], [placement])
 
     async def give_back(self, placement: PlacementId, worker: Incarnation) -> None:
         await self._run("give_back", [keys.worker_credits(worker)], [placement])
@@ -284,23 +320,15 @@ class RedisState:
         found: bytes | None = await self._ask(lambda: self._client.get(keys.place_of(request_id)))
         return None if found is None else found.decode().partition(" ")[2]
 
-    async def announce_blocks(
-        self, incarnation: Incarnation, sequence: int, stored: Sequence[BlockHash], evicted: Sequence[BlockHash]
-    ) -> None:
-        """The entry's id is its sequence number, so the server itself refuses a second copy."""
-        feed = keys.block_feed(incarnation)
-        fields = {"stored": b"".join(stored), "evicted": b"".join(evicted)}
-
-        async def add() -> None:
-            async with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.xadd(feed, fields, id=f"{sequence + 1}-0", maxlen=keys.BLOCK_FEED_LENGTH, approximate=False)
-                pipeline.pexpire(feed, keys.WORKER_TRACES_MS)
-                answers = await pipeline.execute(raise_on_error=False)
-            for answer in answers:
-                if isinstance(answer, Exception) and STALE_ID_ERROR not in str(answer):
-                    raise answer
-
-        await self._ask(add)
+    async def announce_blocks(self, incarnation: Incarnation, sequence: int, news: BlockNews) -> None:
+        names = [keys.block_feed(incarnation), keys.blocks_wanted(incarnation)]
+        kind = "full" if news.is_full else "more"
+        args: list[Any] = [sequence, keys.BLOCK_FEED_LENGTH, keys.WORKER_TRACES_MS, kind, "kind", kind]
+        for name in NEWS_FIELDS:
+            blocks: tuple[BlockHash, ...] = getattr(news, name)
+            if blocks:
+                args += [name, b"".join(blocks)]
+        await self._run("announce_blocks", names, args)
 
     async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
         if not cursors:
@@ -308,9 +336,16 @@ class RedisState:
         incarnations = {keys.block_feed(incarnation).encode(): incarnation for incarnation in cursors}
         streams = {keys.block_feed(incarnation): cursor for incarnation, cursor in cursors.items()}
         found: list[Any] = await self._ask(lambda: self._client.xread(streams, count=FEED_READ_LENGTH))
-        return [
-            _feed_entry(incarnations[feed], entry_id, fields) for feed, entries in found for entry_id, fields in entries
-        ]
+        entries: list[BlockFeedEntry] = []
+        for feed, told in found:
+            for entry_id, fields in told:
+                entries.append(_feed_entry(incarnations[feed], entry_id, fields))
+                await asyncio.sleep(0)  # full lists of many workers at once must not hold up placements
+        return entries
+
+    async def ask_for_blocks(self, incarnation: Incarnation) -> None:
+        name = keys.blocks_wanted(incarnation)
+        await self._ask(lambda: self._client.set(name, b"1", px=keys.WORKER_TRACES_MS))
 
     async def check_access(self) -> None:
         """Return if the store lets us in, or does not answer: that may change.
@@ -396,23 +431,24 @@ def _worker_keys(incarnation: Incarnation) -> list[str]:
 
 
 def _worker_args(card: WorkerCard, load: WorkerLoad, lease_ms: int) -> list[Any]:
-    return [
-        card.incarnation,
-        orjson.dumps(card),
-        orjson.dumps(load),
-        card.num_pages,
-        lease_ms,
-        keys.WORKER_TRACES_MS,
-    ]
+    """Speeds apart from the rest of the load: that is read at each placement, and those of many peers are long."""
+    rest = replace(load, profile=None, links={})
+    fields: dict[str, Any] = {
+        "card": orjson.dumps(card),
+        "load": orjson.dumps(rest),
+        "speeds": orjson.dumps(Speeds(load.profile, load.links)),
+        "num_pages": card.num_pages,
+    }
+    return [card.incarnation, lease_ms, keys.WORKER_TRACES_MS, *chain.from_iterable(fields.items())]
 
 
 def _feed_entry(incarnation: Incarnation, entry_id: bytes, fields: Mapping[bytes, bytes]) -> BlockFeedEntry:
     cursor = entry_id.decode()
+    blocks = {name: _hashes(fields.get(name.encode(), b"")) for name in NEWS_FIELDS}
     return BlockFeedEntry(
         incarnation=incarnation,
         sequence=int(cursor.partition("-")[0]) - 1,
-        stored=_hashes(fields[b"stored"]),
-        evicted=_hashes(fields[b"evicted"]),
+        news=BlockNews(**blocks, is_full=fields[b"kind"] == b"full"),
         cursor=cursor,
     )
 

@@ -18,8 +18,8 @@ from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
 from shared.request import Incarnation, WorkerRef, partition_of
 from shared.state import keys
+from shared.state.port import BlockNews, State, StateUnavailable, WorkerCard, WorkerLoad, pieces
 from shared.state.port import Role as RoleName
-from shared.state.port import State, StateUnavailable, WorkerCard, WorkerLoad
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
 from shared.wire.codec import Decoder, UndecodableMessage, encode
@@ -227,6 +227,9 @@ class Worker:
             max_context=engine.limits.max_context,
             num_pages=engine.limits.num_pages,
             max_running=engine.limits.max_running,
+            max_batch_tokens=engine.limits.max_batch_tokens,
+            page_bytes=engine.model.layout.page_bytes,
+            num_host_pages=0,
             transfer_address=self._parts.transfer.address,
             layout_fingerprint=engine.model.layout.fingerprint,
         )
@@ -259,11 +262,11 @@ class Worker:
 
     async def _beat(self, slot: int) -> None:
         try:
-            holds = await self._parts.state.beat(slot, self._card(), self._load(), lease_ms=keys.LEASE_MS)
+            renewed = await self._parts.state.beat(slot, self._card(), self._load(), lease_ms=keys.LEASE_MS)
         except StateUnavailable as error:
             self._parts.log.warning("beat failed", error=str(error))
             return
-        if not holds:
+        if renewed is None:
             raise LeaseLost(f"slot {slot} is no longer ours: its lease of {keys.LEASE_MS} ms ran out")
 
     async def _announce_for_ever(self, engine: EngineThread) -> None:
@@ -276,11 +279,12 @@ class Worker:
         changes = await engine.call(lambda owned: owned.take_block_changes())
         if not changes.stored and not changes.evicted:
             return
-        sequence, self._num_announced = self._num_announced, self._num_announced + 1
-        try:
-            await self._parts.state.announce_blocks(self._parts.incarnation, sequence, changes.stored, changes.evicted)
-        except StateUnavailable as error:
-            self._parts.log.warning("block announcement lost; readers will see the gap", error=str(error))
+        for news in pieces(BlockNews(changes.stored, changes.evicted)):
+            sequence, self._num_announced = self._num_announced, self._num_announced + 1
+            try:
+                await self._parts.state.announce_blocks(self._parts.incarnation, sequence, news)
+            except StateUnavailable as error:
+                self._parts.log.warning("block announcement lost; readers will see the gap", error=str(error))
 
     async def _watch_engine(self, engine: EngineThread) -> None:
         await engine.failed

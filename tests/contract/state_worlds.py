@@ -79,6 +79,9 @@ def a_card(name: str, *, num_pages: int = 100, max_running: int = 8, role: Role 
         max_context=4096,
         num_pages=num_pages,
         max_running=max_running,
+        max_batch_tokens=256,
+        page_bytes=1024,
+        num_host_pages=0,
         transfer_address="127.0.0.1:1",
         layout_fingerprint="l",
     )

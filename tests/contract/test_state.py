@@ -11,7 +11,7 @@ from shared.blocks import BlockHash
 from shared.policy.admission import BacklogReport, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
-from shared.state.port import LiveWorker, RequestHint, StateUnavailable
+from shared.state.port import BlockNews, LiveWorker, RequestHint, StateUnavailable
 from shared.state.redis import redis_state
 from tests.contract.state_worlds import MemoryWorld, a_card, a_key, a_load, a_placement, own_database, redis_world
 
@@ -66,6 +66,7 @@ async def place(world, prefill, decode, name="p", key=None, need=(10, 20)):
         a_placement(name, prefill, decode),
         num_prefill_pages=need[0],
         num_decode_pages=need[1],
+        prefill_s=need[2] if len(need) > 2 else 0.0,
         keep_ms=KEEP_MS,
     )
 
@@ -106,8 +107,8 @@ async def test_workers_show_card_and_latest_load(world, state):
     assert await state.beat(1, a_card("b", num_pages=7), drained, lease_ms=world.lease_ms)
 
     assert await state.workers(num_slots=NUM_SLOTS) == [
-        LiveWorker(0, a_card("a"), a_load(), 0, 0),
-        LiveWorker(1, a_card("b", num_pages=7), drained, 0, 0),
+        LiveWorker(0, a_card("a"), a_load(), 0, 0, 0.0),
+        LiveWorker(1, a_card("b", num_pages=7), drained, 0, 0, 0.0),
     ]
     await state.release_slot(0, Incarnation("a"))
     assert [found.slot for found in await state.workers(num_slots=NUM_SLOTS)] == [1]
@@ -362,7 +363,7 @@ async def test_credits_belong_to_an_incarnation_and_outlast_a_lost_lease(world, 
 async def test_a_placement_is_forgotten_after_its_time(world, state):
     a, b = await claim(world, "a"), await claim(world, "b")
     wanted = a_placement("p", a, b)
-    await state.place(a_key(), wanted, num_prefill_pages=1, num_decode_pages=1, keep_ms=world.lease_ms)
+    await state.place(a_key(), wanted, num_prefill_pages=1, num_decode_pages=1, prefill_s=0.0, keep_ms=world.lease_ms)
     await world.pass_time(world.lease_ms + 20)
     assert await state.find_placement(a_key()) is None
     assert await place(world, b, a, "q") == a_placement("q", b, a)
@@ -372,7 +373,12 @@ async def test_credits_that_nobody_gives_back_end_with_the_placements_time(world
     a, b = await claim(world, "a"), await claim(world, "b")
     await place(world, a, b, "long")
     await state.place(
-        a_key(epoch=2), a_placement("p", a, b), num_prefill_pages=1, num_decode_pages=2, keep_ms=world.lease_ms // 2
+        a_key(epoch=2),
+        a_placement("p", a, b),
+        num_prefill_pages=1,
+        num_decode_pages=2,
+        prefill_s=0.0,
+        keep_ms=world.lease_ms // 2,
     )
     await beat(world, a, b)
     assert await credits_of(world) == {"a": (11, 2), "b": (22, 2)}
@@ -405,13 +411,13 @@ def block(number: int) -> BlockHash:
 
 async def test_block_feeds_are_read_from_a_cursor(state):
     a, b = Incarnation("a"), Incarnation("b")
-    await state.announce_blocks(a, 0, [block(1), block(2)], [])
-    await state.announce_blocks(b, 0, [block(9)], [])
-    await state.announce_blocks(a, 1, [block(3)], [block(1)])
+    await state.announce_blocks(a, 0, BlockNews((block(1), block(2))))
+    await state.announce_blocks(b, 0, BlockNews((block(9),)))
+    await state.announce_blocks(a, 1, BlockNews((block(3),), (block(1),)))
 
     entries = await state.read_block_feeds({a: "0", b: "0", Incarnation("unknown"): "0"})
     of_a = [entry for entry in entries if entry.incarnation == a]
-    assert [(entry.sequence, entry.stored, entry.evicted) for entry in of_a] == [
+    assert [(entry.sequence, entry.news.stored, entry.news.evicted) for entry in of_a] == [
         (0, (block(1), block(2)), ()),
         (1, (block(3),), (block(1),)),
     ]
@@ -420,14 +426,14 @@ async def test_block_feeds_are_read_from_a_cursor(state):
     assert await state.read_block_feeds({a: of_a[0].cursor}) == [of_a[1]]
     assert list(await state.read_block_feeds({a: of_a[1].cursor})) == []
     assert list(await state.read_block_feeds({})) == []
-    await state.announce_blocks(a, 2, [], [block(3)])
+    await state.announce_blocks(a, 2, BlockNews((), (block(3),)))
     assert [entry.sequence for entry in await state.read_block_feeds({a: of_a[1].cursor})] == [2]
 
 
 async def test_an_announcement_made_again_stands_once(state):
     a = Incarnation("a")
     for sequence in (0, 1, 1, 0):
-        await state.announce_blocks(a, sequence, [block(sequence)], [])
+        await state.announce_blocks(a, sequence, BlockNews((block(sequence),)))
     assert [entry.sequence for entry in await state.read_block_feeds({a: "0"})] == [0, 1]
 
 
@@ -435,17 +441,17 @@ async def test_a_long_feed_forgets_its_start(state, monkeypatch):
     monkeypatch.setattr(keys, "BLOCK_FEED_LENGTH", 5)
     a = Incarnation("a")
     for sequence in range(8):
-        await state.announce_blocks(a, sequence, [block(sequence)], [])
+        await state.announce_blocks(a, sequence, BlockNews((block(sequence),)))
     assert [entry.sequence for entry in await state.read_block_feeds({a: "0"})] == [3, 4, 5, 6, 7]
 
 
 async def test_after_a_loss_a_feed_goes_on_with_a_gap(world, state):
     a = Incarnation("a")
-    await state.announce_blocks(a, 0, [block(0)], [])
+    await state.announce_blocks(a, 0, BlockNews((block(0),)))
     (first,) = await state.read_block_feeds({a: "0"})
-    await state.announce_blocks(a, 1, [block(1)], [])
+    await state.announce_blocks(a, 1, BlockNews((block(1),)))
     await world.flush()
-    await state.announce_blocks(a, 2, [block(2)], [])
+    await state.announce_blocks(a, 2, BlockNews((block(2),)))
     assert [entry.sequence for entry in await state.read_block_feeds({a: first.cursor})] == [2]
 
 
@@ -453,7 +459,7 @@ async def test_traces_of_a_worker_end_a_while_after_its_last_beat(world, state, 
     monkeypatch.setattr(keys, "WORKER_TRACES_MS", world.lease_ms)
     a, b = await claim(world, "a"), await claim(world, "b")
     await place(world, a, b)
-    await state.announce_blocks(a.incarnation, 0, [block(0)], [])
+    await state.announce_blocks(a.incarnation, 0, BlockNews((block(0),)))
     for _ in range(3):
         await world.pass_time(world.lease_ms // 2)
         assert await state.beat(a.slot, a_card("a"), a_load(), lease_ms=10 * world.lease_ms)

@@ -150,8 +150,8 @@ class PretendState(MemoryState):
 
 
 def pretend_worker(ref, role):
-    card = WorkerCard(ref.incarnation, role, "pretend", "tiny", "f", 4096, 64, 8, "host:1", "layout")
-    return LiveWorker(ref.slot, card, WorkerLoad(64, 0, 0), 0, 0)
+    card = WorkerCard(ref.incarnation, role, "pretend", "tiny", "f", 4096, 64, 8, 256, 1024, 0, "host:1", "layout")
+    return LiveWorker(ref.slot, card, WorkerLoad(64, 0, 0), 0, 0, 0.0)
 
 
 class Node:

@@ -37,7 +37,7 @@ async def announced(system):
     """Hashes of all blocks that workers have told of."""
     state = MemoryState(system.store)
     feeds = await state.read_block_feeds({worker.incarnation: "0" for worker in system.workers})
-    return {block for entry in feeds for block in entry.stored}
+    return {block for entry in feeds for block in entry.news.stored}
 
 
 def guess(system, salt):

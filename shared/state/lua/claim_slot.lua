@@ -1,11 +1,11 @@
 -- Take the lowest free slot for a worker; answers its number, or -1 if all are taken.
 -- KEYS: up, worker, credits, block feed, then the slots 0, 1, 2, ...
--- ARGV: incarnation, card, load, num_pages, lease_ms, traces_ms.
+-- ARGV: incarnation, lease_ms, traces_ms, then fields and values of the worker.
 -- Invariant: a slot has one holder and an incarnation holds one slot. Made again by the same incarnation it finds the
 -- slot that it holds already.
 
 local FIRST_SLOT = 5
-local incarnation, lease_ms, traces_ms = ARGV[1], tonumber(ARGV[5]), tonumber(ARGV[6])
+local incarnation, lease_ms, traces_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 touch_up(KEYS[1], now_ms(), lease_ms)
 
 local slots = {}
@@ -26,7 +26,7 @@ if not chosen then
   return -1
 end
 redis.call('SET', slots[chosen], incarnation, 'PX', lease_ms)
-redis.call('HSET', KEYS[2], 'card', ARGV[2], 'load', ARGV[3], 'num_pages', ARGV[4])
+redis.call('HSET', KEYS[2], unpack(ARGV, 4))
 redis.call('PEXPIRE', KEYS[2], lease_ms)
 redis.call('PEXPIRE', KEYS[3], traces_ms)
 redis.call('PEXPIRE', KEYS[4], traces_ms)

@@ -1,19 +1,23 @@
 -- Record a placement and take its credits; answers the placement that stands, or false if a worker cannot take it.
 -- KEYS: placement, then for each of its one or two workers: slot, worker, credits.
--- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages.
+-- ARGV: placement (JSON), placement id, keep_ms, traces_ms, then for each worker: incarnation, pages, work_us.
 -- Invariant: nothing is placed on a worker that has said it is draining, or that the log is away. `total` of a worker's
--- credits is the sum of the pages in the others of that hash and at most its num_pages, the others are at most as many as its
--- max_running, and a placement's credits are taken once, with its record. The operation's name is the key of the record:
--- made again it finds the record and takes nothing, even if the credits have been given back since.
+-- credits is the sum of the pages and `work` that of the work in the others of that hash; `total` is at most its
+-- num_pages, the others are at most as many as its max_running, and a placement's credits are taken once, with its
+-- record. The operation's name is the key of the record: made again it finds the record and takes nothing, even if the
+-- credits have been given back since.
 
 local standing = redis.call('GET', KEYS[1])
 if standing then
   return standing
 end
 local num_workers = (#KEYS - 1) / 3
+local function args_of(i)
+  return ARGV[5 + 3 * i], tonumber(ARGV[6 + 3 * i]), tonumber(ARGV[7 + 3 * i])
+end
 for i = 0, num_workers - 1 do
   local slot, worker, credits = KEYS[2 + 3 * i], KEYS[3 + 3 * i], KEYS[4 + 3 * i]
-  local incarnation, need = ARGV[5 + 2 * i], tonumber(ARGV[6 + 2 * i])
+  local incarnation, need = args_of(i)
   if redis.call('GET', slot) ~= incarnation then
     return false
   end
@@ -22,17 +26,17 @@ for i = 0, num_workers - 1 do
   if not says or says.draining or says.log_away then
     return false
   end
-  local total = redis.call('HGET', credits, 'total')
-  local count = total and redis.call('HLEN', credits) - 1 or 0
-  if count >= cjson.decode(card).max_running or tonumber(total or 0) + need > tonumber(capacity) then
+  local count, total = num_credits(credits)
+  if count >= cjson.decode(card).max_running or total + need > tonumber(capacity) then
     return false
   end
 end
 local ends_ms = now_ms() + tonumber(ARGV[3])
 for i = 0, num_workers - 1 do
-  local credits, need = KEYS[4 + 3 * i], tonumber(ARGV[6 + 2 * i])
-  redis.call('HSET', credits, ARGV[2], string.format('%.0f %.0f', need, ends_ms))
+  local credits, _, need, work_us = KEYS[4 + 3 * i], args_of(i)
+  redis.call('HSET', credits, ARGV[2], string.format('%.0f %.0f %.0f', need, ends_ms, work_us))
   redis.call('HINCRBY', credits, 'total', need)
+  redis.call('HINCRBY', credits, 'work', work_us)
   redis.call('PEXPIRE', credits, tonumber(ARGV[4]))
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', tonumber(ARGV[3]))

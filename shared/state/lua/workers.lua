@@ -1,4 +1,5 @@
--- All workers whose lease stands: for each its slot, card, load, pages and number of credits taken, in one flat list.
+-- All workers whose lease stands: for each its slot, card, load, speeds, and pages, number and work (us) of credits
+-- taken, in one flat list.
 -- KEYS: the slots 0, 1, 2, ... ARGV: what stands before the incarnation in the keys of worker and credits.
 -- Reads only.
 
@@ -7,14 +8,12 @@ local holders = redis.call('MGET', unpack(KEYS))
 for i = 1, #KEYS do
   local incarnation = holders[i]
   if incarnation then
-    local worker = redis.call('HMGET', ARGV[1] .. incarnation, 'card', 'load')
+    local worker = redis.call('HMGET', ARGV[1] .. incarnation, 'card', 'load', 'speeds')
     if worker[1] then
-      local credits = ARGV[2] .. incarnation
-      local total = redis.call('HGET', credits, 'total')
-      local count = total and redis.call('HLEN', credits) - 1 or 0
+      local count, total, work_us = num_credits(ARGV[2] .. incarnation)
       local n = #answer
-      answer[n + 1], answer[n + 2], answer[n + 3] = i - 1, worker[1], worker[2]
-      answer[n + 4], answer[n + 5] = tonumber(total or 0), count
+      answer[n + 1], answer[n + 2], answer[n + 3], answer[n + 4] = i - 1, worker[1], worker[2], worker[3]
+      answer[n + 5], answer[n + 6], answer[n + 7] = total, count, work_us
     end
   end
 end

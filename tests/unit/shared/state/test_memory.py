@@ -32,7 +32,7 @@ def store(clock):
 
 
 def a_card(name):
-    return WorkerCard(Incarnation(name), Role.DECODE, name, "m", "f", 4096, 100, 8, "127.0.0.1:1", "l")
+    return WorkerCard(Incarnation(name), Role.DECODE, name, "m", "f", 4096, 100, 8, 256, 1024, 0, "127.0.0.1:1", "l")
 
 
 A_LOAD = WorkerLoad(num_free_pages=100, num_running=0, num_waiting=0)

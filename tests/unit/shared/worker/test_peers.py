@@ -79,6 +79,9 @@ class Place:
             max_context=64,
             num_pages=4,
             max_running=1,
+            max_batch_tokens=64,
+            page_bytes=layout.page_bytes,
+            num_host_pages=0,
             transfer_address=address or f"{name}:1",
             layout_fingerprint=layout.fingerprint,
         )
