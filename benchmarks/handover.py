@@ -32,6 +32,7 @@ from benchmarks.lone_engine import Task
 from infra.local.composition import Composition
 from infra.local.model import smollm2_folder
 from infra.local.stack import Stack, local_stack
+from shared.observe.metrics import LocalPrefill
 from shared.request import Event
 from shared.state.keys import BEAT_INTERVAL_S
 from shared.text.tokeniser import Tokeniser
@@ -100,7 +101,7 @@ async def ask(http: httpx.AsyncClient, edge: str, model: str, prompt: Sequence[i
 
 
 async def metrics(http: httpx.AsyncClient, address: str) -> dict[str, float]:
-    """A worker's metrics by name."""
+    """A worker's metrics by name; of prompts computed on the decode worker those whose pull failed."""
     answer = await http.get(f"{address}/metrics")
     answer.raise_for_status()
     return {
@@ -108,6 +109,7 @@ async def metrics(http: httpx.AsyncClient, address: str) -> dict[str, float]:
         for family in text_string_to_metric_families(answer.text)
         for sample in family.samples
         if not sample.name.endswith("_bucket")
+        and sample.labels.get("cause", LocalPrefill.PULL_FAILED) == LocalPrefill.PULL_FAILED
     }
 
 

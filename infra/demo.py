@@ -31,6 +31,7 @@ from infra.local.process import kill_group
 from infra.local.stack import Stack, local_stack
 from infra.local.state_file import StateFile
 from shared.errors import StartupError
+from shared.observe.metrics import LocalPrefill
 from shared.state.keys import BEAT_INTERVAL_S
 
 RUN_DIR = Path(".run/demo")
@@ -188,7 +189,12 @@ async def read_worker(http: httpx.AsyncClient, name: str, address: str) -> Worke
     answer = await http.get(f"{address}/metrics")
     answer.raise_for_status()
     families = text_string_to_metric_families(answer.text)
-    samples = {sample.name: int(sample.value) for family in families for sample in family.samples}
+    samples = {
+        sample.name: int(sample.value)
+        for family in families
+        for sample in family.samples
+        if sample.labels.get("cause", LocalPrefill.PULL_FAILED) == LocalPrefill.PULL_FAILED
+    }
     return WorkerReading(
         name=name,
         prompt_tokens=samples["vllm:prompt_tokens_total"],

@@ -71,7 +71,8 @@ class Event(StrEnum):
         accepted ─> admitted ─> placed ─> prefilling ─> first_token ─> transferring ─> decoding ─> finished ─> delivered
         (broker)    (ingest)   (ingest)   (prefill)      (prefill)      (decode)       (decode)    (worker)    (edge)
 
-    A first token that ends the request goes from `first_token` straight to `finished`.
+    A first token that ends the request goes from `first_token` straight to `finished`. Where a decode worker computes
+    the prompt itself, `prefilling` and `first_token` are by its host, and it is `decoding` with the first token.
     """
 
     ACCEPTED = "accepted"

@@ -194,9 +194,9 @@ def check_workers() -> None:
             raise CheckFailed("workers hold pages still")
         time.sleep(2)
     pulled_mib = _sum("baton_kv_pull_bytes_total") / 2**20
-    local_prefills = _sum("baton_local_prefills_total")
+    local_prefills = _sum('baton_local_prefills_total{cause="pull failed"}')
     idle = NUM_DECODE - _sum('vllm:generation_tokens_total{role="decode"} > bool 0')
-    say(f"KV pulled by UCX: {pulled_mib:.0f} MiB; prompts that decode computed: {local_prefills:.0f}; pages: all free")
+    say(f"KV pulled by UCX: {pulled_mib:.0f} MiB; prompts whose pull failed: {local_prefills:.0f}; pages: all free")
     if not pulled_mib or local_prefills:
         raise CheckFailed("KV did not travel from worker to worker")
     if idle:

@@ -470,10 +470,11 @@ KV = Row(
         ),
         Panel(
             title="Computed on the decode worker",
-            description="Prompts whose KV could not be pulled, so that the decode worker computed them. Should be "
-            "nothing: answers stay right and come late.",
-            queries=[Query(rate('baton_local_prefills_total{role="decode"}', "role", "instance"), WORKER)],
+            description="Prompts that the decode worker computed, by cause. chosen: the policy expected the first "
+            "token sooner that way. pull failed should be nothing: such answers are right and late.",
+            queries=[Query(rate('baton_local_prefills_total{role="decode"}', "cause"), "{{cause}}")],
             unit=Unit.PER_S,
+            stacked=True,
         ),
         Panel(
             title="Pages in use now",

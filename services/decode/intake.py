@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from shared.blocks import token_ids
 from shared.engine.port import EngineRequest, Reservation
 from shared.errors import KvTransferFailed
+from shared.observe.metrics import LocalPrefill
 from shared.request import Event, PlacementId, Stamps
 from shared.state.keys import BEAT_INTERVAL_S
 from shared.transfer.port import Pulled
-from shared.wire.to_worker import DecodeWork, FirstToken
+from shared.wire.to_worker import DecodeWork, FirstToken, LocalWork
 from shared.wire.wire_format import WireFormat
 from shared.worker.role import WorkerContext
 
@@ -200,7 +201,7 @@ class Intake:
         """Raises _Refused for a token that is none of the model's."""
         key = arrival.key
         if pulled is None:
-            self._context.metrics.local_prefills.inc()
+            self._context.metrics.count_local_prefill(LocalPrefill.PULL_FAILED)
             request = engine_request(arrival.work)
             whole = replace(request, ids=request.ids + token_ids((token_id,)))
             taken = self._context.engine.call(lambda engine: engine.add(whole))
@@ -222,7 +223,7 @@ class _Refused(Exception):
     """The engine can never run it."""
 
 
-def engine_request(work: DecodeWork) -> EngineRequest:
+def engine_request(work: DecodeWork | LocalWork) -> EngineRequest:
     """The choice as the engine knows it, up to the first token."""
     assignment = work.assignment
     return EngineRequest(

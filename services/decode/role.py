@@ -1,18 +1,32 @@
-"""The decode role: take a ticket, then a token → intake → publish each step's tokens → free the pages at the end."""
+"""The decode role: take a ticket, then a token → intake → publish each step's tokens → free the pages at the end.
 
+Where ingest chose so it computes a prompt itself, in chunks beside the running rows, and tells all of its answer.
+"""
+
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.decode.intake import Arrival, Ends, Intake
-from shared.blocks import token_ids
+from services.decode.intake import Arrival, Ends, Intake, engine_request
 from shared.engine.port import TokenOutput
-from shared.request import Event, PlacementId, Stamps
+from shared.observe.metrics import LocalPrefill
+from shared.request import Event, FinishReason, PlacementId, Stamps
 from shared.text.stream import TextStream
 from shared.wire.to_stream_out import FrameEntry
-from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, PrefillWork, Stop, ToDecode, ToPrefill
+from shared.wire.to_worker import (
+    Assignment,
+    DecodeWork,
+    FirstToken,
+    LocalWork,
+    PrefillWork,
+    Stop,
+    ToDecode,
+    ToPrefill,
+)
 from shared.wire.wire_format import WireFormat
+from shared.worker.answers import end_of, text_of
 from shared.worker.engine_thread import Step
-from shared.worker.entries import failed_entry, finished_stamps, token_entry
+from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
 
 
@@ -24,12 +38,14 @@ class Decoding:
         text: looks for stop strings, one step behind the engine; None if there are none to look for.
         stamps: passed and not published yet.
         wire_format: in which the KV of its prompt came; NATIVE once that is published.
+        awaits_first: this worker computes its prompt, and has made no token behind it yet.
     """
 
     assignment: Assignment
     text: TextStream | None
     stamps: Stamps
-    wire_format: WireFormat
+    wire_format: WireFormat = WireFormat.NATIVE
+    awaits_first: bool = False
 
 
 class DecodeRole:
@@ -46,6 +62,8 @@ class DecodeRole:
         match message:
             case DecodeWork():
                 self._start(message)
+            case LocalWork():
+                self._start_local(message)
             case FirstToken():
                 if not self._intake.take_token(message):
                     self._context.metrics.ignore("no such placement")
@@ -59,6 +77,10 @@ class DecodeRole:
         return [*waiting, *(decoding.assignment for decoding in self._decodings.values())]
 
     async def handle(self, step: Step) -> None:
+        for key in step.output.started:
+            decoding = self._decodings.get(PlacementId(key))
+            if decoding is not None and decoding.awaits_first:
+                decoding.stamps[Event.PREFILLING] = step.started_s
         made = (self._entry(token, step.ended_s) for token in step.output.tokens)
         entries = [entry for entry in made if entry is not None]
         await self._context.frames.post(entries, step.ended_s)
@@ -68,13 +90,54 @@ class DecodeRole:
                 self._end(entry.placement)
 
     def _start(self, work: DecodeWork) -> None:
+        if self._is_new(work):
+            self._intake.take(work)
+
+    def _is_new(self, work: DecodeWork | LocalWork) -> bool:
+        """Whether to begin with it: not a second time, and not behind its deadline."""
         placement = work.assignment.placement
         if not self._seen.add(placement):
-            return
+            return False
         if work.assignment.deadline_s <= self._context.clock_s():
             self._context.credits.give_back(placement, work.target)
+            return False
+        return True
+
+    # Prompts that are computed here
+
+    def _start_local(self, work: LocalWork) -> None:
+        if not self._is_new(work):
             return
-        self._intake.take(work)
+        context, assignment = self._context, work.assignment
+        text = text_of(context.tokeniser, assignment, work.ids) if assignment.stop_strings else None
+        self._decodings[assignment.placement] = Decoding(assignment, text, stamps={}, awaits_first=True)
+        if (end := end_of(context.tokeniser, assignment, work.ids)) is not None:
+            context.tasks.create_task(self._publish_end(work, *end))
+            return
+        context.metrics.count_local_prefill(LocalPrefill.CHOSEN)
+        request = engine_request(work)
+        added = context.engine.call(lambda engine: engine.add(request))
+        context.tasks.create_task(self._fail_if_refused(work, added))
+
+    async def _publish_end(self, work: LocalWork, finish: FinishReason, stop_reason: str | int | None) -> None:
+        index = len(work.ids) - work.assignment.prompt_len
+        await self._end_with(end_entry(work.assignment, index, finish, stop_reason))
+
+    async def _fail_if_refused(self, work: LocalWork, added: asyncio.Future[None]) -> None:
+        try:
+            await added
+        except ValueError as error:
+            index = len(work.ids) - work.assignment.prompt_len
+            await self._end_with(failed_entry(work.assignment, index, str(error)))
+
+    async def _end_with(self, entry: FrameEntry) -> None:
+        """Publish the one entry of a placement that the engine never runs."""
+        now_s = self._context.clock_s()
+        await self._context.frames.send(replace(entry, stamps=finished_stamps(entry.stamps, now_s)), now_s)
+        if entry.placement in self._decodings:
+            self._end(entry.placement)
+
+    # Whatever runs
 
     def _stop(self, placement: PlacementId) -> None:
         self._seen.add(placement)
@@ -86,8 +149,8 @@ class DecodeRole:
         work, assignment = arrival.work, arrival.work.assignment
         text = None
         if assignment.stop_strings:
-            text = TextStream.of_choice(self._context.tokeniser, assignment.stop_strings, assignment.sampling)
-            text.push(work.ids[assignment.prompt_len :] + token_ids((arrival.first_token.result(),)))
+            text = text_of(self._context.tokeniser, assignment, work.ids)
+            text.push((arrival.first_token.result(),))
         self._decodings[arrival.key] = Decoding(assignment, text, arrival.stamps, arrival.wire_format)
 
     def _refused(self, arrival: Arrival, reason: str) -> None:
@@ -108,14 +171,23 @@ class DecodeRole:
         decoding = self._decodings.get(PlacementId(token.key))
         if decoding is None:
             return None
-        if Event.TRANSFERRING in decoding.stamps:
-            decoding.stamps[Event.DECODING] = made_s
         stop = decoding.text.push((token.token_id,)).stopped if decoding.text and token.token_id >= 0 else None
+        if decoding.awaits_first:
+            self._prompt_is_computed(decoding, made_s, goes_on=token.finish is None and stop is None)
+        elif Event.TRANSFERRING in decoding.stamps:
+            decoding.stamps[Event.DECODING] = made_s
         entry = token_entry(
             decoding.assignment, token, stop=stop, stamps=decoding.stamps, wire_format=decoding.wire_format
         )
         decoding.stamps, decoding.wire_format = {}, WireFormat.NATIVE
         return entry if entry.finish is None else replace(entry, stamps=finished_stamps(entry.stamps, made_s))
+
+    def _prompt_is_computed(self, decoding: Decoding, made_s: float, *, goes_on: bool) -> None:
+        decoding.awaits_first = False
+        decoding.stamps[Event.FIRST_TOKEN] = made_s
+        if goes_on:
+            decoding.stamps[Event.DECODING] = made_s
+        self._context.credits.computed(decoding.assignment.placement, self._context.me)
 
     def _end(self, placement: PlacementId) -> None:
         """Free all that this worker has of the placement."""

@@ -10,12 +10,21 @@ from services.prefill.rate import PrefillRate
 from shared.engine.port import EngineRequest, TokenOutput
 from shared.kv.progress import Chunk, KvProgress
 from shared.request import Event, FinishReason, PlacementId, Stamps
-from shared.text.stream import TextStream
 from shared.transfer.port import Outcome
 from shared.wire.codec import encode
 from shared.wire.to_stream_out import FrameEntry
-from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, PrefillWork, Stop, ToDecode, ToPrefill
+from shared.wire.to_worker import (
+    Assignment,
+    DecodeWork,
+    FirstToken,
+    LocalWork,
+    PrefillWork,
+    Stop,
+    ToDecode,
+    ToPrefill,
+)
 from shared.wire.topics import DECODE
+from shared.worker.answers import end_of, text_of
 from shared.worker.engine_thread import Step
 from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
 from shared.worker.role import Remembered, WorkerContext
@@ -99,7 +108,7 @@ class PrefillRole:
                 self._start(message)
             case Stop():
                 self._stop(message.placement)
-            case DecodeWork() | FirstToken():
+            case DecodeWork() | LocalWork() | FirstToken():
                 self._context.log.error("a message to decode came to a prefill worker", message=repr(message))
 
     def unfinished(self) -> Sequence[Assignment]:
@@ -126,7 +135,7 @@ class PrefillRole:
             self._context.credits.give_back(assignment.placement, work.target, work.decode)
             return
         prefill = self._prefills[assignment.placement] = Prefill(work, stamps={})
-        if (end := self._end_in(work)) is not None:
+        if (end := end_of(self._context.tokeniser, assignment, work.ids)) is not None:
             self._context.tasks.create_task(self._publish_end(prefill, *end))
             return
         num_made = len(work.ids) - assignment.prompt_len
@@ -219,6 +228,7 @@ class PrefillRole:
 
     def _take_token(self, prefill: Prefill, token: TokenOutput, made_s: float) -> None:
         prefill.move(Stage.PUBLISHING)
+        self._context.credits.computed(prefill.placement, self._context.me)
         prefill.stamps[Event.FIRST_TOKEN] = made_s
         self._context.tasks.create_task(self._publish(prefill, token, made_s))
         if prefill.progress is not None and token.finish is not FinishReason.FAILED:
@@ -242,26 +252,7 @@ class PrefillRole:
     def _matched_stop(self, work: PrefillWork, token: TokenOutput) -> str | None:
         if not work.assignment.stop_strings or token.token_id < 0:
             return None
-        return self._text_of(work).push((token.token_id,)).stopped
-
-    def _text_of(self, work: PrefillWork) -> TextStream:
-        """The text of the answer so far."""
-        assignment = work.assignment
-        text = TextStream.of_choice(self._context.tokeniser, assignment.stop_strings, assignment.sampling)
-        text.push(work.ids[assignment.prompt_len :])
-        return text
-
-    def _end_in(self, work: PrefillWork) -> tuple[FinishReason, str | int | None] | None:
-        """How the accepted tokens end the choice already, and by what; None: they do not, as ever of our own frames,
-        in which a last token never stands without its end."""
-        sampling, made = work.assignment.sampling, work.ids[work.assignment.prompt_len :]
-        if not made:
-            return None
-        if (stop := self._text_of(work).push(()).stopped) is not None:
-            return FinishReason.STOP, stop
-        if made[-1] in sampling.ends(frozenset(self._context.tokeniser.eos_ids)):
-            return FinishReason.STOP, made[-1] if made[-1] in sampling.stop_token_ids else None
-        return (FinishReason.LENGTH, None) if len(made) >= sampling.max_tokens else None
+        return text_of(self._context.tokeniser, work.assignment, work.ids).push((token.token_id,)).stopped
 
     async def _publish_end(self, prefill: Prefill, finish: FinishReason, stop_reason: str | int | None) -> None:
         work = prefill.work

@@ -108,7 +108,8 @@ class EdgeMetrics:
     def _observe_choice(self, choice: ChoiceState) -> None:
         assert choice.end is not None, "the request completed"
         stamps = choice.stamps
-        _observe(self.handoff_gap, stamps, Event.FIRST_TOKEN, Event.DECODING)
+        if Event.TRANSFERRING in stamps:  # who computed the prompt may have gone on itself
+            _observe(self.handoff_gap, stamps, Event.FIRST_TOKEN, Event.DECODING)
         self.success.labels(choice.end.finish).inc()
         num_gaps = len(choice.ids) - 1
         if num_gaps > 0 and Event.FIRST_TOKEN in stamps and Event.FINISHED in stamps:

@@ -5,6 +5,7 @@ No label is a request id.
 """
 
 import asyncio
+from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -20,6 +21,15 @@ TOKEN_BUCKETS = tuple(float(2**n) for n in range(18))
 
 # Labels that are counted from the start at 0: otherwise the first of a kind would not count as an increase.
 REFUSALS: tuple[type[RequestError], ...] = (InvalidRequest, ContextTooLong, ModelNotFound, BodyTooLarge, RequestFailed)
+
+
+class LocalPrefill(StrEnum):
+    """Why a prompt is computed on the decode worker."""
+
+    CHOSEN = "chosen"
+    PULL_FAILED = "pull failed"
+
+
 HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
 IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
 
@@ -121,9 +131,14 @@ class WorkerMetrics:
         for wire_format in WireFormat:
             self.transfers.labels(model_name, wire_format)
             self.wire_bytes.labels(model_name, wire_format)
-        self.local_prefills = counter(
-            "baton_local_prefills", "Prompts computed on the decode worker because the KV could not be pulled"
+        self.local_prefills = Counter(
+            "baton_local_prefills",
+            "Prompts computed on the decode worker: as ingest chose, or because their KV could not be pulled",
+            ["model_name", "cause"],
+            registry=registry,
         )
+        for cause in LocalPrefill:
+            self.local_prefills.labels(model_name, cause)
         self.holds_ended = Counter(
             "baton_kv_holds_total", "How offers of KV ended", ["model_name", "outcome"], registry=registry
         )
@@ -142,6 +157,10 @@ class WorkerMetrics:
         self.transfer_bytes.inc(kv_bytes)
         self.transfers.labels(self.model_name, wire_format).inc()
         self.wire_bytes.labels(self.model_name, wire_format).inc(wire_bytes)
+
+    def count_local_prefill(self, cause: LocalPrefill) -> None:
+        """A prompt is computed on the decode worker."""
+        self.local_prefills.labels(self.model_name, cause).inc()
 
     def ignore(self, reason: str) -> None:
         """Count a record that means nothing here."""

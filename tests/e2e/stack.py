@@ -126,17 +126,19 @@ class Serving:
             INGEST.name, value, key=raw_key, partition=partition, headers=list(headers)
         )
 
-    async def metrics(self, address: str) -> dict[str, float]:
-        """Samples of one process, summed over labels."""
+    async def metrics(self, address: str, **labels: str) -> dict[str, float]:
+        """Samples of one process that have these labels, summed over the others."""
         answer = await self.http.get(f"{address}/metrics")
         totals: dict[str, float] = {}
         for family in text_string_to_metric_families(answer.text):
             for sample in family.samples:
-                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+                if labels.items() <= sample.labels.items():
+                    totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return totals
 
-    async def metric_of_all(self, service: str, name: str) -> float:
-        return sum([(await self.metrics(address)).get(name, 0.0) for address in self.stack.addresses(service)])
+    async def metric_of_all(self, service: str, name: str, **labels: str) -> float:
+        addresses = self.stack.addresses(service)
+        return sum([(await self.metrics(address, **labels)).get(name, 0.0) for address in addresses])
 
     async def all_ready(self) -> None:
         """Waits until every process is up and has what it needs."""

@@ -13,6 +13,7 @@ from services.decode.role import DecodeRole
 from shared.blocks import token_ids
 from shared.engine.fake import fake_engine
 from shared.errors import KvTransferFailed, LayoutMismatch
+from shared.observe.metrics import LocalPrefill
 from shared.request import Incarnation, PlacementId, RequestId
 from shared.transfer.control import (
     MAX_CONTROL_BYTES,
@@ -165,7 +166,7 @@ async def test_a_ticket_for_other_ids_than_it_came_with_costs_decode_a_prefill_a
             role.take(FirstToken(placement, DECODE, token_id=7))
             await until(engine.has_work)
             assert engine.stats().num_importing == 0
-            assert context.metrics.local_prefills._value.get() == 1
+            assert context.metrics.local_prefills.labels("m", LocalPrefill.PULL_FAILED)._value.get() == 1
         pair.source.withdraw("k")
 
 

@@ -28,7 +28,7 @@ from shared.bus.port import Bus
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
 from shared.observe.log import Logger
-from shared.observe.metrics import IngestMetrics, WorkerMetrics
+from shared.observe.metrics import IngestMetrics, LocalPrefill, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
 from shared.runtime.run import health_routes, serve_http
@@ -332,6 +332,11 @@ class System:
                 await asyncio.sleep(0.01)
         for worker in self.live_workers():
             worker.engine.check()
+
+    def num_local_prefills(self, cause: LocalPrefill) -> float:
+        """Prompts that workers computed beside their running requests."""
+        counters = [worker.service._parts.metrics.local_prefills for worker in self.workers]
+        return sum(counter.labels(MODEL, cause)._value.get() for counter in counters)
 
     def live_workers(self) -> list[Running]:
         return [worker for worker in self.workers if not worker.task.done()]

@@ -10,6 +10,7 @@ import pytest
 
 from shared.blocks import pages_for, token_ids
 from shared.engine.fake import END_AT, fake_answer, fake_engine
+from shared.observe.metrics import LocalPrefill
 from shared.request import FinishReason, SamplingParams
 from shared.state.port import Role
 from shared.wire.to_worker import TO_DECODE_DECODER, DecodeWork, FirstToken, Stop
@@ -58,10 +59,6 @@ def num_made(system, job):
     return 0 if state is None else len(state.choice(0).ids)
 
 
-def local_prefills(system):
-    return sum(worker.service._parts.metrics.local_prefills._value.get() for worker in system.workers)
-
-
 async def all_credits_are_back(system):
     state = system.workers[0].service._parts.state
     async with asyncio.timeout(10):
@@ -79,7 +76,7 @@ async def test_the_pull_begins_while_prefill_computes():
         work, token = told_to_decode(system)
         assert list(work.ids) == PROMPT
         assert (token.placement, token.token_id) == (work.assignment.placement, expected()[0])
-        assert local_prefills(system) == 0
+        assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 0
         await system.quiet()
         await all_credits_are_back(system)
 
@@ -121,7 +118,7 @@ async def test_short_answers(prompt, num_new, told):
         await all_credits_are_back(system)
         assert (await system.result(job)).status == "completed"
         assert [type(message) for message in told_to_decode(system)] == told, "by prefill, and at its end by the owner"
-        assert local_prefills(system) == 0
+        assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 0
 
 
 async def test_a_stop_string_in_the_first_token_ends_it_at_both_workers():
@@ -149,7 +146,7 @@ async def test_a_pull_that_breaks_off_is_made_good_by_decode(when):
         system.network.cut(link.source.address)
         system.network.delay_s = 0.0
         assert answer(await system.ended(job)) == expected()
-        assert local_prefills(system) == 1
+        assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 1
         await system.quiet()
         await all_credits_are_back(system)
 
@@ -159,7 +156,7 @@ async def test_a_pull_that_lasts_too_long_behind_the_first_token_is_made_good_by
         system.network.delay_s = 1000.0
         job = await system.submit(a_body(PROMPT, NUM_NEW))
         assert answer(await system.ended(job)) == expected()
-        assert local_prefills(system) == 1
+        assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 1
         await system.quiet()
         await all_credits_are_back(system)
 

@@ -10,6 +10,7 @@ import pytest
 
 from shared.blocks import token_ids
 from shared.engine.fake import fake_answer, fake_engine
+from shared.observe.metrics import LocalPrefill
 from shared.request import FinishReason, SamplingParams
 from shared.state.port import Role
 from tests.flow.system import MODEL, System
@@ -57,8 +58,7 @@ async def test_kv_that_cannot_be_pulled_is_computed_where_it_is_needed():
         system.network.fail_next_pull()
         state = await system.ended(await system.submit(a_body()))
         assert answer(state) == expected(PROMPT, 20)
-        prefills = [w.service._parts.metrics.local_prefills._value.get() for w in system.workers[1:]]
-        assert sum(prefills) == 1
+        assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 1
         await system.quiet()
 
 

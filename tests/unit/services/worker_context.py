@@ -120,8 +120,9 @@ class FakeTransfer:
 
 @asynccontextmanager
 async def a_context(engine, *, me, transfer=None, clock_s=None):
-    """What a role gets; `given_back` are credits, in order, `gone` the workers that have ended."""
-    given_back, gone = [], set()
+    """What a role gets; `given_back` are credits, in order, and `computed` those whose work was told to be done;
+    `gone` are the workers that have ended."""
+    given_back, computed, gone = [], [], set()
     async with asyncio.TaskGroup() as tasks:
         yield SimpleNamespace(
             me=me,
@@ -133,8 +134,10 @@ async def a_context(engine, *, me, transfer=None, clock_s=None):
             frames=FakeFrames(),
             handoff=FakeHandoff(),
             given_back=given_back,
+            computed=computed,
             credits=SimpleNamespace(
-                give_back=lambda placement, *workers: given_back.extend((placement, worker) for worker in workers)
+                computed=lambda placement, worker: computed.append((placement, worker)),
+                give_back=lambda placement, *workers: given_back.extend((placement, worker) for worker in workers),
             ),
             tokeniser=fake_tokeniser(),
             metrics=WorkerMetrics(CollectorRegistry(), "m"),

@@ -10,6 +10,7 @@ import pytest
 from services.decode.intake import Ends, Intake
 from shared.blocks import token_ids
 from shared.engine.fake import fake_engine
+from shared.observe.metrics import LocalPrefill
 from shared.request import Event, Incarnation, PlacementId, RequestId, SamplingParams
 from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, KvTicket
 from shared.wire.wire_format import WireFormat
@@ -88,8 +89,8 @@ def num_used(engine):
     return stats.num_pages - stats.num_free_pages
 
 
-def counted(stage, name):
-    return getattr(stage.context.metrics, name)._value.get()
+def num_failed_pulls(stage):
+    return stage.context.metrics.local_prefills.labels("m", LocalPrefill.PULL_FAILED)._value.get()
 
 
 @pytest.mark.parametrize("token_comes", ["before there is room", "while it pulls", "when all is pulled"])
@@ -119,7 +120,7 @@ def test_it_runs_when_both_kv_and_token_are_there(token_comes):
         assert stage.ended == [("arrived", "a")]
         assert not stage.intake.arrivals()
         assert engine.stats().num_running == 1
-        assert counted(stage, "local_prefills") == 0
+        assert num_failed_pulls(stage) == 0
         assert engine.has_work()
         engine.abort("a")
 
@@ -152,7 +153,7 @@ def test_a_failed_pull_gives_its_pages_back_at_once_and_prefills_when_the_token_
         stage.intake.take_token(a_token_for("a"))
         await settled()
         assert stage.ended == [("arrived", "a")]
-        assert counted(stage, "local_prefills") == 1
+        assert num_failed_pulls(stage) == 1
         (output,) = engine.step().tokens
         assert output.index == 1, "behind the token that came"
 
@@ -173,7 +174,7 @@ def test_a_pull_waits_for_prefill_as_long_as_it_takes_and_for_the_rest_only_so_l
         assert loop.time() - began_s == pytest.approx(PULL_TIMEOUT_S, abs=0.2)
         assert stage.ended == [("arrived", "a")]
         assert stage.transfer.num_ended == 1
-        assert counted(stage, "local_prefills") == 1
+        assert num_failed_pulls(stage) == 1
         engine.abort("a")
 
     run(scene)
@@ -255,7 +256,7 @@ def test_a_ticket_for_other_tokens_than_its_ids_is_not_pulled(offered):
         await settled()
         assert not stage.transfer.pulling
         assert stage.ended == [("arrived", "a")]
-        assert counted(stage, "local_prefills") == 1
+        assert num_failed_pulls(stage) == 1
         engine.abort("a")
 
     run(scene)

@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from services.decode.role import DecodeRole
 from shared.engine.fake import fake_engine
 from shared.engine.port import StepOutput, TokenOutput
 from shared.request import Event, FinishReason
-from shared.wire.to_worker import Stop
+from shared.wire.to_worker import LocalWork, Stop
 from shared.wire.wire_format import WireFormat
 from shared.worker.engine_thread import Step
 from tests.unit.services.decode.test_intake import a_ticket_for, a_token_for
@@ -33,6 +34,17 @@ def run(scene, **settings):
 
 def a_step(key, index, finish=None):
     return Step(StepOutput((TokenOutput(key, index, 5, finish),)), started_s=0.0, ended_s=2000.0)
+
+
+def work_for(name, num_tokens, *, num_made=0, **assignment):
+    """A prompt to be computed here, with `num_made` tokens of its answer."""
+    ticket = a_ticket_for(name, num_tokens, **assignment)
+    prompt_len = num_tokens - num_made
+    return LocalWork(replace(ticket.assignment, prompt_len=prompt_len), ticket.ids, DECODE)
+
+
+async def step(stage, started_s, ended_s):
+    await stage.role.handle(Step(stage.engine.step(), started_s, ended_s))
 
 
 def ignored(stage):
@@ -158,5 +170,94 @@ def test_without_a_token_by_the_deadline_its_credits_go_back():
         assert stage.context.given_back == [("lost", DECODE)]
         assert not stage.role.unfinished()
         assert stage.engine.stats().num_free_pages == 16
+
+    run(scene)
+
+
+def test_a_prompt_that_is_computed_here_tells_all_from_its_first_token_on():
+    async def scene(stage):
+        stage.role.take(work_for("job", 300, max_tokens=2))
+        await settled()
+        assert [each.placement for each in stage.role.unfinished()] == ["job"]
+        await step(stage, 10.0, 11.0)  # the first 256 tokens
+        assert (stage.context.frames.entries, stage.context.computed) == ([], [])
+        await step(stage, 11.0, 12.0)
+        assert stage.context.computed == [("job", DECODE)]
+        assert stage.context.given_back == []
+        await step(stage, 12.0, 13.0)
+        first, second = stage.context.frames.entries
+        assert (first.index, second.index) == (0, 1)
+        assert first.stamps == {Event.PREFILLING: 10.0, Event.FIRST_TOKEN: 12.0, Event.DECODING: 12.0}
+        assert second.stamps == {Event.FINISHED: 13.0}
+        assert (first.num_cached_tokens, second.finish) == (0, FinishReason.LENGTH)
+        assert stage.context.given_back == [("job", DECODE)]
+        assert not stage.role.unfinished()
+        assert stage.engine.stats().num_free_pages == 16
+
+    run(scene)
+
+
+def test_work_that_comes_twice_behind_its_stop_or_behind_its_deadline_does_nothing():
+    async def scene(stage):
+        twice = work_for("twice", 10)
+        stage.role.take(twice)
+        stage.role.take(twice)
+        stage.role.take(Stop(work_for("stopped", 10).assignment.placement, DECODE))
+        stage.role.take(work_for("stopped", 10))
+        stage.role.take(work_for("late", 10, deadline_s=-1.0))
+        await settled()
+        assert [each.placement for each in stage.role.unfinished()] == ["twice"]
+        assert stage.engine.stats().num_waiting == 1
+        assert stage.context.given_back == [("stopped", DECODE), ("late", DECODE)]
+        assert not stage.context.frames.entries
+
+    run(scene)
+
+
+@pytest.mark.parametrize("while_waiting", [True, False])
+def test_a_stop_frees_what_is_computed_here(while_waiting):
+    async def scene(stage):
+        work = work_for("job", 300, max_tokens=9)
+        stage.role.take(work)
+        await settled()
+        if not while_waiting:
+            await step(stage, 0.0, 1.0)
+        stage.role.take(Stop(work.assignment.placement, DECODE))
+        while stage.engine.has_work():
+            await step(stage, 1.0, 2.0)
+        assert not stage.role.unfinished()
+        assert not stage.context.frames.entries
+        assert ("job", DECODE) in stage.context.given_back
+        assert stage.engine.stats().num_free_pages == 16
+
+    run(scene)
+
+
+def test_a_prompt_that_never_fits_here_fails_with_its_next_token():
+    async def scene(stage):
+        stage.context.frames.gate.shut()
+        stage.role.take(work_for("huge", 2000, num_made=3, max_tokens=9))
+        await settled()
+        assert stage.role.unfinished(), "until the log has it"
+        stage.context.frames.gate.open()
+        await settled()
+        (entry,) = stage.context.frames.entries
+        assert (entry.finish, entry.index) == (FinishReason.FAILED, 3)
+        assert Event.FINISHED in entry.stamps
+        assert stage.context.given_back == [("huge", DECODE)]
+        assert not stage.role.unfinished()
+
+    run(scene)
+
+
+def test_what_the_accepted_tokens_ended_already_is_only_told():
+    async def scene(stage):
+        stage.role.take(work_for("done", 10, num_made=2, max_tokens=2))
+        await settled()
+        (entry,) = stage.context.frames.entries
+        assert (entry.finish, entry.index, list(entry.ids)) == (FinishReason.LENGTH, 2, [])
+        assert not stage.engine.has_work()
+        assert stage.context.given_back == [("done", DECODE)]
+        assert not stage.role.unfinished()
 
     run(scene)

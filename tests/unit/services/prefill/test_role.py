@@ -92,6 +92,7 @@ def test_the_ticket_leaves_with_the_first_chunk_and_the_token_when_it_stands_in_
         assert not stage.role.unfinished()
         assert num_used(stage.engine) == 3, "its pages wait for the pull"
         assert not stage.context.given_back
+        assert stage.context.computed == [(KEY, PREFILL)], "its pages are taken still"
         stage.context.transfer.end(KEY)
         assert num_used(stage.engine) == 0
         assert stage.context.given_back == [(KEY, PREFILL)]
