@@ -1,11 +1,13 @@
 """What one step computes: the only thing that scheduler and runner share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from shared.blocks import TokenIds
 from shared.engine.layer_marks import LayerMarks
 from shared.kv.paged_cache import PagedCache
+from shared.policy.profile import StepWork, num_pairs
 from shared.request import SamplingParams, TokenLogprob
 
 MAX_ENDS = 80
@@ -52,6 +54,16 @@ class BatchRow:
     sampling: SamplingParams
     choice: int
     forbid_end: bool
+
+
+def work_of(rows: Sequence[BatchRow], num_decode: int) -> StepWork:
+    """What a batch computes of which the first `num_decode` rows are decode rows and the others chunks."""
+    num_prompt_tokens = pairs = 0
+    for chunk in rows[num_decode:]:
+        num_new = chunk.end - chunk.start
+        num_prompt_tokens += num_new
+        pairs += num_pairs(num_new, chunk.start)
+    return StepWork(num_decode, sum([row.end for row in rows[:num_decode]]), num_prompt_tokens, pairs)
 
 
 def forbidden_ends(sampling: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> list[int]:

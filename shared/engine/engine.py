@@ -189,9 +189,7 @@ class PagedEngine:
         """Move the sequences of a batch that is done on by what their rows gave."""
         self._scheduler.collected(batch)
         tokens: list[TokenOutput] = []
-        num_batch_tokens = 0
         for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
-            num_batch_tokens += row.end - row.start
             if sequence.state is SequenceState.ENDED:
                 continue  # it ended after the row had been launched
             if sampled is not None and sampled.error is not None:
@@ -201,7 +199,7 @@ class PagedEngine:
                 self._scheduler.publish(sequence, row.end)
             if sampled is not None:
                 tokens.append(self._take(row, sequence, sampled))
-        return StepOutput(tuple(tokens), started, num_batch_tokens)
+        return StepOutput(tuple(tokens), started, batch.work, len(self._in_flight))
 
     def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Add a token to its sequence."""

@@ -18,7 +18,10 @@ from typing import Protocol
 from shared.blocks import BlockHash, TokenIds
 from shared.kv.layout import KvLayout
 from shared.kv.progress import Chunk
+from shared.policy.profile import StepWork
 from shared.request import FinishReason, SamplingParams, TokenLogprob
+
+NOTHING = StepWork()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,19 @@ class StepOutput:
         tokens: new tokens, at most one a request.
         started: keys of requests whose first chunk was launched in this step; imported ones and those prefilled
             again after preemption are not among them.
-        num_batch_tokens: token rows of the batch that was waited for.
+        work: what the batch that was waited for computed.
+        num_in_flight: batches that were launched and not waited for.
     """
 
     tokens: tuple[TokenOutput, ...] = ()
     started: tuple[str, ...] = ()
-    num_batch_tokens: int = 0
+    work: StepWork = NOTHING
+    num_in_flight: int = 0
+
+    @property
+    def num_batch_tokens(self) -> int:
+        """Token rows of the batch that was waited for."""
+        return self.work.num_rows + self.work.num_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)

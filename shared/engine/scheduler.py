@@ -24,10 +24,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from shared.blocks import PAGE_TOKENS, BlockHash, pages_for, root_hash
-from shared.engine.batch import BatchRow
+from shared.engine.batch import BatchRow, work_of
 from shared.engine.port import EngineLimits, EngineRequest, Reservation
 from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of
 from shared.kv.block_pool import BlockPool
+from shared.policy.profile import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class Batch:
     sequences: tuple[Sequence, ...]
     started: tuple[str, ...]
     num_decode: int
+
+    @property
+    def work(self) -> StepWork:
+        return work_of(self.rows, self.num_decode)
 
 
 NOTHING = Batch((), (), (), 0)

@@ -7,6 +7,7 @@ from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_engine, fake_model
 from shared.engine.port import EngineLimits
+from shared.policy.profile import StepWork
 from shared.request import FinishReason
 from tests.engine_driver import Driver, copy_pages, greedy, request
 
@@ -269,6 +270,20 @@ def test_a_step_launches_the_next_batch_before_it_takes_the_tokens_of_one():
     driver.engine.add(request("b", prompt(10, 500), greedy(1)))
     sizes = [(step.num_batch_tokens, step.started, [token.key for token in step.tokens]) for step in _steps(driver)]
     assert sizes == [(64, ("a", "b"), []), (46, (), ["a", "b"]), (1, (), ["a"])]
+
+
+def test_a_step_tells_the_work_of_the_batch_that_it_waited_for():
+    driver = Driver(fake_engine(max_batch_tokens=64))
+    driver.engine.add(request("a", prompt(100), greedy(3, ignore_eos=True)))
+    driver.engine.add(request("b", prompt(10, 500), greedy(2, ignore_eos=True)))
+    steps = _steps(driver)
+    assert [step.work for step in steps] == [
+        StepWork(num_prompt_tokens=64, num_pairs=64 * 65 // 2),
+        StepWork(num_prompt_tokens=36 + 10, num_pairs=36 * 64 + 36 * 37 // 2 + 10 * 11 // 2),
+        StepWork(num_rows=2, num_context_tokens=101 + 11),
+        StepWork(num_rows=1, num_context_tokens=102),
+    ]
+    assert [step.num_in_flight for step in steps] == [1, 1, 1, 0]
 
 
 def test_the_row_behind_an_end_is_thrown_away():
