@@ -10,7 +10,14 @@ PAGE_TOKENS = 64
 """Tokens of one KV page and of one hashed block."""
 
 BlockHash = NewType("BlockHash", bytes)
-"""16 bytes naming a block of tokens *and everything before it*, for one tenant salt and model."""
+"""16 bytes naming a block of tokens *and everything before it*, for one tenant salt and model. Workers announce it."""
+
+NAME_BYTES = 16
+
+BlockKey = NewType("BlockKey", BlockHash)
+"""32 bytes, which name a block inside an engine: its BlockHash, and behind that as many that nobody can tell from block
+hashes. Only who knows the salt and every token up to the block's last can make it, so whoever has it may have the
+block's KV. Never announced, sent or logged."""
 
 # array is generic for the type checker only before Python 3.12.
 if TYPE_CHECKING:
@@ -37,19 +44,29 @@ def token_ids_from_text(text: str) -> TokenIds:
     return ids
 
 
-def root_hash(model_fingerprint: str, tenant_salt: str) -> BlockHash:
-    """Parent of every first block: prompts of other models or salts never share a hash."""
-    return BlockHash(sha256(f"{model_fingerprint}\0{tenant_salt}".encode()).digest()[:16])
+def root_hash(model_fingerprint: str, tenant_salt: str) -> BlockKey:
+    """Parent of every first block: prompts of other models or salts never share a block."""
+    return BlockKey(BlockHash(sha256(f"{model_fingerprint}\0{tenant_salt}".encode()).digest()))
 
 
-def extend_chain(parent: BlockHash, block: TokenIds) -> BlockHash:
-    """Hash of one full block of PAGE_TOKENS ids that follows `parent`."""
-    return BlockHash(sha256(parent + block.tobytes()).digest()[:16])
+def extend_chain(parent: BlockKey, block: TokenIds) -> BlockKey:
+    """Key of one full block of PAGE_TOKENS ids that follows `parent`."""
+    return BlockKey(BlockHash(sha256(parent + block.tobytes()).digest()))
 
 
-def hash_chain(root: BlockHash, ids: TokenIds) -> list[BlockHash]:
-    """Hashes of the full blocks of `ids`, first block first; a partial last block has none."""
-    chain: list[BlockHash] = []
+def name_of(key: BlockHash) -> BlockHash:
+    """What a block is announced as; a name is its own."""
+    return BlockHash(key[:NAME_BYTES])
+
+
+def hash_chain(root: BlockKey, ids: TokenIds) -> list[BlockHash]:
+    """Names of the full blocks of `ids`, first block first; a partial last block has none."""
+    return [name_of(key) for key in key_chain(root, ids)]
+
+
+def key_chain(root: BlockKey, ids: TokenIds) -> list[BlockKey]:
+    """Keys of the full blocks of `ids`, first block first."""
+    chain: list[BlockKey] = []
     parent = root
     for start in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
         parent = extend_chain(parent, ids[start : start + PAGE_TOKENS])

@@ -12,11 +12,12 @@ With a runner that is not ahead (`num_ahead` 0) each step launches one batch and
 """
 
 from collections import deque
+from collections.abc import Sequence as Names
 from dataclasses import dataclass
 
 import numpy as np
 
-from shared.blocks import PAGE_TOKENS, pages_for
+from shared.blocks import PAGE_TOKENS, BlockHash, name_of, pages_for
 from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS, BatchRow, Launched, Runner, Sampled
 from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import (
@@ -25,6 +26,8 @@ from shared.engine.port import (
     EngineModel,
     EngineRequest,
     EngineStats,
+    Fill,
+    Loan,
     Reservation,
     StepOutput,
     TokenOutput,
@@ -96,6 +99,18 @@ class PagedEngine:
             raise ValueError(f"token_id is {token_id}, it must be between 0 and {self._model.vocab_size - 1}")
         self._scheduler.imported(key, token_id, exact=exact)
 
+    def fill(self, request: EngineRequest, num_pages: int) -> Fill | None:
+        return self._scheduler.fill(request, num_pages)
+
+    def filled(self, fill: Fill, num_arrived: int) -> None:
+        self._scheduler.filled(fill, num_arrived)
+
+    def lend(self, names: Names[BlockHash]) -> Loan:
+        return self._scheduler.lend(names)
+
+    def give_back(self, loan: Loan) -> None:
+        self._scheduler.give_back(loan)
+
     def abort(self, key: str) -> None:
         self._scheduler.abort(key)
 
@@ -121,7 +136,7 @@ class PagedEngine:
 
     def take_block_changes(self) -> BlockChanges:
         stored, evicted = self._scheduler.pool.take_changes()
-        return BlockChanges(stored=stored, evicted=evicted)
+        return BlockChanges(stored=tuple(map(name_of, stored)), evicted=tuple(map(name_of, evicted)))
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -189,7 +204,9 @@ class PagedEngine:
         """Move the sequences of a batch that is done on by what their rows gave."""
         self._scheduler.collected(batch)
         tokens: list[TokenOutput] = []
+        num_batch_tokens = 0
         for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
+            num_batch_tokens += row.end - row.start
             if sequence.state is SequenceState.ENDED:
                 continue  # it ended after the row had been launched
             if sampled is not None and sampled.error is not None:
@@ -199,7 +216,7 @@ class PagedEngine:
                 self._scheduler.publish(sequence, row.end)
             if sampled is not None:
                 tokens.append(self._take(row, sequence, sampled))
-        return StepOutput(tuple(tokens), started, batch.work, len(self._in_flight))
+        return StepOutput(tuple(tokens), started, num_batch_tokens)
 
     def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Add a token to its sequence."""

@@ -9,19 +9,21 @@ ids, pages and positions; not text, topics or Redis.
     with hold_kv: waiting ──> prefilling ──> running ──> held ── abort ──> (pages freed)
                                   └─ on_chunk: each chunk, as it is launched, and the pages of all ids
     reserve ─> importing ── imported, with the token that follows ──> running
+
+Blocks of a prompt that are elsewhere, at a peer or in host memory, come in by a fill. Whoever waits for them in the
+line is passed over until they are there; what did not come is computed as any other.
+
+    fill ─> pages written by the caller ─> filled: what came is found, as if it had been computed here
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shared.blocks import BlockHash, TokenIds
+from shared.blocks import BlockHash, BlockKey, TokenIds
 from shared.kv.layout import KvLayout
 from shared.kv.progress import Chunk
-from shared.policy.profile import StepWork
 from shared.request import FinishReason, SamplingParams, TokenLogprob
-
-NOTHING = StepWork()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,34 @@ class Reservation:
     num_cached_pages: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """Pages set aside for blocks of a prompt that come from elsewhere. Compared by identity: each is one of its own.
+
+    Attributes:
+        keys: of those blocks, in order of position; a run of the prompt's. Empty: there is nothing to bring.
+        pages: which page each is to be written to.
+        found: pages of the blocks before them, kept meanwhile: without those nobody could use what comes.
+    """
+
+    keys: tuple[BlockKey, ...]
+    pages: tuple[int, ...]
+    found: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loan:
+    """Pages kept for a peer that copies them. Compared by identity.
+
+    Attributes:
+        pages: in the order of the blocks that were asked for, from the first on as far as they are here.
+        keys: of those blocks.
+    """
+
+    pages: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+
+
 @dataclass(slots=True)
 class TokenOutput:
     """One new token of one request. (Nobody changes it; it is not frozen because that makes it three times as slow.)
@@ -97,19 +127,12 @@ class StepOutput:
         tokens: new tokens, at most one a request.
         started: keys of requests whose first chunk was launched in this step; imported ones and those prefilled
             again after preemption are not among them.
-        work: what the batch that was waited for computed.
-        num_in_flight: batches that were launched and not waited for.
+        num_batch_tokens: token rows of the batch that was waited for.
     """
 
     tokens: tuple[TokenOutput, ...] = ()
     started: tuple[str, ...] = ()
-    work: StepWork = NOTHING
-    num_in_flight: int = 0
-
-    @property
-    def num_batch_tokens(self) -> int:
-        """Token rows of the batch that was waited for."""
-        return self.work.num_rows + self.work.num_prompt_tokens
+    num_batch_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +236,28 @@ class Engine(Protocol):
 
         Raises KeyError for a request that is not importing, ValueError for a token that is none of the vocabulary.
         """
+        ...
+
+    def fill(self, request: EngineRequest, num_pages: int) -> Fill | None:
+        """Set pages aside for those of the first `num_pages` blocks of a prompt that are neither here nor on their way.
+
+        From now on whoever needs the first of them waits for it in the line, and nobody computes it: so before `add`,
+        in one command. Blocks that no request could use are left out. None: not enough pages now beyond what the first
+        waiting request needs. Each `Fill` that has keys must be `filled`, soon.
+        """
+        ...
+
+    def filled(self, fill: Fill, num_arrived: int) -> None:
+        """The fill is over, and nothing writes to its pages any more: the first `num_arrived` of them hold their
+        blocks, bit by bit as this model computes them. Others find them from now on; the rest is free."""
+        ...
+
+    def lend(self, names: Sequence[BlockHash]) -> Loan:
+        """Keep the pages of the longest run of known blocks from the first of `names` on, until `give_back`."""
+        ...
+
+    def give_back(self, loan: Loan) -> None:
+        """Nothing reads the loan's pages any more. Once for each loan."""
         ...
 
     def abort(self, key: str) -> None:

@@ -14,21 +14,25 @@ budget allows. A decode row is the case where one token is missing, a prefill ch
 - Who lacks that page takes it from the youngest sequence that runs or prefills, which may be itself. Those that hold
   their KV for a peer keep it from their first chunk on, and importing ones keep theirs.
 - The line is served in order: preempted ones by age, then new ones by age. Nobody overtakes the head, an import
-  neither; only a sequence whose next block is being computed by another one steps aside until that is done.
+  neither; only a sequence whose next block is on its way steps aside until that is over.
+- A block is on its way while another sequence computes it, or while a fill brings it from elsewhere: from a peer, or
+  from host memory. A fill has pages of its own from its start, found as any others once they are written; who waits for
+  them has none, so that a fill that fails leaves nothing behind, and what it brought serves every sequence alike. It
+  takes no page that the head of the line needs, and none that nobody gives back: it must end by itself.
 """
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Names
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from shared.blocks import PAGE_TOKENS, BlockHash, pages_for, root_hash
-from shared.engine.batch import BatchRow, work_of
-from shared.engine.port import EngineLimits, EngineRequest, Reservation
-from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of
+from shared.blocks import PAGE_TOKENS, BlockHash, BlockKey, key_chain, pages_for, root_hash
+from shared.engine.batch import BatchRow
+from shared.engine.port import EngineLimits, EngineRequest, Fill, Loan, Reservation
+from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of, num_findable
 from shared.kv.block_pool import BlockPool
-from shared.policy.profile import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,6 @@ class Batch:
     sequences: tuple[Sequence, ...]
     started: tuple[str, ...]
     num_decode: int
-
-    @property
-    def work(self) -> StepWork:
-        return work_of(self.rows, self.num_decode)
 
 
 NOTHING = Batch((), (), (), 0)
@@ -79,7 +79,9 @@ class Scheduler:
         self._active: list[Sequence] = []  # prefilling and running, by arrival
         self._held: dict[str, Sequence] = {}
         self._importing: dict[str, Sequence] = {}
-        self._computing: dict[BlockHash, Sequence] = {}  # blocks on their way, and who computes them
+        self._coming: dict[BlockKey, Sequence | Fill] = {}  # blocks on their way, and who brings them
+        self._fills: set[Fill] = set()
+        self._loans: set[Loan] = set()
         self._leaving: list[Sequence] = []  # ended, with rows in flight
         self._free_seats = list(range(limits.max_running - 1, -1, -1))
         self._num_in_flight = 0
@@ -162,6 +164,57 @@ class Scheduler:
         sequence.is_exact = exact
         self.publish(sequence, sequence.num_launched)
 
+    def fill(self, request: EngineRequest, num_pages: int) -> Fill | None:
+        """See `Engine.fill`."""
+        ids = request.ids[: min(num_pages, num_findable(len(request.ids))) * PAGE_TOKENS]
+        return self.fill_blocks(key_chain(root_hash(self._model_fingerprint, request.cache_salt), ids))
+
+    def fill_blocks(self, keys: Names[BlockKey]) -> Fill | None:
+        """Pages for those of a prompt's first blocks, `keys`, that are neither here nor on their way.
+
+        The pages are the caller's until `filled`, and so is all of the run behind the first block that lacks.
+        """
+        found = self._pool.find(keys)
+        first = len(found)
+        while first < len(keys) and keys[first] in self._coming:
+            first += 1
+        lacking = tuple(keys[first:])
+        if not lacking:
+            return Fill((), ())
+        _, spare = self._spare_for_import()
+        if self._pool.cost(found, len(lacking)) > spare:
+            return None
+        pages = self._pool.acquire(found, len(lacking))
+        fill = Fill(lacking, pages[len(found) :], found)
+        self._fills.add(fill)
+        for key in lacking:
+            self._coming.setdefault(key, fill)
+        return fill
+
+    def filled(self, fill: Fill, num_arrived: int) -> None:
+        """See `Engine.filled`."""
+        if not fill.keys:
+            return
+        self._fills.remove(fill)
+        for page, key in zip(fill.pages[:num_arrived], fill.keys, strict=False):
+            self._pool.publish(page, key)
+        for key in fill.keys:
+            if self._coming.get(key) is fill:
+                del self._coming[key]
+        self._pool.release(fill.found + fill.pages)
+
+    def lend(self, names: Names[BlockHash]) -> Loan:
+        """See `Engine.lend`."""
+        pages = self._pool.acquire(self._pool.find_named(names), 0)
+        loan = Loan(pages, tuple(map(self._pool.key_of, pages)))
+        self._loans.add(loan)
+        return loan
+
+    def give_back(self, loan: Loan) -> None:
+        """See `Engine.give_back`."""
+        self._loans.remove(loan)
+        self._pool.release(loan.pages)
+
     def abort(self, key: str) -> None:
         """End a sequence in any state. Unknown keys do nothing."""
         sequence = self._sequences.get(key)
@@ -220,10 +273,10 @@ class Scheduler:
             return
         while sequence.num_published < end // PAGE_TOKENS:
             index = sequence.num_published
-            block_hash = sequence.block_hash(index)
-            self._pool.publish(sequence.pages[index], block_hash)
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
+            key = sequence.block_key(index)
+            self._pool.publish(sequence.pages[index], key)
+            if self._coming.get(key) is sequence:
+                del self._coming[key]
             sequence.num_published += 1
 
     def hold(self, sequence: Sequence) -> None:
@@ -267,14 +320,19 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether anything is in flight or `schedule` has anybody to serve.
 
-        (With no one active and nothing in flight nothing is being computed, so none waits for that.)
+        Who waits for a fill is served when that is over, which its caller tells.
         """
-        return bool(self._num_in_flight or self._active) or (bool(self._line) and self._fits(self._line[0]))
+        if self._num_in_flight or self._active:
+            return True
+        first = next(self._in_turn(), None)
+        return first is not None and self._fits(*first)
 
     def check(self) -> None:
         """Raise AssertionError unless pages, seats and states add up."""
         alive = self._sequences.values()
-        self._pool.check(sequence.pages for sequence in (*alive, *self._leaving))
+        holders = [sequence.pages for sequence in (*alive, *self._leaving)]
+        holders += [fill.found + fill.pages for fill in self._fills] + [loan.pages for loan in self._loans]
+        self._pool.check(holders)
         seats = [sequence.seat for sequence in (*alive, *self._leaving) if sequence.seat != NO_SEAT]
         assert sorted(seats + self._free_seats) == list(range(self._limits.max_running)), "the seats do not add up"
         groups: tuple[tuple[Iterable[Sequence], AbstractSet[SequenceState]], ...] = (
@@ -309,12 +367,13 @@ class Scheduler:
                 assert state is not SequenceState.HELD, f"{name} is held, and nobody asked for it"
             if not sequence.is_exact:
                 own = sequence.pages[sequence.num_published :]
-                assert not set(own) & set(self._pool.find(sequence.hashes)), f"{name} is not exact, and found"
+                assert not set(own) & set(self._pool.find(sequence.keys)), f"{name} is not exact, and found"
         for sequence in self._leaving:
             assert sequence.state is SequenceState.ENDED, "a sequence leaves that has not ended"
             assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
-        for sequence in self._computing.values():
-            assert sequence.state in ACTIVE, "a block is awaited from nobody"
+        for bringer in self._coming.values():
+            is_alive = bringer in self._fills if isinstance(bringer, Fill) else bringer.state in ACTIVE
+            assert is_alive, "a block is awaited from nobody"
 
     # Inside.
 
@@ -328,14 +387,23 @@ class Scheduler:
         return Sequence(request, self._next_arrival, root, state)
 
     def _found(self, sequence: Sequence) -> tuple[int, ...]:
-        return self._pool.find(sequence.hashes[: sequence.num_findable])
+        return self._pool.find(sequence.keys[: sequence.num_findable])
 
     def _prefill_cost(self, sequence: Sequence, found: tuple[int, ...]) -> int:
         return self._pool.cost(found, pages_for(len(sequence.ids)) - len(found))
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _in_turn(self) -> Iterator[tuple[Sequence, tuple[int, ...]]]:
+        """The line without those who wait for a block that is on its way, each with the pages found for it."""
+        for sequence in self._line:
+            if sequence.awaited in self._coming:
+                continue
+            found = self._found(sequence)
+            if not self._awaits_block(sequence, len(found)):
+                yield sequence, found
+
+    def _fits(self, sequence: Sequence, found: tuple[int, ...]) -> bool:
         """Whether a waiting sequence could be admitted now."""
-        return self._num_seats_free > 0 and self._prefill_cost(sequence, self._found(sequence)) <= self._pool.num_free
+        return self._num_seats_free > 0 and self._prefill_cost(sequence, found) <= self._pool.num_free
 
     def _spare_for_import(self) -> tuple[int, int]:
         """Seats and pages beyond what the head of the line needs: a stream of imports must not starve it."""
@@ -347,27 +415,24 @@ class Scheduler:
     def _admit(self, budget: int) -> list[tuple[Sequence, bool]]:
         """Move those whose turn it is from the line to a seat; whether each is new (and not preempted before)."""
         admitted: list[tuple[Sequence, bool]] = []
-        for sequence in self._line:
-            if budget <= 0 or self._num_seats_free == 0:
-                break
-            if sequence.awaited in self._computing:
-                continue
-            found = self._found(sequence)
-            if self._awaits_block(sequence, len(found)):
-                continue
-            if self._prefill_cost(sequence, found) > self._pool.num_free:
+        if self._num_seats_free == 0:
+            return admitted
+        for sequence, found in self._in_turn():
+            if not self._fits(sequence, found):
                 break
             admitted.append((sequence, not sequence.is_preempted))
             self._seat(sequence, found)
             budget -= len(sequence.ids) - sequence.num_launched
+            if budget <= 0:
+                break
         if admitted:
             self._line = [sequence for sequence in self._line if sequence.state is SequenceState.WAITING]
         return admitted
 
     def _awaits_block(self, sequence: Sequence, num_found: int) -> bool:
         """Whether the block after those found is on its way; noted, so that the next look costs one look-up."""
-        sequence.awaited = sequence.hashes[num_found] if num_found < sequence.num_findable else None
-        return sequence.awaited in self._computing
+        sequence.awaited = sequence.keys[num_found] if num_found < sequence.num_findable else None
+        return sequence.awaited in self._coming
 
     def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
         sequence.move(SequenceState.PREFILLING)
@@ -377,8 +442,8 @@ class Scheduler:
         sequence.num_launched = len(found) * PAGE_TOKENS
         sequence.is_prefilled = True
         self._count_found(sequence, len(found))
-        for block_hash in sequence.hashes[len(found) :]:
-            self._computing.setdefault(block_hash, sequence)
+        for key in sequence.keys[len(found) :]:
+            self._coming.setdefault(key, sequence)
         insort(self._active, sequence, key=arrival_of)
 
     def _count_found(self, sequence: Sequence, num_found: int) -> None:
@@ -416,7 +481,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_launched = 0
         sequence.num_published = 0
-        sequence.extend_hashes(sequence.num_findable)
+        sequence.extend_keys(sequence.num_findable)
         sequence.is_exact = True  # all of it is computed again
         sequence.is_preempted = True
         insort(self._line, sequence, key=line_rank_of)
@@ -424,9 +489,9 @@ class Scheduler:
 
     def _stop_computing(self, sequence: Sequence) -> None:
         """Nobody need wait for the blocks that it has not published."""
-        for block_hash in sequence.hashes[sequence.num_published :]:
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
+        for key in sequence.keys[sequence.num_published :]:
+            if self._coming.get(key) is sequence:
+                del self._coming[key]
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)

@@ -2,7 +2,7 @@
 
 from enum import Enum, auto
 
-from shared.blocks import PAGE_TOKENS, BlockHash, extend_chain, hash_chain
+from shared.blocks import PAGE_TOKENS, BlockKey, extend_chain, key_chain
 from shared.engine.port import EngineRequest
 
 NO_SEAT = -1
@@ -42,7 +42,7 @@ class Sequence:
         request: as it came.
         arrival: rank by arrival; the larger, the younger.
         ids: prompt and answer so far. Grows by one with each token, when the batch that drew it has been collected.
-        hashes: of full blocks of `ids`, first block first; all that may be found while it waits or is importing.
+        keys: of full blocks of `ids`, first block first; all that may be found while it waits or is importing.
         state: changed by `move` alone.
         seat: its seat's number; NO_SEAT while it has none.
         number: what runners know it by; another one with each seat.
@@ -65,11 +65,11 @@ class Sequence:
         "arrival",
         "awaited",
         "has_output",
-        "hashes",
         "ids",
         "is_exact",
         "is_preempted",
         "is_prefilled",
+        "keys",
         "last_end",
         "num_cached_tokens",
         "num_in_flight",
@@ -82,12 +82,12 @@ class Sequence:
         "state",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, root: BlockHash, state: SequenceState) -> None:
+    def __init__(self, request: EngineRequest, arrival: int, root: BlockKey, state: SequenceState) -> None:
         self.request = request
         self.arrival = arrival
         self.ids = request.ids[:]
         self._root = root
-        self.hashes = hash_chain(root, self.ids)
+        self.keys = key_chain(root, self.ids)
         self.state = state
         self.seat = NO_SEAT
         self.number = 0
@@ -97,7 +97,7 @@ class Sequence:
         self.last_end = len(self.ids) if request.hold_kv else request.prompt_len + request.sampling.max_tokens - 1
         self.num_published = 0
         self.num_cached_tokens: int | None = None
-        self.awaited: BlockHash | None = None
+        self.awaited: BlockKey | None = None
         self.is_preempted = False
         self.is_prefilled = False
         self.has_output = False
@@ -111,9 +111,7 @@ class Sequence:
     @property
     def num_findable(self) -> int:
         """Blocks that may be found: all of an import's, else those before the last id, computed for its logits."""
-        if self.state is SequenceState.IMPORTING:
-            return len(self.ids) // PAGE_TOKENS
-        return (len(self.ids) - 1) // PAGE_TOKENS
+        return len(self.ids) // PAGE_TOKENS if self.state is SequenceState.IMPORTING else num_findable(len(self.ids))
 
     @property
     def line_rank(self) -> tuple[bool, int]:
@@ -126,17 +124,22 @@ class Sequence:
             raise ValueError(f"request {self.request.key!r} is {self.state.name}, it cannot become {state.name}")
         self.state = state
 
-    def block_hash(self, index: int) -> BlockHash:
-        """Hash of the full block `index`."""
-        self.extend_hashes(index + 1)
-        return self.hashes[index]
+    def block_key(self, index: int) -> BlockKey:
+        """Key of the full block `index`."""
+        self.extend_keys(index + 1)
+        return self.keys[index]
 
-    def extend_hashes(self, num_blocks: int) -> None:
-        """Let `hashes` have the first `num_blocks` blocks, which the ids have filled."""
-        while len(self.hashes) < num_blocks:
-            start = len(self.hashes) * PAGE_TOKENS
-            parent = self.hashes[-1] if self.hashes else self._root
-            self.hashes.append(extend_chain(parent, self.ids[start : start + PAGE_TOKENS]))
+    def extend_keys(self, num_blocks: int) -> None:
+        """Let `keys` have the first `num_blocks` blocks, which the ids have filled."""
+        while len(self.keys) < num_blocks:
+            start = len(self.keys) * PAGE_TOKENS
+            parent = self.keys[-1] if self.keys else self._root
+            self.keys.append(extend_chain(parent, self.ids[start : start + PAGE_TOKENS]))
+
+
+def num_findable(num_ids: int) -> int:
+    """Blocks of a prompt that need not be computed: those before its last id, which is computed for its logits."""
+    return (num_ids - 1) // PAGE_TOKENS
 
 
 def arrival_of(sequence: Sequence) -> int:

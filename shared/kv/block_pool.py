@@ -14,8 +14,9 @@ tables under a running batch, to save a page in a case that the scheduler makes 
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
-from shared.blocks import BlockHash
+from shared.blocks import BlockHash, BlockKey, name_of
 
 
 class BlockPool:
@@ -29,6 +30,7 @@ class BlockPool:
         self._references = [0] * num_pages
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._page_of: dict[BlockHash, int] = {}
+        self._page_named: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
         # Changes since last taken, net: a hash stored and evicted in between is in neither. Dicts keep the order.
         self._stored: dict[BlockHash, None] = {}
@@ -52,6 +54,14 @@ class BlockPool:
                 break
             found.append(page)
         return tuple(found)
+
+    def find_named(self, names: Iterable[BlockHash]) -> tuple[int, ...]:
+        """As `find`, by what the blocks are announced as."""
+        return tuple(takewhile(lambda page: page >= 0, (self._page_named.get(name, -1) for name in names)))
+
+    def key_of(self, page: int) -> BlockKey:
+        """Of the block in a page that was found."""
+        return BlockKey(self._hash_of[page])
 
     def cost(self, found: Sequence[int], num_new: int) -> int:
         """By how much `acquire(found, num_new)` would lower `num_free`."""
@@ -99,6 +109,7 @@ class BlockPool:
         if page in self._hash_of:
             raise ValueError(f"page {page} is published twice with different hashes")
         self._page_of[block_hash] = page
+        self._page_named[name_of(block_hash)] = page
         self._hash_of[page] = block_hash
         if block_hash in self._evicted:
             del self._evicted[block_hash]
@@ -154,6 +165,7 @@ class BlockPool:
     def _forget(self, page: int) -> None:
         block_hash = self._hash_of.pop(page)
         del self._page_of[block_hash]
+        del self._page_named[name_of(block_hash)]
         if block_hash in self._stored:
             del self._stored[block_hash]
         else:

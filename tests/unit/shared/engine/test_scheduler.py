@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shared.blocks import PAGE_TOKENS, hash_chain, root_hash, token_ids
+from shared.blocks import PAGE_TOKENS, key_chain, name_of, root_hash, token_ids
 from shared.engine.port import EngineLimits
 from shared.engine.scheduler import Scheduler
 from shared.engine.sequence import TRANSITIONS, SequenceState
@@ -122,7 +122,7 @@ def test_salts_do_not_share():
 
 def test_a_page_is_published_when_its_last_token_is_computed():
     engine = scheduler(max_batch_tokens=63)
-    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    hashes = key_chain(root_hash("model", ""), prompt(128))
     engine.add(request("a", prompt(126), greedy(9)))
     published = []
     for _ in range(4):
@@ -268,7 +268,7 @@ def test_a_held_request_that_failed_keeps_its_pages_where_nobody_finds_them():
     engine.publish(sequence, 64)
     engine.fail(sequence)
     engine.check()
-    assert (engine.num_held, sequence.pages, engine.pool.find(sequence.hashes)) == (1, pages, ())
+    assert (engine.num_held, sequence.pages, engine.pool.find(sequence.keys)) == (1, pages, ())
     engine.abort("a")
     assert engine.pool.num_free == 16
 
@@ -298,7 +298,7 @@ def test_a_reservation_has_the_pages_of_all_ids_and_may_find_them_all():
 
 def test_imported_pages_are_found_once_they_are_there():
     engine = scheduler()
-    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    hashes = key_chain(root_hash("model", ""), prompt(128))
     engine.reserve(request("b", prompt(100), greedy(9)))
     assert engine.pool.find(hashes) == ()
     engine.imported("b", 7, exact=True)
@@ -319,7 +319,7 @@ def test_imported_pages_that_are_not_exact_are_never_found():
         run(engine, token_id)
     (b,) = engine._active
     assert (b.num_launched, b.num_published) == (192, 1)
-    assert engine.pool.find(hash_chain(root_hash("model", ""), prompt(192))) == b.pages[:1]
+    assert engine.pool.find(key_chain(root_hash("model", ""), prompt(192))) == b.pages[:1]
 
 
 def test_a_preempted_import_that_was_not_exact_is_computed_again_and_found():
@@ -328,7 +328,7 @@ def test_a_preempted_import_that_was_not_exact_is_computed_again_and_found():
     run(engine)
     assert engine.reserve(request("b", prompt(191), greedy(9))) is not None
     engine.imported("b", 191, exact=False)
-    hashes = hash_chain(root_hash("model", ""), prompt(192))
+    hashes = key_chain(root_hash("model", ""), prompt(192))
     assert run(engine, 192) == [("old", 62, 63), ("b", 191, 192)]
     while not engine.num_preemptions:
         assert engine.pool.find(hashes) == ()
@@ -408,7 +408,7 @@ def test_who_is_to_be_held_is_launched_for_one_token():
 
 def test_a_block_is_found_when_its_batch_has_been_collected():
     engine = scheduler(max_batch_tokens=64)
-    hashes = hash_chain(root_hash("model", ""), prompt(128))
+    hashes = key_chain(root_hash("model", ""), prompt(128))
     engine.add(request("a", prompt(129), greedy(9)))
     first, second = engine.schedule(), engine.schedule()
     assert engine.pool.find(hashes) == ()
@@ -476,6 +476,8 @@ class AheadMachine(RuleBasedStateMachine):
         self.ended_early = set()
         self.launched_to = {}
         self.held = {}
+        self.fills = []
+        self.loans = []
 
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
@@ -550,6 +552,32 @@ class AheadMachine(RuleBasedStateMachine):
         self.num_tokens[key] = 1
         self.engine.imported(key, 7, exact=exact)
 
+    @rule(length=st.sampled_from([65, 130, 200]), first=st.sampled_from([0, 1]), num_pages=st.integers(0, 4))
+    def fill(self, length, first, num_pages):
+        fill = self.engine.fill(request("r", prompt(length, first), greedy(1)), num_pages)
+        if fill is not None:
+            used = {page for batch in self.in_flight for row in batch.rows for page in row.pages}
+            assert not used & set(fill.pages)
+            self.fills.append(fill)
+
+    @precondition(lambda self: self.fills)
+    @rule(data=st.data())
+    def filled(self, data):
+        fill = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
+        self.engine.filled(fill, data.draw(st.integers(0, len(fill.keys))))
+
+    @rule(length=st.sampled_from([65, 130, 200]), first=st.sampled_from([0, 1]))
+    def lend(self, length, first):
+        keys = key_chain(root_hash("model", ""), prompt(length, first))
+        loan = self.engine.lend(list(map(name_of, keys)))
+        assert loan.keys == tuple(keys[: len(loan.pages)])
+        self.loans.append(loan)
+
+    @precondition(lambda self: self.loans)
+    @rule(data=st.data())
+    def give_back(self, data):
+        self.engine.give_back(self.loans.pop(data.draw(st.integers(0, len(self.loans) - 1))))
+
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def abort(self, data):
@@ -571,6 +599,10 @@ class AheadMachine(RuleBasedStateMachine):
     def teardown(self):
         while self.importing:
             self.imported(True)
+        while self.fills:
+            self.engine.filled(self.fills.pop(), 0)
+        while self.loans:
+            self.engine.give_back(self.loans.pop())
         while True:
             for key in [key for key, each in self.requests.items() if each.hold_kv and self.num_tokens[key]]:
                 self.engine.abort(key)
