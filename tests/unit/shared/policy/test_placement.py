@@ -8,7 +8,7 @@ from shared.policy.placement import Chosen, NeverFits, NoRoomNow, Rules, capacit
 from shared.policy.views import ClusterView, RequestView, WorkerView
 from shared.request import Incarnation, RequestId, WorkerRef
 
-RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1)
+RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False)
 BLOCKS = tuple(BlockHash(bytes([n]) * 16) for n in range(8))
 
 
@@ -54,7 +54,7 @@ def slots(decision):
 
 
 def test_the_least_loaded_are_chosen():
-    prefill = [a_worker(0, num_credit_pages=9, num_credits=1), a_worker(1)]
+    prefill = [a_worker(0, num_credits=1, queued_prefill_s=0.1), a_worker(1)]
     decode = [a_worker(2, num_credits=3), a_worker(3, num_credits=2)]
     assert slots(decide(prefill, decode)) == (1, 3)
 
@@ -68,7 +68,7 @@ def test_credits_are_those_of_the_prompt_and_of_the_expected_answer():
 def test_a_held_prefix_outweighs_a_little_load():
     holders = Holders()
     holders.update(Incarnation("w0"), 0, BLOCKS[:6], ())
-    prefill = [a_worker(0, num_credit_pages=4, num_credits=1), a_worker(1)]
+    prefill = [a_worker(0, num_credits=1, queued_prefill_s=0.004), a_worker(1)]
     assert slots(decide(prefill, [a_worker(2)], holders=holders)) == (0, 2)
 
 

@@ -1,0 +1,167 @@
+"""What a placement is predicted to cost: its own times, and what it does to everybody else.
+
+Times follow from measured speeds (`profile`). They become one number through the operator's two goals: a time is
+counted in shares of its goal, and a goal that is likely missed as one share more, so
+
+    loss(time) = time / goal + miss(time / goal)
+
+and the cost of a placement is the loss of the request plus what it adds to the losses of others:
+
+- those who queue behind its prefill. In steady state as many stand behind a request when it leaves a queue as stood
+  before it when it came (level crossing: each size of the queue is passed upwards as often as downwards), and each of
+  them waits for its whole computation;
+- the rows of the decode worker, each of whose steps reads its context too;
+- the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer.
+
+The sum times the goal for the first token is the cost in seconds: what a wait of so long would cost alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.policy.profile import LinkRate, SpeedProfile, num_pairs
+from shared.policy.views import WorkerView
+
+SPREAD_EXPONENT = 6.0
+"""How sure a prediction is, as the shape of a log-logistic distribution of actual over predicted time (median 1):
+pi / sqrt(3) / 6 = 0.3 is the standard deviation of its logarithm."""
+
+UNMEASURED = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
+"""Stands for a worker's speeds while no worker of its role has measured any: an 8B model on an H200."""
+
+UNMEASURED_LINK = LinkRate(latency_s=1e-3, bytes_per_s=25e9)
+"""Stands for a link that has not been measured: a network of 200 Gbit/s."""
+
+HOST_LINK = LinkRate(latency_s=2e-4, bytes_per_s=40e9)
+"""From a worker's host memory to its GPU: what a PCIe 5 slot of 16 lanes gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one way to place a request is predicted to take and to cost.
+
+    Attributes:
+        queue_s: until its prefill begins.
+        fetch_s: until pages from elsewhere are there.
+        compute_s: its uncached tokens.
+        transfer_s: of its KV to the decode worker, as far as decode waits for it.
+        tpot_s: each later token.
+        own_s: cost of its own times.
+        behind_s: cost to those who queue behind it.
+        rows_s: cost to the decode worker's rows, of its row among them.
+        stall_s: cost to these rows, of its prompt's chunks among them.
+    """
+
+    queue_s: float
+    fetch_s: float
+    compute_s: float
+    transfer_s: float
+    tpot_s: float
+    own_s: float
+    behind_s: float
+    rows_s: float
+    stall_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.queue_s + self.fetch_s + self.compute_s
+
+    @property
+    def cost_s(self) -> float:
+        """What the decision makes smallest."""
+        return self.own_s + self.behind_s + self.rows_s + self.stall_s
+
+
+def miss(share: float) -> float:
+    """Probability that a time predicted as `share` of its goal exceeds it."""
+    if share <= 0:
+        return 0.0
+    odds = share**SPREAD_EXPONENT
+    return odds / (1 + odds)
+
+
+def loss(share: float) -> float:
+    """Of a time predicted as `share` of its goal."""
+    return share + miss(share)
+
+
+def miss_slope(share: float) -> float:
+    """Derivative of `miss`."""
+    if share <= 0:
+        return 0.0
+    missed = miss(share)
+    return SPREAD_EXPONENT * missed * (1 - missed) / share
+
+
+def prefill_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_tokens: int) -> float:
+    """Time to compute `num_new` prompt tokens behind `num_before`, in chunks, alone.
+
+    The sum of `SpeedProfile.prefill_s` over the chunks; pairs add up to those of one chunk.
+    """
+    if num_new <= 0:
+        return 0.0
+    num_full, rest = divmod(num_new, max_batch_tokens)
+    full_s = max(profile.base_s, profile.token_s * max_batch_tokens)
+    rest_s = max(profile.base_s, profile.token_s * rest) if rest else 0.0
+    return num_full * full_s + rest_s + profile.pair_s * num_pairs(num_new, num_before)
+
+
+def local_chunk(max_batch_tokens: int, num_rows: int) -> int:
+    """Prompt tokens that a decode worker computes in a step, beside its rows, which go first."""
+    return max(max_batch_tokens - num_rows, 1)
+
+
+def local_stall_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_tokens: int, num_rows: int) -> float:
+    """By how much longer the steps with chunks of a prompt take than as many of the rows alone.
+
+    Prompt tokens are free as long as they take no longer than the step reads weights anyway.
+    """
+    chunk = local_chunk(max_batch_tokens, num_rows)
+    return prefill_s(profile, num_new, num_before, chunk) - -(-num_new // chunk) * profile.base_s
+
+
+def transfer_s(link: LinkRate, num_bytes: int, num_last_bytes: int, before_last_s: float) -> float:
+    """How long decode waits for KV after the prompt is computed.
+
+    The pull runs beside the computation: left are the bytes of the last chunk, or more if the link is slower than
+    the chunks before it, which took `before_last_s`.
+    """
+    return max(link.pull_s(min(num_last_bytes, num_bytes)), link.pull_s(num_bytes) - before_last_s)
+
+
+def price_of_work(prefill: Sequence[WorkerView], goal_s: float) -> float:
+    """Loss that a second of prefill work causes to those behind it, by how many stand in line and how long now.
+
+    The mean over all workers, for whoever comes later goes where the line is short.
+    """
+    if not prefill:
+        return 0.0
+    num_in_line = sum(worker.num_credits for worker in prefill) / len(prefill)
+    if num_in_line == 0:
+        return 0.0
+    wait_s = sum(worker.queued_prefill_s for worker in prefill) / len(prefill)
+    ttft_s = wait_s + wait_s / num_in_line
+    return num_in_line * (1 + miss_slope(ttft_s / goal_s)) / goal_s
+
+
+def added_loss(num_rows: int, now_s: float, added_s: float, goal_s: float) -> float:
+    """Of so many rows whose tokens take `added_s` longer than `now_s`."""
+    if num_rows == 0 or added_s <= 0:
+        return 0.0
+    return num_rows * (loss((now_s + added_s) / goal_s) - loss(now_s / goal_s))
+
+
+def mean_profile(workers: Sequence[WorkerView]) -> SpeedProfile:
+    """Of those that have measured theirs: what one that has not is taken for."""
+    known = [worker.profile for worker in workers if worker.profile is not None]
+    if not known:
+        return UNMEASURED
+    count = len(known)
+    return SpeedProfile(
+        base_s=sum(profile.base_s for profile in known) / count,
+        row_s=sum(profile.row_s for profile in known) / count,
+        context_s=sum(profile.context_s for profile in known) / count,
+        token_s=sum(profile.token_s for profile in known) / count,
+        pair_s=sum(profile.pair_s for profile in known) / count,
+    )
