@@ -10,31 +10,74 @@ Every page is in exactly one of three states:
 `publish` gives a page in use the hash of the block it holds. A hash names one page: if another page has it already,
 the later page stays private to its sequence and is free at the end. (Swapping it for the first would change page
 tables under a running batch, to save a page in a case that the scheduler makes rare.)
+
+Where there is a second tier (`shared.kv.host_tier`), an evictable page is also unsaved, being saved or saved: what it
+holds is nowhere else, is on its way, or has a copy. While it is being saved nobody else gets it. Free pages are taken
+first, then saved ones, then unsaved ones, of each the least recently used first.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Collection, Container, Iterable, Sequence
+from itertools import islice, takewhile
 
 from shared.blocks import BlockHash, BlockKey, name_of
+
+
+class NetChanges:
+    """Hashes that came and went since last asked, net: one that came and went in between is in neither."""
+
+    def __init__(self) -> None:
+        self._came: dict[BlockHash, None] = {}  # dicts keep the order
+        self._went: dict[BlockHash, None] = {}
+
+    def add(self, block_hash: BlockHash) -> None:
+        """It came."""
+        if block_hash in self._went:
+            del self._went[block_hash]
+        else:
+            self._came[block_hash] = None
+
+    def remove(self, block_hash: BlockHash) -> None:
+        """It went."""
+        if block_hash in self._came:
+            del self._came[block_hash]
+        else:
+            self._went[block_hash] = None
+
+    def take(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
+        """Those that came and those that went since the last call."""
+        changes = tuple(self._came), tuple(self._went)
+        self._came.clear()
+        self._went.clear()
+        return changes
+
+    def check(self, there: Container[BlockHash]) -> None:
+        """Raise AssertionError unless those that came are among what is `there`, and those that went are not."""
+        assert not self._came.keys() & self._went.keys(), "a hash both came and went"
+        assert all(block_hash in there for block_hash in self._came), "a hash came and is not there"
+        assert not any(block_hash in there for block_hash in self._went), "a hash went and is there"
 
 
 class BlockPool:
     """Owns the numbers of `num_pages` pages; knows nothing of their contents."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, copies: Container[BlockHash] = ()) -> None:
+        """`copies`: the blocks that the second tier has."""
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}, it must be 1 or more")
         self._num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._unsaved: OrderedDict[int, None] = OrderedDict()  # evictable ones; least recently used first
+        self._saving: dict[int, None] = {}
+        self._saved: OrderedDict[int, None] = OrderedDict()
+        self._being_read: set[int] = set()  # by copies to the other tier; those in `_saving`, and some in use
         self._page_of: dict[BlockHash, int] = {}
         self._page_named: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
-        # Changes since last taken, net: a hash stored and evicted in between is in neither. Dicts keep the order.
-        self._stored: dict[BlockHash, None] = {}
-        self._evicted: dict[BlockHash, None] = {}
+        self._changes = NetChanges()
+        self._copies = copies
+        self._num_lost = 0
 
     @property
     def num_pages(self) -> int:
@@ -42,8 +85,28 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken: free plus evictable."""
-        return len(self._free) + len(self._evictable)
+        """Pages that can be taken, if need be when they are saved: free plus evictable."""
+        return self.num_free_at_once + len(self._saving)
+
+    @property
+    def num_free_at_once(self) -> int:
+        """Pages that can be taken now: those that are being saved are not among them."""
+        return len(self._free) + len(self._saved) + len(self._unsaved)
+
+    @property
+    def num_free_of_loss(self) -> int:
+        """Pages that can be taken, now or when they are saved, without losing a block: free, saved and being saved."""
+        return len(self._free) + len(self._saved) + len(self._saving)
+
+    @property
+    def num_lost(self) -> int:
+        """Blocks evicted that had no copy, ever."""
+        return self._num_lost
+
+    @property
+    def hashes(self) -> Collection[BlockHash]:
+        """All that `find` knows."""
+        return self._page_of.keys()
 
     def find(self, hashes: Iterable[BlockHash]) -> tuple[int, ...]:
         """Pages of the longest run of known `hashes` from the first on. Takes no reference."""
@@ -71,13 +134,14 @@ class BlockPool:
         """Add a reference to each page of `found`, then take `num_new` more pages; returns all in that order.
 
         `found` comes from `find`, with nothing acquired or released since. Raises ValueError, having changed nothing,
-        if `cost(found, num_new)` exceeds `num_free`.
+        if `cost(found, num_new)` exceeds `num_free`, or if pages are lacking that are being saved.
         """
-        if self.cost(found, num_new) > self.num_free:
-            raise ValueError(f"{len(found)} found and {num_new} new pages wanted, {self.num_free} can be taken")
+        num_found_saving = sum(page in self._saving for page in found) if self._saving else 0
+        if self.cost(found, num_new) > self.num_free_at_once + num_found_saving:
+            raise ValueError(f"{len(found)} found and {num_new} new pages wanted, {self.num_free_at_once} can be taken")
         for page in found:
             if self._references[page] == 0:
-                del self._evictable[page]
+                self._leave_evictable(page)
             self._references[page] += 1
         return (*found, *(self._take() for _ in range(num_new)))
 
@@ -92,10 +156,12 @@ class BlockPool:
             self._references[page] -= 1
             if self._references[page] > 0:
                 continue
-            if page in self._hash_of:
-                self._evictable[page] = None
-            else:
+            if page not in self._hash_of:
                 self._free.append(page)
+            elif page in self._being_read:
+                self._saving[page] = None
+            else:
+                self._unsaved[page] = None
 
     def publish(self, page: int, block_hash: BlockHash) -> None:
         """`page`, in use and from now on unchanging, holds the block `block_hash`: others may find it.
@@ -111,25 +177,60 @@ class BlockPool:
         self._page_of[block_hash] = page
         self._page_named[name_of(block_hash)] = page
         self._hash_of[page] = block_hash
-        if block_hash in self._evicted:
-            del self._evicted[block_hash]
-        else:
-            self._stored[block_hash] = None
+        self._changes.add(block_hash)
 
-    def withdraw(self, pages: Iterable[int]) -> None:
-        """Make pages in use unfindable, because what they hold is not to be trusted."""
+    def withdraw(self, pages: Iterable[int]) -> tuple[BlockHash, ...]:
+        """Make pages in use unfindable, because what they hold is not to be trusted; the hashes of those that were."""
+        withdrawn: list[BlockHash] = []
         for page in pages:
             if self._references[page] < 1:
                 raise ValueError(f"page {page} is withdrawn but nobody holds it")
             if page in self._hash_of:
+                withdrawn.append(self._hash_of[page])
                 self._forget(page)
+        return tuple(withdrawn)
 
     def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
         """Hashes that became findable and hashes that went, since the last call."""
-        changes = tuple(self._stored), tuple(self._evicted)
-        self._stored.clear()
-        self._evicted.clear()
-        return changes
+        return self._changes.take()
+
+    # What the second tier asks.
+
+    def oldest_unsaved(self, num_pages: int) -> list[tuple[int, BlockKey]]:
+        """Up to so many unsaved pages, with what they hold, in the order in which they would be evicted."""
+        return [(page, self.key_of(page)) for page in islice(self._unsaved, num_pages)]
+
+    def begin_save(self, page: int) -> None:
+        """An unsaved page is being copied: until `end_save` nobody else gets it."""
+        del self._unsaved[page]
+        self._saving[page] = None
+        self._being_read.add(page)
+
+    def end_save(self, page: int, *, is_saved: bool) -> bool:
+        """The copy has ended; `is_saved`: it holds what `page` holds. Returns whether the page is evictable."""
+        self._being_read.remove(page)
+        if page not in self._saving:
+            return False
+        del self._saving[page]
+        if is_saved:
+            self._saved[page] = None
+        else:
+            self._unsaved[page] = None
+            self._unsaved.move_to_end(page, last=False)
+        return True
+
+    def has_copy(self, page: int) -> None:
+        """What an unsaved page holds has a copy already."""
+        del self._unsaved[page]
+        self._saved[page] = None
+
+    def lost_copy(self, block_hash: BlockHash) -> None:
+        """The copy of a block is gone."""
+        page = self._page_of.get(block_hash)
+        if page is not None and page in self._saved:
+            del self._saved[page]
+            self._unsaved[page] = None
+            self._unsaved.move_to_end(page, last=False)
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the pages add up and `holders` (one entry a holder) explain all references."""
@@ -139,9 +240,11 @@ class BlockPool:
                 expected[page] += 1
         assert self._references == expected, "references differ from what the holders hold"
 
-        free, evictable = set(self._free), set(self._evictable)
+        free, groups = set(self._free), (self._unsaved, self._saving, self._saved)
+        evictable = {page for group in groups for page in group}
         in_use = {page for page, count in enumerate(expected) if count}
         assert len(free) == len(self._free), "a page is free twice"
+        assert sum(map(len, groups)) == len(evictable), "a page is both saved and not"
         assert len(free) + len(evictable) + len(in_use) == self._num_pages, "the three states do not cover all pages"
         assert free | evictable | in_use == set(range(self._num_pages)), "a page is in two states or in none"
 
@@ -149,24 +252,35 @@ class BlockPool:
         assert not hashed & free, "a free page has a hash"
         assert evictable <= hashed, "an evictable page has no hash"
         assert self._page_of == {block_hash: page for page, block_hash in self._hash_of.items()}, "hashes disagree"
-        assert not self._stored.keys() & self._evicted.keys(), "a hash is both stored and evicted"
-        assert self._stored.keys() <= self._page_of.keys(), "a hash is stored but not findable"
-        assert not self._evicted.keys() & self._page_of.keys(), "a hash is evicted but findable"
+        assert set(self._saving) == self._being_read & evictable, "a page that is being saved can be taken"
+        self._changes.check(self._page_of)
+
+    def check_saved(self, being_read: Collection[int]) -> None:
+        """Raise AssertionError unless the second tier and this one agree on what is saved and what is being saved."""
+        assert self._being_read == set(being_read), "pages are read by nobody"
+        assert all(self._hash_of[page] in self._copies for page in self._saved), "a saved page has no copy"
 
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()
+        elif self._saved:
+            page, _ = self._saved.popitem(last=False)
+            self._forget(page)
         else:
-            page, _ = self._evictable.popitem(last=False)
+            page, _ = self._unsaved.popitem(last=False)
+            self._num_lost += self._hash_of[page] not in self._copies
             self._forget(page)
         self._references[page] = 1
         return page
+
+    def _leave_evictable(self, page: int) -> None:
+        for group in (self._unsaved, self._saved, self._saving):
+            if page in group:
+                del group[page]
+                return
 
     def _forget(self, page: int) -> None:
         block_hash = self._hash_of.pop(page)
         del self._page_of[block_hash]
         del self._page_named[name_of(block_hash)]
-        if block_hash in self._stored:
-            del self._stored[block_hash]
-        else:
-            self._evicted[block_hash] = None
+        self._changes.remove(block_hash)
