@@ -97,8 +97,9 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: R
         return NeverFits(limit_tokens)
     num_prefill_pages = pages_for(request.num_tokens)
     num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
-    prefill = _with_room(cluster.prefill, request.model, num_prefill_pages)
-    decode = _with_room(cluster.decode, request.model, num_decode_pages)
+    most_tokens = request.num_tokens + request.max_new_tokens
+    prefill = _with_room(cluster.prefill, request.model, num_prefill_pages, most_tokens)
+    decode = _with_room(cluster.decode, request.model, num_decode_pages, most_tokens)
     # The last token of a prompt is always computed.
     matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
     scoring = _Scoring(request, cluster, rules, matches)
@@ -120,15 +121,19 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: R
 def capacity_tokens(model: str, cluster: ClusterView) -> int | None:
     """Prompt and answer together that the roomiest workers of the model can take; None while a role has no worker."""
     capacities = [
-        max((min(w.max_context, w.num_pages * PAGE_TOKENS) for w in pool if w.model == model), default=None)
+        max((_capacity_tokens(worker) for worker in pool if worker.model == model), default=None)
         for pool in (cluster.prefill, cluster.decode)
     ]
     known = [capacity for capacity in capacities if capacity is not None]
     return min(known) if len(known) == len(capacities) else None
 
 
-def _with_room(pool: Iterable[WorkerView], model: str, num_pages: int) -> list[WorkerView]:
-    """By slot."""
+def _capacity_tokens(worker: WorkerView) -> int:
+    return min(worker.max_context, worker.num_pages * PAGE_TOKENS)
+
+
+def _with_room(pool: Iterable[WorkerView], model: str, num_pages: int, most_tokens: int) -> list[WorkerView]:
+    """Those that have so many pages left, and could run a request of so many tokens to its end. By slot."""
     roomy = [
         worker
         for worker in pool
@@ -136,6 +141,7 @@ def _with_room(pool: Iterable[WorkerView], model: str, num_pages: int) -> list[W
         and worker.takes_work
         and worker.num_credits < worker.max_running
         and worker.num_credit_pages + num_pages <= worker.num_pages
+        and _capacity_tokens(worker) >= most_tokens
     ]
     roomy.sort(key=_slot)
     return roomy
