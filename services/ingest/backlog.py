@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
-from services.ingest.work import Waiting
+from services.ingest.work import Placed, Waiting
 from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
@@ -36,7 +36,7 @@ class Expired:
     """The deadline passed while the choice waited."""
 
 
-Settled = Placement | NeverFits | Expired
+Settled = Placed | NeverFits | Expired
 
 
 class Backlog:
@@ -103,7 +103,7 @@ class Backlog:
                 continue
             self._waiting.remove(waiting)
             self._metrics.backlog.set(len(self._waiting))
-            leave = self.line.place if isinstance(settled, Placement) else self.line.leave
+            leave = self.line.place if isinstance(settled, Placed) else self.line.leave
             leave()
             if not (isinstance(settled, NeverFits) and waiting.is_resumed):
                 return waiting, settled
@@ -142,8 +142,8 @@ class Backlog:
         """None: there is no room for it now."""
         is_late = self._is_late(waiting)
         try:
-            if not is_late and (placement := await self._place_by_recent_view(waiting)) is not None:
-                return placement
+            if not is_late and (placed := await self._place_by_recent_view(waiting)) is not None:
+                return placed
             decision = NoRoomNow() if is_late else await self._decide(waiting)
             if isinstance(decision, Chosen):
                 return await self._take_credits(waiting, decision)
@@ -157,12 +157,12 @@ class Backlog:
             await asyncio.sleep(STATE_RETRY_S)
             return None
         if standing is not None:
-            return standing
+            return Placed(standing, None)
         if is_late:
             return Expired()
         return decision if isinstance(decision, NeverFits) else None
 
-    async def _place_by_recent_view(self, waiting: Waiting) -> Placement | None:
+    async def _place_by_recent_view(self, waiting: Waiting) -> Placed | None:
         """Place without asking who is there: whether a worker still takes it is the store's to say."""
         view = self._cluster.recent()
         if view is None:
@@ -199,7 +199,7 @@ class Backlog:
             self._hashed = (waiting, fingerprint, tuple(hash_chain(root, waiting.ids)))
         return self._hashed[2]
 
-    async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placement | None:
+    async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placed | None:
         job = waiting.admitted.job
         wanted = Placement(self._new_placement_id(), chosen.prefill, chosen.decode)
         placement = await self._state.place(
@@ -210,12 +210,14 @@ class Backlog:
             prefill_s=chosen.prefill_s,
             keep_ms=max(int((job.deadline_s - self._clock_s()) * 1000), keys.LEASE_MS),
         )
-        if placement is not None:
-            self._num_placed += 1
-            self._metrics.placed.inc()
-            if placement == wanted:  # and not an earlier one, whose credits the view has already
-                self._cluster.count(chosen)
-        return placement
+        if placement is None:
+            return None
+        self._num_placed += 1
+        self._metrics.placed.inc()
+        if placement != wanted:  # an earlier one, whose credits the view has already
+            return Placed(placement, None)
+        self._cluster.count(chosen)
+        return Placed(placement, chosen)
 
 
 def _key(waiting: Waiting) -> PlacementKey:

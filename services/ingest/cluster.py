@@ -2,23 +2,26 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from services.ingest.feeds import BlockFeeds
 from shared.blocks import PAGE_TOKENS
 from shared.observe.metrics import IngestMetrics
 from shared.policy.holders import Holders
 from shared.policy.placement import Chosen
 from shared.policy.views import ClusterView, WorkerView
-from shared.request import Incarnation
+from shared.request import WorkerRef
 from shared.state import keys
 from shared.state.port import LiveWorker, Role, State
 from shared.wire.topics import NUM_SLOTS
 
-FEED_START = "0"
-
 VIEW_MAX_AGE_S = 0.25
 """A view that was read longer ago than this is not recent."""
+
+NUM_WORK_DIGITS = 6
+"""Credits keep work to the microsecond."""
 
 
 class Cluster:
@@ -30,13 +33,23 @@ class Cluster:
 
     def __init__(self, state: State, metrics: IngestMetrics, clock_s: Callable[[], float]) -> None:
         self._state = state
-        self._metrics = metrics
         self._clock_s = clock_s
         self._read_s = -math.inf
-        self._cursors: dict[Incarnation, str] = {}
+        self._feeds = BlockFeeds(state, metrics, clock_s)
+        self._num_asked = 0
+        self._num_taken = 0
+        self._counted: deque[tuple[int, Chosen]] = deque()
+        """Own placements since the last reading was asked for, each with the number of the reading asked for before."""
+        self._kept: dict[WorkerRef, tuple[LiveWorker, WorkerView]] = {}
+        self._prefill: dict[WorkerRef, WorkerView] = {}
+        self._decode: dict[WorkerRef, WorkerView] = {}
         self.view = ClusterView((), ())
-        self.holders = Holders()
         self.fingerprints: dict[str, str] = {}
+
+    @property
+    def holders(self) -> Holders:
+        """Who has which blocks, as far as the feeds tell."""
+        return self._feeds.holders
 
     async def refresh(self) -> ClusterView:
         """Read registry, loads and credits. Raises StateUnavailable.
@@ -44,21 +57,25 @@ class Cluster:
         A store that came up less than a lease ago may not know all workers and credits yet: then nobody is there.
         """
         asked_s = self._clock_s()
+        number = self._num_asked = self._num_asked + 1
         workers, up_ms = await asyncio.gather(
             self._state.workers(num_slots=NUM_SLOTS), self._state.up_ms(lease_ms=keys.LEASE_MS)
         )
+        if number < self._num_taken:
+            return self.view  # one that was asked for later came first
+        self._num_taken = number
         self._read_s = asked_s
         if up_ms < keys.LEASE_MS:
-            self.view = ClusterView((), ())
+            self._show([])
             return self.view
-        alive = {worker.card.incarnation for worker in workers}
-        self._cursors = {incarnation: self._cursors.get(incarnation, FEED_START) for incarnation in alive}
-        self.holders.keep_only(alive)
+        self._feeds.keep_only(worker.card.incarnation for worker in workers)
         self.fingerprints = {worker.card.model: worker.card.model_fingerprint for worker in workers}
-        self.view = ClusterView(
-            tuple(worker_view(worker) for worker in workers if worker.card.role is Role.PREFILL),
-            tuple(worker_view(worker) for worker in workers if worker.card.role is Role.DECODE),
-        )
+        self._show(workers)
+        # The store may have answered before it took these: counted twice at worst, until the next reading.
+        while self._counted and self._counted[0][0] < number:
+            self._counted.popleft()
+        for _, chosen in self._counted:
+            self._add(chosen)
         return self.view
 
     def recent(self) -> ClusterView | None:
@@ -67,39 +84,47 @@ class Cluster:
 
     def count(self, chosen: Chosen) -> None:
         """Note a placement of ours in the view, until the next reading tells of it."""
-        self.view = ClusterView(
-            tuple(
-                _with_credit(w, chosen.num_prefill_pages) if w.ref == chosen.prefill else w for w in self.view.prefill
-            ),
-            tuple(_with_credit(w, chosen.num_decode_pages) if w.ref == chosen.decode else w for w in self.view.decode),
-        )
+        self._counted.append((self._num_asked, chosen))
+        self._add(chosen)
 
     async def follow_feeds(self) -> None:
         """Take what the workers announced since the last time. Raises StateUnavailable."""
-        for entry in await self._state.read_block_feeds(self._cursors):
-            news = entry.news
-            complete = self.holders.update(
-                entry.incarnation,
-                entry.sequence,
-                news.stored,
-                news.evicted,
-                news.host_stored,
-                news.host_evicted,
-                is_full=news.is_full,
+        await self._feeds.follow()
+
+    def _show(self, workers: Sequence[LiveWorker]) -> None:
+        """Make the view anew, of the views of those workers that did not change."""
+        known = self._kept
+        self._kept = {worker.ref: (worker, _view(worker, known.get(worker.ref))) for worker in workers}
+        self._prefill = {ref: view for ref, (worker, view) in self._kept.items() if worker.card.role is Role.PREFILL}
+        self._decode = {ref: view for ref, (worker, view) in self._kept.items() if worker.card.role is Role.DECODE}
+        self._gather()
+
+    def _add(self, chosen: Chosen) -> None:
+        if chosen.prefill == chosen.decode:
+            num_pages = chosen.num_prefill_pages + chosen.num_decode_pages
+            self._take(self._decode, chosen.decode, num_pages, chosen.prefill_s)
+        else:
+            self._take(self._prefill, chosen.prefill, chosen.num_prefill_pages, chosen.prefill_s)
+            self._take(self._decode, chosen.decode, chosen.num_decode_pages, 0.0)
+        self._gather()
+
+    def _take(self, pool: dict[WorkerRef, WorkerView], ref: WorkerRef, num_pages: int, work_s: float) -> None:
+        view = pool.get(ref)
+        if view is not None:
+            pool[ref] = replace(
+                view,
+                num_credit_pages=view.num_credit_pages + num_pages,
+                num_credits=view.num_credits + 1,
+                num_context_tokens=view.num_context_tokens + num_pages * PAGE_TOKENS,
+                queued_prefill_s=round(view.queued_prefill_s + work_s, NUM_WORK_DIGITS),
             )
-            if not complete:
-                self._metrics.feed_gaps.inc()
-            if entry.incarnation in self._cursors:
-                self._cursors[entry.incarnation] = entry.cursor
+
+    def _gather(self) -> None:
+        self.view = ClusterView(tuple(self._prefill.values()), tuple(self._decode.values()))
 
 
-def _with_credit(worker: WorkerView, num_pages: int) -> WorkerView:
-    return replace(
-        worker,
-        num_credit_pages=worker.num_credit_pages + num_pages,
-        num_credits=worker.num_credits + 1,
-        num_context_tokens=worker.num_context_tokens + num_pages * PAGE_TOKENS,
-    )
+def _view(worker: LiveWorker, known: tuple[LiveWorker, WorkerView] | None) -> WorkerView:
+    return known[1] if known is not None and known[0] == worker else worker_view(worker)
 
 
 def worker_view(worker: LiveWorker) -> WorkerView:

@@ -20,7 +20,7 @@ from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
-from services.ingest.work import InHand, Waiting
+from services.ingest.work import InHand, Placed, Waiting
 from shared.bus.one_record import record_at
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import ContextTooLong, RequestError, RequestFailed
@@ -29,14 +29,14 @@ from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import NeverFits, capacity_tokens
 from shared.request import FinishReason, Incarnation, PlacementId
 from shared.state import keys
-from shared.state.port import Placement, State, StateUnavailable
+from shared.state.port import State, StateUnavailable
 from shared.wire.codec import UndecodableMessage
 from shared.wire.to_ingest import RESUME_DECODER, Resume
 from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
 COMMIT_INTERVAL_S = 1.0
-FEED_INTERVAL_S = 0.5
+FEED_INTERVAL_S = 0.25
 
 VIEW_INTERVAL_S = 0.1
 """The workers are looked at so often, so that a placement need not wait for it."""
@@ -290,7 +290,7 @@ class IngestService:
 
     async def _tell(self, waiting: Waiting, settled: Settled) -> None:
         match settled:
-            case Placement():
+            case Placed():
                 await self._story.dispatch(waiting, settled)
                 self._metrics.place_seconds.observe(self._clock_s() - waiting.admitted_s)
             case NeverFits():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from services.ingest.jobs import Job
 from services.ingest.wire_loss import WireLoss
-from services.ingest.work import InHand, Waiting
+from services.ingest.work import InHand, Placed, Waiting
 from shared.bus.dead_letter import dead_letter
 from shared.bus.port import Producer
 from shared.errors import RequestError
@@ -12,6 +12,7 @@ from shared.observe.log import Logger
 from shared.request import Event, FinishReason, partition_of
 from shared.state.port import Placement, RequestHint, State, StateUnavailable
 from shared.wire.codec import encode
+from shared.wire.explanation import Explanation
 from shared.wire.to_ingest import Resume, body_hash
 from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody, Open, View
 from shared.wire.to_worker import Assignment, LocalWork, PrefillWork
@@ -20,6 +21,9 @@ from shared.wire.wire_format import WireFormat
 
 HINT_KEEP_S = 3600
 """A request can be found by its id for this long after its deadline."""
+
+
+UNKNOWN = Explanation("this placement stood already; whoever made it did not live to say why", 0)
 
 
 class StoryWriter:
@@ -34,10 +38,11 @@ class StoryWriter:
         self._clock_s = clock_s
         self._log = log
 
-    async def dispatch(self, waiting: Waiting, placement: Placement) -> None:
+    async def dispatch(self, waiting: Waiting, placed: Placed) -> None:
         """Work record, then `open`, each acknowledged: an `open` always stands for work that is on its way."""
-        job = waiting.admitted.job
+        job, placement = waiting.admitted.job, placed.placement
         placed_s = self._clock_s()
+        explanation = UNKNOWN if placed.chosen is None else placed.chosen.explanation.brief()
         topic, work = work_of(waiting, placement, self._wire_loss.allowed(job.tenant))
         await self._producer.send(topic.name, work.target.slot, encode(work))
         await self._tell(
@@ -51,7 +56,17 @@ class StoryWriter:
                 decode=placement.decode,
                 view=view_of(waiting) if waiting.epoch == 1 else None,
                 stamps={Event.PLACED: placed_s},
+                explanation=explanation,
             ),
+        )
+        self._log.info(
+            "placed",
+            request_id=job.request_id,
+            choice=waiting.choice,
+            epoch=waiting.epoch,
+            prefill=placement.prefill.slot,
+            decode=placement.decode.slot,
+            **explanation.members(),
         )
 
     async def refuse(self, job: Job, in_hand: InHand, error: RequestError) -> None:
@@ -108,9 +123,7 @@ class StoryWriter:
         )
 
 
-def work_of(
-    waiting: Waiting, placement: Placement, max_wire_loss: WireFormat
-) -> tuple[Topic, PrefillWork | LocalWork]:
+def work_of(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> tuple[Topic, PrefillWork | LocalWork]:
     """The first worker's part, and where that worker reads it. One worker alone has nobody to hand it to."""
     given = assignment(waiting, placement, max_wire_loss)
     if placement.prefill == placement.decode:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from services.ingest.admission import Admitted
 from shared.blocks import TokenIds
+from shared.policy.placement import Chosen
+from shared.state.port import Placement
 from shared.wire.to_ingest import LogPosition
 
 
@@ -45,3 +47,16 @@ class Waiting:
     def ids(self) -> TokenIds:
         """The tokens whose successor is wanted."""
         return self.admitted.prompt_ids + self.accepted_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a choice runs.
+
+    Attributes:
+        chosen: the decision behind it; None if the placement stood already, made by an ingest that died or by a call
+            whose answer was lost.
+    """
+
+    placement: Placement
+    chosen: Chosen | None

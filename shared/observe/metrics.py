@@ -76,6 +76,11 @@ class IngestMetrics:
         self.feed_gaps = Counter(
             "baton_block_feed_gaps_total", "Gaps in workers' block feeds; their overlap is forgotten", registry=registry
         )
+        self.block_list_requests = Counter(
+            "baton_block_list_requests_total",
+            "Full lists of blocks asked of workers: after a gap, or of whom nothing was announced",
+            registry=registry,
+        )
 
 
 class WorkerMetrics:

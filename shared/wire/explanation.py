@@ -1,10 +1,14 @@
 """Why a choice was placed where it was: small enough to stand in its `open` and in a log line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from shared.request import Count, Finite, Slot
 
 MAX_CANDIDATES = 5
+
+NUM_DIGITS = 3
+"""Of the times that are written: nobody predicts them better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,39 @@ class Explanation:
     Attributes:
         reason: in words.
         num_considered: pairs of workers.
-        candidates: the best of them, best first; the first was chosen. At most MAX_CANDIDATES.
+        candidates: the best of them, best first; the first was chosen.
     """
 
     reason: str
     num_considered: Count
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...] = ()
+
+    def brief(self) -> "Explanation":
+        """As it is written: the best candidates only, times with NUM_DIGITS digits."""
+        return replace(self, candidates=tuple(_rounded(each) for each in self.candidates[:MAX_CANDIDATES]))
+
+    def members(self) -> dict[str, Any]:
+        """For people: in a log line, in an answer."""
+        return {
+            "reason": self.reason,
+            "num_considered": self.num_considered,
+            "candidates": [{name: getattr(each, name) for name in _CANDIDATE_FIELDS} for each in self.candidates],
+        }
+
+
+_CANDIDATE_FIELDS = tuple(field.name for field in fields(Candidate))
+
+
+def _rounded(candidate: Candidate) -> Candidate:
+    return replace(
+        candidate,
+        ttft_s=_significant(candidate.ttft_s),
+        tpot_s=_significant(candidate.tpot_s),
+        cost_s=_significant(candidate.cost_s),
+        queue_s=_significant(candidate.queue_s),
+        transfer_s=_significant(candidate.transfer_s),
+    )
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.{NUM_DIGITS}g}")

@@ -23,6 +23,7 @@ from shared.request import (
     WorkerRef,
 )
 from shared.wire.codec import Decoder, WireIds
+from shared.wire.explanation import Explanation
 from shared.wire.to_ingest import LogPosition
 from shared.wire.wire_format import WireFormat
 
@@ -80,6 +81,7 @@ class Open:
     Attributes:
         view: with epoch 1 only.
         stamps: placed.
+        explanation: why these workers; None in a record of an ingest that did not tell.
     """
 
     request_id: RequestId
@@ -90,6 +92,7 @@ class Open:
     decode: WorkerRef
     view: View | None = None
     stamps: Stamps = field(default_factory=dict[Event, float])
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, slots=True)

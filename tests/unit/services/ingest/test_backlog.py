@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from services.ingest.backlog import Backlog, Expired
 from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
-from services.ingest.work import Waiting
+from services.ingest.work import Placed, Waiting
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import NeverFits
 from shared.request import PlacementId
@@ -108,7 +108,7 @@ async def test_before_the_first_look_and_when_it_was_long_ago_the_store_is_asked
 async def test_its_own_placements_count_in_the_view(world):
     await world.cluster.refresh()
     placed = [await world.placed(name) for name in "abcd"]
-    decoders = [placement.decode.incarnation for placement in placed]
+    decoders = [each.placement.decode.incarnation for each in placed]
     assert sorted(decoders) == ["d0", "d0", "d1", "d1"]
     assert world.state.num_looks == 1
 
@@ -121,7 +121,7 @@ async def test_what_stands_already_is_not_counted_again(world):
     first = await world.placed("a")
     await world.cluster.refresh()
     seen = world.cluster.view
-    assert await world.placed("a") == first
+    assert await world.placed("a") == Placed(first.placement, None)
     assert world.cluster.view == seen
 
 
@@ -130,7 +130,7 @@ async def test_a_worker_that_left_since_is_refused_by_the_store_and_another_is_f
     (gone,) = [worker.ref for worker in world.cluster.view.decode if worker.ref.incarnation == "d0"]
     await world.state.release_slot(gone.slot, gone.incarnation)
     placed = [await world.placed(name) for name in "ab"]
-    assert {placement.decode.incarnation for placement in placed} == {"d1"}
+    assert {each.placement.decode.incarnation for each in placed} == {"d1"}
     assert world.state.num_looks == 2
 
 
@@ -141,7 +141,7 @@ async def test_a_view_that_says_never_is_not_believed(world):
         slot, card = await world.claim(name, role, num_pages=200)
         world.state._store.holder(slot).card = replace(card, max_context=100_000)
     placed = await world.placed("long", max_tokens=5000)
-    assert placed.decode.incarnation == "d2"
+    assert placed.placement.decode.incarnation == "d2"
     assert isinstance(await world.placed("longer", max_tokens=20_000), NeverFits)
 
 
@@ -162,7 +162,7 @@ async def test_a_choice_that_ran_waits_for_a_worker_that_holds_it_and_nobody_beh
     world.backlog.add(world.waiting("ran", max_tokens=1000, epoch=2))
     world.backlog.add(world.waiting("fits"))
     waiting, settled = await world.backlog.next()
-    assert (waiting.admitted.job.request_id, settled.decode.incarnation) == ("fits", "small decode")
+    assert (waiting.admitted.job.request_id, settled.placement.decode.incarnation) == ("fits", "small decode")
     placing = asyncio.create_task(world.backlog.next())
     await asyncio.sleep(0.1)
     assert not placing.done()
@@ -172,7 +172,7 @@ async def test_a_choice_that_ran_waits_for_a_worker_that_holds_it_and_nobody_beh
     await world.cluster.refresh()
     async with asyncio.timeout(5):
         waiting, settled = await placing
-    assert (waiting.admitted.job.request_id, settled.decode.incarnation) == ("ran", "large decode")
+    assert (waiting.admitted.job.request_id, settled.placement.decode.incarnation) == ("ran", "large decode")
 
 
 async def test_a_choice_that_ran_and_fits_nowhere_expires(small_world):
