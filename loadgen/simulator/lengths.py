@@ -1,0 +1,32 @@
+"""How long answers will be, as placements are told."""
+
+from typing import Protocol
+
+from loadgen.simulator.workload import SimRow
+
+PLAIN_TOKENS = 256
+"""What every answer is taken for without prediction."""
+
+
+class Lengths(Protocol):
+    """Predicts answers, and hears how long they were."""
+
+    def predict(self, row: SimRow, max_new_tokens: int) -> tuple[float, int]:
+        """Expected tokens, and tokens to keep room for."""
+        ...
+
+    def learn(self, row: SimRow, num_tokens: int) -> None:
+        """An answer had so many tokens."""
+        ...
+
+
+class PlainLengths:
+    """Takes every answer for PLAIN_TOKENS long."""
+
+    def predict(self, row: SimRow, max_new_tokens: int) -> tuple[float, int]:
+        del row
+        plain = min(PLAIN_TOKENS, max_new_tokens)
+        return float(plain), plain
+
+    def learn(self, row: SimRow, num_tokens: int) -> None:
+        """Nothing is learnt."""
