@@ -161,7 +161,7 @@ def test_a_killed_worker_s_request_goes_on_at_another(moment):
         job = await world.submit(a_body(PROMPT, 60))
         await until_then(lambda: placement(world, job) if moment == "computing" else num_told(world, job) > 2)
         assert num_told(world, job) == 0 or moment == "decoding"
-        of_kind(world, placement(world, job).decode.incarnation).kill()
+        world.kill(of_kind(world, placement(world, job).decode.incarnation))
         state = await world.ended(job)
         assert answer(state) == expected(num_new=60)
         (cut,) = cuts(world, job)
@@ -177,13 +177,13 @@ async def test_beside_prompts_that_are_handed_over_with_few_pages(chooses_local)
     rng = random.Random(1)
     chooses_local[0] = lambda request: request.num_tokens % 2
     async with (
-        a_system(make_engine=lambda: fake_engine(num_pages=24, max_batch_tokens=64), decodes=2) as system,
+        a_system(make_engine=lambda: fake_engine(num_pages=12, max_batch_tokens=64), decodes=2) as system,
         httpx.AsyncClient(timeout=30) as client,
     ):
         jobs, cancelled = {}, set()
-        for _ in range(40):
+        for _ in range(24):
             prompt = [rng.randrange(3, 900) for _ in range(rng.choice((1, 63, 64, 201, 400)))]
-            num_new = rng.choice((1, 2, 12, 500))
+            num_new = rng.choice((1, 2, 12, 200))
             jobs[await system.submit(a_body(prompt, num_new))] = prompt, num_new
             if rng.random() < 0.2:
                 job = rng.choice(sorted(jobs))
