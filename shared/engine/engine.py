@@ -12,12 +12,13 @@ With a runner that is not ahead (`num_ahead` 0) each step launches one batch and
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Names
 from dataclasses import dataclass
 
 import numpy as np
 
-from shared.blocks import PAGE_TOKENS, BlockHash, name_of, pages_for
+from shared.blocks import PAGE_TOKENS, BlockHash, pages_for
 from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS, BatchRow, Launched, Runner, Sampled
 from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import (
@@ -27,13 +28,15 @@ from shared.engine.port import (
     EngineRequest,
     EngineStats,
     Fill,
-    Loan,
     Reservation,
     StepOutput,
     TokenOutput,
 )
 from shared.engine.scheduler import Batch, Scheduler
 from shared.engine.sequence import Sequence, SequenceState
+from shared.kv.host_pages import PinnedPages
+from shared.kv.host_tier import HostPages
+from shared.kv.loan import Loan
 from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams
@@ -55,7 +58,15 @@ class InFlight:
 class PagedEngine:
     """`shared.engine.port.Engine` over any runner."""
 
-    def __init__(self, runner: Runner, model: EngineModel, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        model: EngineModel,
+        limits: EngineLimits,
+        *,
+        host_pages: Callable[[PagedCache, int], HostPages] = PinnedPages,
+    ) -> None:
+        """`host_pages`: makes the host memory for so many pages of a cache, if the limits have any."""
         if runner.cache.layout != model.layout:
             raise ValueError("the runner's KV layout is not the model's")
         if runner.cache.num_pages != limits.num_pages:
@@ -64,7 +75,9 @@ class PagedEngine:
         self._model = model
         self._limits = limits
         self._eos_token_ids = frozenset(model.eos_token_ids)
-        self._scheduler = Scheduler(limits, model.fingerprint)
+        host = host_pages(runner.cache, limits.num_host_pages) if limits.num_host_pages else None
+        self._scheduler = Scheduler(limits, model.fingerprint, host)
+        self._num_pages_computed = 0
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -105,6 +118,9 @@ class PagedEngine:
     def filled(self, fill: Fill, num_arrived: int) -> None:
         self._scheduler.filled(fill, num_arrived)
 
+    def bring(self, names: Names[BlockHash], over: Callable[[], None]) -> None:
+        self._scheduler.bring(names, over)
+
     def lend(self, names: Names[BlockHash]) -> Loan:
         return self._scheduler.lend(names)
 
@@ -116,6 +132,8 @@ class PagedEngine:
 
     def step(self) -> StepOutput:
         started: tuple[str, ...] = ()
+        self._scheduler.advance(self._num_pages_computed)
+        self._num_pages_computed = 0
         while len(self._in_flight) <= self._runner.num_ahead:
             batch = self._scheduler.schedule()
             if not batch.rows:
@@ -123,7 +141,11 @@ class PagedEngine:
             layers = self._announce(batch)
             self._in_flight.append(InFlight(batch, self._runner.launch(batch.rows, layers), layers))
             started += batch.started
+            self._num_pages_computed += pages_for(batch.num_tokens)
         if not self._in_flight:
+            tier = self._scheduler.tier
+            if tier is not None and tier.is_restoring:
+                tier.wait()  # there is nothing else to do
             return StepOutput()
         oldest = self._in_flight.popleft()
         results = oldest.launched.wait()
@@ -135,11 +157,10 @@ class PagedEngine:
         return self._scheduler.has_work()
 
     def take_block_changes(self) -> BlockChanges:
-        stored, evicted = self._scheduler.pool.take_changes()
-        return BlockChanges(stored=tuple(map(name_of, stored)), evicted=tuple(map(name_of, evicted)))
+        return self._scheduler.take_block_changes()
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, tier = self._scheduler, self._scheduler.tier
         return EngineStats(
             num_pages=scheduler.pool.num_pages,
             num_free_pages=scheduler.pool.num_free,
@@ -152,6 +173,11 @@ class PagedEngine:
             num_prefix_hits=scheduler.num_prefix_hits,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_host_pages=0 if tier is None else tier.num_used,
+            num_host_hits=scheduler.num_host_hits,
+            num_lost_blocks=scheduler.pool.num_lost,
+            num_saved_bytes=0 if tier is None else tier.num_saved_bytes,
+            num_restored_bytes=0 if tier is None else tier.num_restored_bytes,
         )
 
     def check(self) -> None:
@@ -204,9 +230,7 @@ class PagedEngine:
         """Move the sequences of a batch that is done on by what their rows gave."""
         self._scheduler.collected(batch)
         tokens: list[TokenOutput] = []
-        num_batch_tokens = 0
         for row, sequence, sampled in zip(batch.rows, batch.sequences, results, strict=True):
-            num_batch_tokens += row.end - row.start
             if sequence.state is SequenceState.ENDED:
                 continue  # it ended after the row had been launched
             if sampled is not None and sampled.error is not None:
@@ -216,7 +240,7 @@ class PagedEngine:
                 self._scheduler.publish(sequence, row.end)
             if sampled is not None:
                 tokens.append(self._take(row, sequence, sampled))
-        return StepOutput(tuple(tokens), started, num_batch_tokens)
+        return StepOutput(tuple(tokens), started, batch.work, len(self._in_flight))
 
     def _take(self, row: BatchRow, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Add a token to its sequence."""

@@ -22,8 +22,12 @@ from typing import Protocol
 
 from shared.blocks import BlockHash, BlockKey, TokenIds
 from shared.kv.layout import KvLayout
+from shared.kv.loan import Loan
 from shared.kv.progress import Chunk
+from shared.policy.profile import StepWork
 from shared.request import FinishReason, SamplingParams, TokenLogprob
+
+NOTHING = StepWork()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +88,6 @@ class Fill:
     found: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Loan:
-    """Pages kept for a peer that copies them. Compared by identity.
-
-    Attributes:
-        pages: in the order of the blocks that were asked for, from the first on as far as they are here.
-        keys: of those blocks.
-    """
-
-    pages: tuple[int, ...]
-    keys: tuple[BlockKey, ...]
-
-
 @dataclass(slots=True)
 class TokenOutput:
     """One new token of one request. (Nobody changes it; it is not frozen because that makes it three times as slow.)
@@ -127,20 +118,30 @@ class StepOutput:
         tokens: new tokens, at most one a request.
         started: keys of requests whose first chunk was launched in this step; imported ones and those prefilled
             again after preemption are not among them.
-        num_batch_tokens: token rows of the batch that was waited for.
+        work: what the batch that was waited for computed.
+        num_in_flight: batches that were launched and not waited for.
     """
 
     tokens: tuple[TokenOutput, ...] = ()
     started: tuple[str, ...] = ()
-    num_batch_tokens: int = 0
+    work: StepWork = NOTHING
+    num_in_flight: int = 0
+
+    @property
+    def num_batch_tokens(self) -> int:
+        """Token rows of the batch that was waited for."""
+        return self.work.num_rows + self.work.num_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class BlockChanges:
-    """Full blocks that became shareable, and those that went, since the last time asked."""
+    """Full blocks that became shareable, and those that went, since the last time asked: on the device, and in host
+    memory. A block may be in both."""
 
     stored: tuple[BlockHash, ...] = ()
     evicted: tuple[BlockHash, ...] = ()
+    host_stored: tuple[BlockHash, ...] = ()
+    host_evicted: tuple[BlockHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,10 @@ class EngineStats:
         num_prefix_hits: tokens of those that were found.
         num_prompt_tokens: prompt tokens of requests prefilled here (found or computed), once a request.
         num_generated_tokens: tokens handed out.
+        num_host_pages: blocks that have a copy in host memory.
+        num_host_hits: tokens whose KV was brought back from there, for requests and for peers.
+        num_lost_blocks: evicted with no copy in host memory; all that are evicted, where there is none.
+        num_saved_bytes, num_restored_bytes: copied to host memory and from it.
     """
 
     num_pages: int
@@ -168,6 +173,11 @@ class EngineStats:
     num_prefix_hits: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_host_pages: int = 0
+    num_host_hits: int = 0
+    num_lost_blocks: int = 0
+    num_saved_bytes: int = 0
+    num_restored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +189,14 @@ class EngineLimits:
         num_pages: pages of its cache; a request must fit them alone.
         max_running: requests decoded at once.
         max_batch_tokens: token rows of one step; longer prompts are prefilled in chunks.
+        num_host_pages: pages that host memory has room for; 0: what is evicted is gone.
     """
 
     max_context: int
     num_pages: int
     max_running: int
     max_batch_tokens: int
+    num_host_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +262,14 @@ class Engine(Protocol):
     def filled(self, fill: Fill, num_arrived: int) -> None:
         """The fill is over, and nothing writes to its pages any more: the first `num_arrived` of them hold their
         blocks, bit by bit as this model computes them. Others find them from now on; the rest is free."""
+        ...
+
+    def bring(self, names: Sequence[BlockHash], over: Callable[[], None]) -> None:
+        """Bring to pages what of the longest run of blocks from the first of `names` on is only in host memory.
+
+        `over` is called once, on the engine's thread, when that is over: before `bring` returns if there is nothing to
+        bring, no room now, or others bring it. Who lends from within `over` finds what was brought.
+        """
         ...
 
     def lend(self, names: Sequence[BlockHash]) -> Loan:

@@ -19,20 +19,27 @@ budget allows. A decode row is the case where one token is missing, a prefill ch
   from host memory. A fill has pages of its own from its start, found as any others once they are written; who waits for
   them has none, so that a fill that fails leaves nothing behind, and what it brought serves every sequence alike. It
   takes no page that the head of the line needs, and none that nobody gives back: it must end by itself.
+- From host memory blocks come for those alone who could be admitted now, and for peers: the scheduler begins such a
+  fill when it meets them in the line, and ends it when the copies have ended (`advance`).
 """
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Names
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import takewhile
 
-from shared.blocks import PAGE_TOKENS, BlockHash, BlockKey, key_chain, pages_for, root_hash
-from shared.engine.batch import BatchRow
-from shared.engine.port import EngineLimits, EngineRequest, Fill, Loan, Reservation
+from shared.blocks import PAGE_TOKENS, BlockHash, BlockKey, key_chain, name_of, pages_for, root_hash
+from shared.engine.batch import BatchRow, work_of
+from shared.engine.port import BlockChanges, EngineLimits, EngineRequest, Fill, Reservation
 from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of, num_findable
 from shared.kv.block_pool import BlockPool
+from shared.kv.host_slots import HostSlots
+from shared.kv.host_tier import HostPages, HostTier, Restore
+from shared.kv.loan import Loan
+from shared.policy.profile import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,22 @@ class Batch:
     started: tuple[str, ...]
     num_decode: int
 
+    @property
+    def work(self) -> StepWork:
+        return work_of(self.rows, self.num_decode)
+
+    @property
+    def num_tokens(self) -> int:
+        """Token rows."""
+        return self.num_decode + sum([chunk.end - chunk.start for chunk in self.rows[self.num_decode :]])
+
 
 NOTHING = Batch((), (), (), 0)
+
+SHARE_FREE_OF_LOSS = 1 / 8
+"""Of the pages, how many are kept free of loss where there is host memory: room for a long prompt that comes at once.
+More would have copies of more blocks that are not going yet, and have room for fewer that are gone."""
+
 ACTIVE = frozenset({SequenceState.PREFILLING, SequenceState.RUNNING})
 SEATED = ACTIVE | {SequenceState.IMPORTING}
 
@@ -63,7 +84,8 @@ class Scheduler:
     Requests are taken as they come: whether one can ever fit is for the engine to ask before.
     """
 
-    def __init__(self, limits: EngineLimits, model_fingerprint: str) -> None:
+    def __init__(self, limits: EngineLimits, model_fingerprint: str, host: HostPages | None = None) -> None:
+        """`host`: memory for what goes from the pages; None: it is gone."""
         if limits.max_running < 1:
             raise ValueError(f"max_running is {limits.max_running}, it must be 1 or more")
         if limits.max_batch_tokens < limits.max_running:
@@ -73,7 +95,14 @@ class Scheduler:
             )
         self._limits = limits
         self._model_fingerprint = model_fingerprint
-        self._pool = BlockPool(limits.num_pages)
+        self._tier: HostTier | None = None
+        if host is None:
+            self._pool = BlockPool(limits.num_pages)
+        else:
+            slots = HostSlots(host.num_slots)
+            self._pool = BlockPool(limits.num_pages, slots)
+            num_ahead = max(2 * pages_for(limits.max_batch_tokens), int(limits.num_pages * SHARE_FREE_OF_LOSS))
+            self._tier = HostTier(self._pool, slots, host, num_ahead=num_ahead)
         self._sequences: dict[str, Sequence] = {}
         self._line: list[Sequence] = []  # waiting, by line_rank
         self._active: list[Sequence] = []  # prefilling and running, by arrival
@@ -81,6 +110,9 @@ class Scheduler:
         self._importing: dict[str, Sequence] = {}
         self._coming: dict[BlockKey, Sequence | Fill] = {}  # blocks on their way, and who brings them
         self._fills: set[Fill] = set()
+        self._restores: dict[
+            Restore, tuple[Fill, Callable[[], None] | None]
+        ] = {}  # fills from host memory; who to tell
         self._loans: set[Loan] = set()
         self._leaving: list[Sequence] = []  # ended, with rows in flight
         self._free_seats = list(range(limits.max_running - 1, -1, -1))
@@ -90,6 +122,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
+        self._num_host_hits = 0
 
     @property
     def pool(self) -> BlockPool:
@@ -126,6 +159,16 @@ class Scheduler:
         """Tokens of those that were found."""
         return self._num_prefix_hits
 
+    @property
+    def num_host_hits(self) -> int:
+        """Tokens whose KV was brought back from host memory."""
+        return self._num_host_hits
+
+    @property
+    def tier(self) -> HostTier | None:
+        """What goes from the pages; None: it is gone."""
+        return self._tier
+
     def __contains__(self, key: str) -> bool:
         return key in self._sequences
 
@@ -148,7 +191,7 @@ class Scheduler:
         if self._pool.cost(found, num_new) > pages:
             return None
         self._sequences[request.key] = sequence
-        sequence.pages = self._pool.acquire(found, num_new)
+        sequence.pages = self._acquire(found, num_new)
         self._take_seat(sequence)
         self._count_found(sequence, len(found))
         self._importing[request.key] = sequence
@@ -175,21 +218,20 @@ class Scheduler:
         The pages are the caller's until `filled`, and so is all of the run behind the first block that lacks.
         """
         found = self._pool.find(keys)
+        copied = self._copied(keys[len(found) :])
+        _, spare = self._spare_for_import()
+        if copied and self._pool.cost(found, len(copied)) <= spare:
+            self._restore(copied, found)
+            spare -= self._pool.cost(found, len(copied))
         first = len(found)
         while first < len(keys) and keys[first] in self._coming:
             first += 1
         lacking = tuple(keys[first:])
         if not lacking:
             return Fill((), ())
-        _, spare = self._spare_for_import()
         if self._pool.cost(found, len(lacking)) > spare:
             return None
-        pages = self._pool.acquire(found, len(lacking))
-        fill = Fill(lacking, pages[len(found) :], found)
-        self._fills.add(fill)
-        for key in lacking:
-            self._coming.setdefault(key, fill)
-        return fill
+        return self._set_aside(lacking, found)
 
     def filled(self, fill: Fill, num_arrived: int) -> None:
         """See `Engine.filled`."""
@@ -203,9 +245,19 @@ class Scheduler:
                 del self._coming[key]
         self._pool.release(fill.found + fill.pages)
 
+    def bring(self, names: Names[BlockHash], over: Callable[[], None]) -> None:
+        """See `Engine.bring`."""
+        found = self._pool.find_named(names)
+        copied = () if self._tier is None else self._tier.find_named(names[len(found) :])
+        _, spare = self._spare_for_import()
+        if not copied or copied[0] in self._coming or self._pool.cost(found, len(copied)) > spare:
+            over()
+        else:
+            self._restore(copied, found, over)
+
     def lend(self, names: Names[BlockHash]) -> Loan:
         """See `Engine.lend`."""
-        pages = self._pool.acquire(self._pool.find_named(names), 0)
+        pages = self._acquire(self._pool.find_named(names), 0)
         loan = Loan(pages, tuple(map(self._pool.key_of, pages)))
         self._loans.add(loan)
         return loan
@@ -222,6 +274,24 @@ class Scheduler:
             self.end(sequence)
 
     # What the engine asks in each step.
+
+    def advance(self, num_computed: int = 0) -> None:
+        """Take note of what came from host memory, and go on with what goes there beside a step that computes so many
+        pages."""
+        if self._tier is None:
+            return
+        for restore in self._tier.advance(num_computed):
+            fill, over = self._restores.pop(restore)
+            self.filled(fill, len(fill.keys))
+            if over is not None:
+                over()
+
+    def take_block_changes(self) -> BlockChanges:
+        """See `Engine.take_block_changes`."""
+        self.advance()
+        stored, evicted = self._pool.take_changes()
+        host_stored, host_evicted = ((), ()) if self._tier is None else self._tier.take_changes()
+        return BlockChanges(*(tuple(map(name_of, keys)) for keys in (stored, evicted, host_stored, host_evicted)))
 
     def schedule(self) -> Batch:
         """The next batch: decode rows, then chunks of what is prefilling, then of what is admitted; each by age.
@@ -289,7 +359,9 @@ class Scheduler:
 
     def fail(self, sequence: Sequence) -> None:
         """End (or hold) a sequence whose KV is not to be trusted: nobody shall find any of its pages."""
-        self._pool.withdraw(sequence.pages)
+        withdrawn = self._pool.withdraw(sequence.pages)
+        if self._tier is not None:
+            self._tier.forget(withdrawn)
         if sequence.request.hold_kv:
             self.hold(sequence)
         else:
@@ -320,9 +392,9 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether anything is in flight or `schedule` has anybody to serve.
 
-        Who waits for a fill is served when that is over, which its caller tells.
+        Who waits for a fill is served when that is over, which its caller tells, or `advance` if it is from the host.
         """
-        if self._num_in_flight or self._active:
+        if self._num_in_flight or self._active or self._restores:
             return True
         first = next(self._in_turn(), None)
         return first is not None and self._fits(*first)
@@ -371,6 +443,10 @@ class Scheduler:
         for sequence in self._leaving:
             assert sequence.state is SequenceState.ENDED, "a sequence leaves that has not ended"
             assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
+        if self._tier is not None:
+            self._tier.check()
+            assert self._tier.is_restoring == bool(self._restores), "blocks are awaited from the host that do not come"
+        assert all(fill in self._fills for fill, _ in self._restores.values()), "a fill from the host is over before it"
         for bringer in self._coming.values():
             is_alive = bringer in self._fills if isinstance(bringer, Fill) else bringer.state in ACTIVE
             assert is_alive, "a block is awaited from nobody"
@@ -420,6 +496,12 @@ class Scheduler:
         for sequence, found in self._in_turn():
             if not self._fits(sequence, found):
                 break
+            copied = self._copied(sequence.keys[len(found) : sequence.num_findable])
+            if copied:
+                if len(self._restores) >= self._num_seats_free:
+                    break  # it could not be seated when it has them
+                self._restore(copied, found)
+                continue
             admitted.append((sequence, not sequence.is_preempted))
             self._seat(sequence, found)
             budget -= len(sequence.ids) - sequence.num_launched
@@ -437,7 +519,7 @@ class Scheduler:
     def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
         sequence.move(SequenceState.PREFILLING)
         sequence.is_preempted = False
-        sequence.pages = self._pool.acquire(found, pages_for(len(sequence.ids)) - len(found))
+        sequence.pages = self._acquire(found, pages_for(len(sequence.ids)) - len(found))
         self._take_seat(sequence)
         sequence.num_launched = len(found) * PAGE_TOKENS
         sequence.is_prefilled = True
@@ -448,6 +530,8 @@ class Scheduler:
 
     def _count_found(self, sequence: Sequence, num_found: int) -> None:
         sequence.num_published = num_found
+        if self._tier is not None:
+            self._tier.used(sequence.keys[:num_found])
         if sequence.num_cached_tokens is not None:
             return
         sequence.num_cached_tokens = min(num_found * PAGE_TOKENS, sequence.request.prompt_len)
@@ -471,7 +555,7 @@ class Scheduler:
                     return False
                 self._preempt(next(each for each in reversed(self._active) if not each.request.hold_kv))
             if sequence.state is SequenceState.RUNNING:
-                sequence.pages += self._pool.acquire((), 1)
+                sequence.pages += self._acquire((), 1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -497,6 +581,36 @@ class Scheduler:
         self._pool.release(sequence.pages)
         sequence.pages = ()
         self._leave_seat(sequence)
+
+    def _acquire(self, found: tuple[int, ...], num_new: int) -> tuple[int, ...]:
+        """`BlockPool.acquire`, for which there must be pages free."""
+        if self._tier is not None and self._pool.cost(found, num_new) > self._pool.num_free_at_once:
+            self._tier.settle()
+        return self._pool.acquire(found, num_new)
+
+    def _set_aside(self, keys: tuple[BlockKey, ...], found: tuple[int, ...]) -> Fill:
+        """A fill of pages for blocks that follow those found; there must be pages free."""
+        fill = Fill(keys, self._acquire(found, len(keys))[len(found) :], found)
+        self._fills.add(fill)
+        for key in keys:
+            self._coming.setdefault(key, fill)
+        return fill
+
+    def _copied(self, keys: Names[BlockKey]) -> tuple[BlockKey, ...]:
+        """The longest run of blocks from the first on that are in host memory and that nobody else brings."""
+        if self._tier is None:
+            return ()
+        return tuple(takewhile(lambda key: key not in self._coming, keys[: self._tier.num_found(keys)]))
+
+    def _restore(
+        self, keys: tuple[BlockKey, ...], found: tuple[int, ...], over: Callable[[], None] | None = None
+    ) -> None:
+        """Begin to bring blocks from host memory that follow those found; there must be pages free."""
+        if self._tier is None:
+            raise AssertionError("blocks are brought from nowhere")
+        fill = self._set_aside(keys, found)
+        self._restores[self._tier.restore(keys, fill.pages)] = fill, over
+        self._num_host_hits += len(keys) * PAGE_TOKENS
 
     def _take_seat(self, sequence: Sequence) -> None:
         sequence.seat = self._free_seats.pop()

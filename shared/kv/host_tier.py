@@ -193,6 +193,10 @@ class HostTier:
         """Wait for the oldest copies from the host that are on their way; there are some if `is_restoring`."""
         self._restoring[0].copied.synchronize()
 
+    def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
+        """Blocks that got a copy and blocks that lost theirs, since the last call."""
+        return self._slots.take_changes()
+
     def settle(self) -> None:
         """Wait until no page is being saved."""
         if self._saving:
