@@ -126,6 +126,7 @@ class Api:
             route("/v1/requests/{id}", "GET", self._describe),
             route("/v1/requests/{id}", "DELETE", self._cancel),
             route("/v1/requests/{id}/events", "GET", self._events),
+            route("/v1/requests/{id}/placement", "GET", self._placement),
             route("/openapi.json", "GET", self._openapi),
         ]
 
@@ -276,6 +277,10 @@ class Api:
     async def _describe(self, request: Request, send: Send) -> None:
         caller = self._caller(request)
         await _send(_json(await self._requests.describe(_path_id(request), caller)), request, send)
+
+    async def _placement(self, request: Request, send: Send) -> None:
+        caller = self._caller(request)
+        await _send(_json(await self._requests.placement(_path_id(request), caller)), request, send)
 
     async def _cancel(self, request: Request, send: Send) -> None:
         caller, request_id = self._caller(request), _path_id(request)

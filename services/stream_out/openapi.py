@@ -9,7 +9,8 @@ from typing import Any
 
 from services.stream_out.results import CANCELLED_HTTP_STATUS, COMPLETED
 from services.stream_out.sse import DONE_DATA, MEDIA_TYPE
-from shared.request import REQUEST_ID_PATTERN, Event, FinishReason
+from shared.request import NUM_SLOTS, REQUEST_ID_PATTERN, Event, FinishReason
+from shared.wire.explanation import MAX_CANDIDATES
 from shared.wire.openai import MAX_BODY_BYTES, MAX_CHOICES, body_schemas
 from shared.wire.openai_answers import FINISH_REASONS
 from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, TENANT_PATTERN
@@ -87,6 +88,16 @@ def _paths() -> Json:
                     _LAST_EVENT_ID,
                     _parameter("last_event_id", "query", {"type": "string"}, "As the header Last-Event-ID."),
                 ],
+            )
+        },
+        "/v1/requests/{id}/placement": {
+            "get": _operation(
+                "explainPlacement",
+                "Where a request's choices were placed, each time, and why",
+                _json_answer("Placement"),
+                404,
+                503,
+                parameters=[request_id],
             )
         },
         "/openapi.json": {"get": _operation("getOpenapi", "This document", _content({"type": "object"}))},
@@ -334,6 +345,33 @@ def _answer_schemas() -> dict[str, Json]:
         "choices": _list_of(request_choice),
         "reason": _or_null(text),
     }
+    slot: Json = {"type": "integer", "minimum": 0, "maximum": NUM_SLOTS - 1}
+    considered = {
+        "description": "A pair of workers as predicted then: seconds, and pages of the prompt.",
+        **_object(
+            {
+                **dict.fromkeys(("prefill", "decode"), slot),
+                **dict.fromkeys(("ttft_s", "tpot_s", "cost_s"), number),
+                **dict.fromkeys(("cached_pages", "fetched_pages"), integer),
+                **dict.fromkeys(("queue_s", "transfer_s"), number),
+                "is_local": {"type": "boolean"},
+            }
+        ),
+    }
+    candidates: Json = {
+        "description": "The best, best first; the first was chosen.",
+        "type": "array",
+        "items": considered,
+        "maxItems": MAX_CANDIDATES,
+    }
+    explanation = _object({"reason": text, "num_considered": integer, "candidates": candidates})
+    placement = {
+        **index,
+        "epoch": {"type": "integer", "minimum": 1},
+        **dict.fromkeys(("prefill", "decode"), slot),
+        "placed": _or_null({"description": "Unix seconds.", "type": "number"}),
+        "explanation": _or_null(explanation),
+    }
     return {
         "ChatCompletion": answer("chat.completion", {"message": message, "logprobs": _or_null(chat_logprobs)}),
         "ChatCompletionChunk": chunk("chat.completion.chunk", {"delta": delta, "logprobs": _or_null(chat_logprobs)}),
@@ -342,6 +380,9 @@ def _answer_schemas() -> dict[str, Json]:
         "Model": model,
         "ModelList": _object({"object": {"const": "list"}, "data": _list_of({"$ref": f"{_SCHEMAS}Model"})}),
         "Request": _object(request, "model", "last_event", "timings", "usage", "choices", "reason"),
+        "Placement": _object(
+            {"id": text, "object": {"const": "baton.placement"}, "placements": _list_of(_object(placement))}
+        ),
         "Cancelled": _object({"id": text, "status": {"enum": _STATUSES}}),
         "Error": _object({"error": error}),
     }

@@ -13,7 +13,7 @@ from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
 from shared.errors import IdempotencyConflict, Overloaded, RateLimited, RequestNotFound
 from shared.policy.admission import TenantLimits
-from shared.request import FinishReason, RequestId, keyed_request_id, partition_of
+from shared.request import Event, FinishReason, RequestId, keyed_request_id, partition_of
 from shared.state.keys import LEASE_S
 from shared.state.port import StateUnavailable
 from shared.wire.openai_answers import usage_body
@@ -112,6 +112,12 @@ class Requests:
         async with self._follow(request_id) as hold:
             await self._known(hold, caller)
             return describe(hold.story)
+
+    async def placement(self, request_id: RequestId, caller: Caller) -> dict[str, Any]:
+        """Where its choices were placed, and why. Raises RequestNotFound, Overloaded."""
+        async with self._follow(request_id) as hold:
+            await self._known(hold, caller)
+            return describe_placement(hold.story)
 
     async def cancel(self, request_id: RequestId, caller: Caller) -> str:
         """End the request, wherever it is; its status then. Raises RequestNotFound, Overloaded."""
@@ -321,6 +327,27 @@ def describe(story: Story) -> dict[str, Any]:
         "choices": choices,
         "reason": state.cut_reason,
     }
+
+
+def describe_placement(story: Story) -> dict[str, Any]:
+    """The answer of `GET /v1/requests/{id}/placement`: each placement that counted, of all choices and epochs so far.
+
+    Workers are told by slot: who they are is the operator's business.
+    """
+    choices = story.state.choices if story.state is not None else {}
+    placements = [
+        {
+            "index": index,
+            "epoch": placed.epoch,
+            "prefill": placed.prefill.slot,
+            "decode": placed.decode.slot,
+            "placed": placed.stamps.get(Event.PLACED),
+            "explanation": placed.explanation.members() if placed.explanation is not None else None,
+        }
+        for index, choice in sorted(choices.items())
+        for placed in choice.opens
+    ]
+    return {"id": story.request_id, "object": "baton.placement", "placements": placements}
 
 
 async def _only_done(work: Awaitable[object]) -> None:

@@ -104,6 +104,7 @@ class ChoiceState:
     Attributes:
         epoch: the epoch whose placement counts, or is awaited.
         placement: the open one.
+        opens: the placements that counted so far, in order.
         decode_began: an entry of its decode worker counted: its prefill worker is not needed any more.
         losses: of workers, since the last token came.
         held: entries that wait for an `open` or for a gap to be filled, by placement.
@@ -113,6 +114,7 @@ class ChoiceState:
 
     epoch: int = 1
     placement: Open | None = None
+    opens: list[Open] = field(default_factory=list[Open])
     decode_began: bool = False
     losses: list[Loss] = field(default_factory=list[Loss])
     ids: TokenIds = field(default_factory=lambda: token_ids(()))
@@ -338,6 +340,7 @@ def _apply_open(state: RequestState, message: Open) -> Iterator[Change]:
         for index in [index for index in state.choices if not state.wants(index)]:
             yield from _void_held(state.choices.pop(index))
     choice.placement = message
+    choice.opens.append(message)
     choice.decode_began = False
     choice.stamps.update(message.stamps)
     mine = choice.held.pop(message.placement, [])

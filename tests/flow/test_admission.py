@@ -144,6 +144,7 @@ async def test_only_who_has_a_key_comes_in(world, folder):
         ("GET", "/v1/requests/r", b""),
         ("DELETE", "/v1/requests/r", b""),
         ("GET", "/v1/requests/r/events", b""),
+        ("GET", "/v1/requests/r/placement", b""),
     ):
         nobody = node.call(method, path, body, Authorization="Bearer stranger")
         assert await code(nobody) == (401, "invalid_api_key"), path
@@ -165,7 +166,7 @@ async def test_another_tenants_request_is_not_there(world, folder):
 
     async def nowhere(name):
         for edge in (node, other):
-            for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+            for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/placement")):
                 gone = edge.call(method, f"/v1/requests/{job.id}{path}", **bearer(name))
                 assert await code(gone) == (404, "request_not_found")
             resumed = edge.call("POST", PATH, STREAM, Last_Event_ID=f"{job.id}:0.0", **bearer(name))

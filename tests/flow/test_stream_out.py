@@ -219,6 +219,7 @@ async def test_unknown_paths_answer_in_the_same_shape(world):
         assert "message" in (await exchange.json())["error"]
         assert exchange.status == 404
     assert (await edge.call("GET", "/v1/requests/no-such/events").done()).status == 404
+    assert (await edge.call("GET", "/v1/requests/no-such/placement").done()).status == 404
     assert (await edge.call("DELETE", "/v1/requests/no-such").done()).status == 404
 
 
@@ -241,6 +242,21 @@ async def test_a_request_tells_where_it_is(world):
     state = await edge.call("GET", path).json()
     assert (state["status"], state["last_event"]) == ("completed", "finished")
     assert state["choices"] == [{"index": 0, "completion_tokens": len(IDS), "finish_reason": "stop"}]
+
+
+@scenario
+async def test_a_request_that_is_not_placed_yet_has_no_placement_and_an_old_one_no_reason(world):
+    edge = await world.owner("a")
+    edge.call("POST", "/v1/chat/completions", CHAT | {"stream": True})
+    job = await world.job()
+    await asyncio.sleep(0.1)
+    path = f"/v1/requests/{job.id}/placement"
+    nothing = {"id": job.id, "object": "baton.placement", "placements": []}
+    assert await edge.call("GET", path).json() == nothing
+    job.open()
+    await asyncio.sleep(0.1)
+    (placed,) = (await edge.call("GET", path).json())["placements"]
+    assert (placed["index"], placed["epoch"], placed["explanation"]) == (0, 1, None)
 
 
 @scenario

@@ -113,6 +113,11 @@ def test_a_cut_makes_the_old_placement_void_and_the_next_epoch_goes_on():
     assert state.finished
 
 
+def test_it_keeps_the_placements_that_counted():
+    state, _ = fold_all(an_open("a"), an_open("a"), an_open("void"), a_cut(2), an_open("late"), an_open("b", epoch=2))
+    assert [(opened.placement, opened.epoch) for opened in state.choice(0).opens] == [("a", 1), ("b", 2)]
+
+
 def test_a_cut_voids_placements_that_never_opened():
     _, changes = fold_all(an_open("a"), a_cut(2), a_frame("z", 0, [1]), a_cut(3))
     assert [change.placement for change in changes if isinstance(change, Voided)] == ["a", "a", "z"]
