@@ -1,0 +1,153 @@
+import random
+from dataclasses import astuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.policy.profile import SpeedProfile, StepWork, num_pairs
+from shared.policy.profile_fit import KEPT_STEPS, MAX_BINS, MIN_STEPS, ProfileFit
+
+TRUE = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
+
+
+def chunk(num_new, num_before=0, num_rows=0, context=0):
+    return StepWork(num_rows, context, num_new, num_pairs(num_new, num_before))
+
+
+def decode_steps(rng, count=2000):
+    """As a decode worker has them; one step in twenty has a prompt's chunk beside the rows."""
+    for _ in range(count):
+        num_rows = rng.randrange(1, 256)
+        context = num_rows * rng.randrange(200, 4000)
+        if rng.random() < 0.05:
+            yield chunk(rng.choice((60, 300, 2048 - num_rows)), rng.choice((0, 2048, 6000)), num_rows, context)
+        else:
+            yield StepWork(num_rows, context)
+
+
+def prefill_steps(rng, count=2000):
+    for _ in range(count):
+        yield chunk(int(8192 * rng.random() ** 2) + 1, rng.choice((0, 0, 0, 8192, 16384)))
+
+
+def measured(steps, rng, true=TRUE, noise=0.03):
+    for work in steps:
+        yield work, true.step_s(work) * rng.lognormvariate(0, noise)
+
+
+def fitted(measured_steps):
+    fit = ProfileFit()
+    for work, seconds in measured_steps:
+        fit.add(work, seconds)
+    return fit
+
+
+def with_outliers(steps, rng, share):
+    """Some steps in which the process stood still, or by a clock that was set."""
+    for work, seconds in steps:
+        yield work, seconds * rng.choice((0.05, 20, 1000)) if rng.random() < share else seconds
+
+
+def worst_error(profile, works):
+    return max(abs(profile.step_s(work) / TRUE.step_s(work) - 1) for work in works)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("outliers", [0.0, 0.1])
+def test_a_decode_worker_s_speeds_are_found(seed, outliers):
+    rng = random.Random(seed)
+    profile = fitted(with_outliers(measured(decode_steps(rng), rng), rng, outliers)).profile()
+    assert profile.base_s == pytest.approx(TRUE.base_s, rel=0.05)
+    assert profile.row_s == pytest.approx(TRUE.row_s, rel=0.2)
+    assert profile.context_s == pytest.approx(TRUE.context_s, rel=0.05)
+    assert profile.token_s == pytest.approx(TRUE.token_s, rel=0.1)
+    assert profile.pair_s == pytest.approx(TRUE.pair_s, rel=0.35)
+    assert worst_error(profile, decode_steps(rng, 300)) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("outliers", [0.0, 0.1])
+def test_a_prefill_worker_s_speeds_are_found(seed, outliers):
+    rng = random.Random(seed)
+    profile = fitted(with_outliers(measured(prefill_steps(rng), rng), rng, outliers)).profile()
+    assert profile.token_s == pytest.approx(TRUE.token_s, rel=0.03)
+    assert profile.pair_s == pytest.approx(TRUE.pair_s, rel=0.05)
+    assert worst_error(profile, prefill_steps(rng, 300)) < 0.1, "where reading and computing take as long as each other"
+
+
+def test_of_exact_steps_nothing_is_left_unexplained():
+    rng = random.Random(0)
+    fit = fitted(measured([*decode_steps(rng), *prefill_steps(rng)], rng, noise=0.0))
+    assert worst_error(fit.profile(), decode_steps(rng, 300)) < 0.01
+    assert fit.scatter < 0.005
+
+
+def test_one_load_for_hours_does_not_wipe_out_what_is_known_of_others():
+    rng = random.Random(0)
+    fit = fitted(measured([*decode_steps(rng, 500), *prefill_steps(rng, 100)], rng))
+    for _ in range(40):
+        for work, seconds in measured((StepWork(64, 64 * rng.randrange(1000, 1100)) for _ in range(500)), rng):
+            fit.add(work, seconds)
+        fit.profile()
+    assert worst_error(fit.profile(), [StepWork(1, 500), StepWork(200, 200_000), chunk(2048), chunk(8192, 8192)]) < 0.1
+
+
+def test_it_follows_a_device_that_became_slower():
+    rng = random.Random(0)
+    fit = fitted(measured(decode_steps(rng), rng))
+    assert fit.profile().base_s == pytest.approx(TRUE.base_s, rel=0.05)
+    slower = SpeedProfile(*(1.5 * speed for speed in astuple(TRUE)))
+    for work, seconds in measured(decode_steps(rng, 3000), rng, slower):
+        fit.add(work, seconds)
+    assert fit.profile().step_s(StepWork(64, 64_000)) == pytest.approx(slower.step_s(StepWork(64, 64_000)), rel=0.05)
+
+
+def test_nothing_is_told_before_there_is_anything_to_tell():
+    fit = ProfileFit()
+    for _ in range(MIN_STEPS - 1):
+        fit.add(chunk(100), 0.01)
+    assert fit.profile() is None
+    fit.add(StepWork(), 1.0)
+    fit.add(chunk(100), 0.0)
+    assert fit.profile() is None, "neither of these tells anything"
+    fit.add(chunk(100), 0.01)
+    assert fit.profile().step_s(chunk(100)) == pytest.approx(0.01, rel=0.01)
+    without_prompts = fitted(measured((StepWork(n, 100 * n) for n in range(1, 100)), random.Random(0)))
+    assert without_prompts.profile() is None, "a prompt would seem to cost nothing"
+
+
+def test_what_it_keeps_is_bounded():
+    rng = random.Random(0)
+    fit = fitted(measured([*decode_steps(rng, 5000), *prefill_steps(rng, 5000)], rng))
+    assert all(len(bins) <= MAX_BINS for bins in fit._bins.values())
+    assert all(len(each.steps) <= KEPT_STEPS for bins in fit._bins.values() for each in bins.values())
+
+
+WORKS = st.builds(
+    lambda rows, reach, new, before: chunk(new, before, rows, rows * reach),
+    rows=st.integers(0, 512),
+    reach=st.integers(1, 100_000),
+    new=st.integers(0, 16_384),
+    before=st.integers(0, 100_000),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORKS, st.floats(1e-9, 1e6)), min_size=1, max_size=60))
+def test_whatever_was_measured_no_speed_is_below_zero(steps):
+    fit = ProfileFit()
+    for number, (work, seconds) in enumerate(steps):
+        fit.add(work, seconds)
+        if number % 7 == 0:
+            fit.profile()
+    profile = fit.profile()
+    if profile is not None:
+        assert all(0 <= speed < float("inf") for speed in astuple(profile))
+        assert fit.scatter >= 0
+
+
+def test_a_second_look_without_a_step_between_tells_the_same():
+    rng = random.Random(0)
+    fit = fitted(measured(prefill_steps(rng, 50), rng))
+    assert fit.profile() is fit.profile()
