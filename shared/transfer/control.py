@@ -15,9 +15,9 @@ from shared.transfer.port import Refusal
 from shared.wire.codec import Decoder, UndecodableMessage, WireBytes, WireIds, encode
 from shared.wire.wire_format import WireFormat
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """1: pages as the layout has them, asked for message by message. 2: parts in several formats, announced by the source
-as they are computed; self-test. 3: a ticket is proven, not shown."""
+as they are computed; self-test. 3: a ticket is proven, not shown. 4: fetches."""
 
 MAX_CONTROL_BYTES = 2**20
 """Longest control message, and the most that may wait for a peer that does not read."""
@@ -79,6 +79,29 @@ class Pull:
     key: str
     proof: WireBytes
     want: WireIds
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """May I have what you have of these blocks, from the first one on?
+
+    Attributes:
+        pull: a number as that of a pull; what follows is a pull of the pages that are found.
+        names: of the blocks, one behind the other.
+        proofs: that the puller knows what is in them, one each; see `BlocksClaim`.
+    """
+
+    pull: Number
+    names: WireBytes
+    proofs: WireBytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """I have the first `num_pages` of the blocks, and send them; none: that is all."""
+
+    pull: Number
+    num_pages: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +181,12 @@ class Speed:
     latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-ToSource = Knock | Hello | Pull | Ready | Confirm | GiveUp | Probe | Speed
-ToPuller = Hello | Part | Refused | Released
+ToSource = Knock | Hello | Pull | Fetch | Ready | Confirm | GiveUp | Probe | Speed
+ToPuller = Hello | Found | Part | Refused | Released
 ControlMessage = ToSource | ToPuller
 
-TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Knock, Hello, Pull, Ready, Confirm, GiveUp, Probe, Speed)
-TO_PULLER_DECODER: Decoder[ToPuller] = Decoder(Hello, Part, Refused, Released)
+TO_SOURCE_DECODER: Decoder[ToSource] = Decoder(Knock, Hello, Pull, Fetch, Ready, Confirm, GiveUp, Probe, Speed)
+TO_PULLER_DECODER: Decoder[ToPuller] = Decoder(Hello, Found, Part, Refused, Released)
 
 _LENGTH_BYTES = 4
 

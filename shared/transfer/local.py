@@ -12,15 +12,16 @@ from typing import Self
 
 import torch
 
+from shared.blocks import BlockKey, name_of
 from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.kv.copy import PageCopier
 from shared.kv.paged_cache import PagedCache
 from shared.request import Incarnation
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.offers import Offer, Offering, Offers, PullRefused, check_pull, is_allowed
+from shared.transfer.offers import Offer, Offering, Offers, PullRefused, check_fetch, check_pull, is_allowed
 from shared.transfer.plan import LinkSpeed
-from shared.transfer.port import Clock, LinkReport, Outcome, Pulled, Refusal
-from shared.transfer.proof import Claim
+from shared.transfer.port import Clock, Fetched, LinkReport, Outcome, Pulled, Refusal
+from shared.transfer.proof import BlocksClaim, Claim
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
@@ -182,22 +183,54 @@ class LocalTransfer(Offering):
             raise KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s") from error
 
     async def _pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int]) -> Pulled:
-        await asyncio.sleep(0)
-        network = self._network
-        source = network.reach(self, ticket.address, ticket.source)
-        known = self._links.get(ticket.address)
-        if known is None or known.incarnation != ticket.source:
-            self._links[ticket.address] = LinkReport(ticket.address, ticket.source, TRANSPORT, speed=None)
+        source = await self._reach(ticket.address, ticket.source)
         try:
             claim = Claim(b"", self.incarnation, self.address.encode(), ticket.key, want)
             offer = source.offers.find(claim, claim.proof(ticket.secret))
         except PullRefused as refusal:
             raise KvTransferFailed(f"{ticket.address} refused {ticket.key}: {refusal}") from refusal
+        return await self._take(source, offer, ticket.max_loss, want, into)
+
+    async def fetch(
+        self, address: str, source: Incarnation, keys: Sequence[BlockKey], into: Sequence[int], *, timeout_s: float
+    ) -> Fetched:
+        check_fetch(self.cache, keys, into)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._fetch(address, source, keys, into)
+        except TimeoutError as error:
+            raise KvTransferFailed(f"{address} did not send {len(keys)} pages within {timeout_s} s") from error
+
+    async def _fetch(
+        self, address: str, incarnation: Incarnation, keys: Sequence[BlockKey], into: Sequence[int]
+    ) -> Fetched:
+        source = await self._reach(address, incarnation)
+        claim = BlocksClaim(b"", self.incarnation, self.address.encode(), tuple(map(name_of, keys)))
+        try:
+            offer = await source.offers.lend(claim, claim.proofs(keys))
+        except PullRefused as refusal:
+            raise KvTransferFailed(f"{address} refused: {refusal}") from refusal
+        if offer is None:
+            return Fetched(0, 0)
+        num_pages = len(offer.pages)
+        pulled = await self._take(source, offer, WireFormat.NATIVE, range(num_pages), into[:num_pages])
+        return Fetched(num_pages, pulled.wire_bytes)
+
+    async def _take(
+        self,
+        source: "LocalTransfer",
+        offer: Offer,
+        max_loss: WireFormat,
+        want: Sequence[int],
+        into: Sequence[int],
+    ) -> Pulled:
+        """Pull an offer that we were let into."""
+        network = self._network
         link = network.link(offer, source, self)
         offer.begin(link.cut, lambda: None)
         network.links.add(link)
         try:
-            pulled = await self._receive(link, offer, ticket, want, into)
+            pulled = await self._receive(link, offer, max_loss, want, into)
             if not offer.settle(Outcome.PULLED):
                 raise self._stopped(link, offer)
         finally:
@@ -205,12 +238,20 @@ class LocalTransfer(Offering):
             network.links.discard(link)
         return pulled
 
+    async def _reach(self, address: str, incarnation: Incarnation) -> "LocalTransfer":
+        await asyncio.sleep(0)
+        source = self._network.reach(self, address, incarnation)
+        known = self._links.get(address)
+        if known is None or known.incarnation != incarnation:
+            self._links[address] = LinkReport(address, incarnation, TRANSPORT, speed=None)
+        return source
+
     def _stopped(self, link: Link, offer: Offer) -> KvTransferFailed:
         refusal = link.source.offers.refused(offer.refusal_after)
         return KvTransferFailed(f"{link.source.address} refused {offer.key}: {refusal}")
 
     async def _receive(
-        self, link: Link, offer: Offer, ticket: KvTicket, want: Sequence[int], into: Sequence[int]
+        self, link: Link, offer: Offer, max_loss: WireFormat, want: Sequence[int], into: Sequence[int]
     ) -> Pulled:
         source = link.source
         feed = PartFeed(
@@ -223,8 +264,8 @@ class LocalTransfer(Offering):
         pulled = Pulled(WireFormat.NATIVE, 0)
         while not (link.fails and feed.num_parts) and (load := await feed.next()) is not None:
             part = load.part
-            if not is_allowed(ticket, load.format, want[part.start : part.end]):
-                raise KvTransferFailed(f"{load.format} is more lossy than the ticket allows")
+            if not is_allowed(max_loss, load.format, want[part.start : part.end]):
+                raise KvTransferFailed(f"{load.format} is more lossy than is allowed")
             packed = await self._carry(link, offer, load)
             self.copier.unpack(packed, into[part.start : part.end], part.layers, load.format)
             pulled = pulled.plus(load.format, load.num_bytes)

@@ -19,18 +19,22 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
-from shared.blocks import pages_for
+from shared.blocks import PAGE_TOKENS, BlockKey, pages_for
 from shared.errors import BatonError, LayoutMismatch
+from shared.kv.loan import Loan
 from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import KvProgress
 from shared.kv.wire_format import page_formats
 from shared.request import Incarnation
-from shared.transfer.port import Clock, OnEnd, Outcome, Refusal
-from shared.transfer.proof import Claim
+from shared.transfer.port import MAX_FETCH_BLOCKS, Clock, Lender, OnEnd, Outcome, Refusal
+from shared.transfer.proof import BlocksClaim, Claim
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
 MIN_SECRET_BYTES = 16
+
+LOAN_S = 30.0
+"""A peer that has not got what it fetches in this time gets no more of it, and the pages are given back."""
 
 NUM_REMEMBERED = 1024
 """Ended offers remembered so that a late puller is told what became of its offer."""
@@ -94,14 +98,14 @@ class Offer:
         key: str,
         source: Incarnation,
         puller: Incarnation,
-        secret: bytes,
+        secret: bytes | None,
         pages: tuple[int, ...],
         progress: KvProgress,
         max_loss: WireFormat,
         hold_s: float,
         on_end: OnEnd,
     ) -> None:
-        """`on_end` belongs to the owner of the pages."""
+        """`on_end` belongs to the owner of the pages. No secret: nobody may pull it who was not let in."""
         self.key = key
         self.source = source
         self.puller = puller
@@ -132,7 +136,7 @@ class Offer:
     def refusal(self, claim: Claim, proof: bytes, now_s: float) -> Refusal | None:
         """Why this pull must not be served; None: it may be. Says nothing about the offer without its secret."""
         want = claim.want
-        if not claim.is_proven(proof, self._secret):
+        if self._secret is None or not claim.is_proven(proof, self._secret):
             return Refusal.WRONG_SECRET
         if claim.puller != self.puller:
             return Refusal.WRONG_PULLER
@@ -215,6 +219,9 @@ class Offers:
         self.refusals: Counter[Refusal] = Counter()
         self._open: dict[str, Offer] = {}
         self._ended: OrderedDict[str, Offer] = OrderedDict()
+        self._num_loans = 0
+        self._lender: Lender | None = None
+        self._is_closed = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
@@ -256,9 +263,7 @@ class Offers:
             hold_s=hold_s,
             on_end=on_end,
         )
-        self._open[key] = offer
-        self._all_ended.clear()
-        self._tasks.create_task(self._live(offer), name=f"offer {key}")
+        self._begin(offer)
         return KvTicket(
             key=key,
             address=address,
@@ -268,6 +273,52 @@ class Offers:
             layout_fingerprint=self._cache.layout.fingerprint,
             max_loss=max_loss,
         )
+
+    def lend_from(self, lender: Lender) -> None:
+        """See `Transfer.lend_from`."""
+        self._lender = lender
+
+    async def lend(self, claim: BlocksClaim, proofs: bytes) -> Offer | None:
+        """An offer, for this puller alone, of what is here of the blocks that it claims; None: nothing is.
+
+        Cancelled, nothing is lent. Raises PullRefused.
+        """
+        lender = self._lender
+        if lender is None:
+            return None
+        if len(set(claim.names)) != len(claim.names):
+            raise self.refused(Refusal.WRONG_PAGES)
+        loan = await lender.lend(claim.names)
+        refusal = self._refusal_of_loan(claim, proofs, loan)
+        if refusal is not None or not loan.pages:
+            lender.give_back(loan)
+            if refusal is not None:
+                raise self.refused(refusal)
+            return None
+        self._num_loans += 1
+        offer = Offer(
+            key=f"loan {self._num_loans}",
+            source=self._incarnation,
+            puller=claim.puller,
+            secret=None,
+            pages=loan.pages,
+            progress=KvProgress.all_there(len(loan.pages) * PAGE_TOKENS),
+            max_loss=WireFormat.NATIVE,
+            hold_s=LOAN_S,
+            on_end=lambda _: lender.give_back(loan),
+        )
+        self._begin(offer)
+        return offer
+
+    def _refusal_of_loan(self, claim: BlocksClaim, proofs: bytes, loan: Loan) -> Refusal | None:
+        if self._is_closed:
+            return Refusal.WITHDRAWN
+        return None if claim.are_proven(proofs, loan.keys) else Refusal.UNPROVEN_BLOCKS
+
+    def _begin(self, offer: Offer) -> None:
+        self._open[offer.key] = offer
+        self._all_ended.clear()
+        self._tasks.create_task(self._live(offer), name=f"offer {offer.key}")
 
     def find(self, claim: Claim, proof: bytes) -> Offer:
         """The offer that a puller asks for, if it may have it. Raises PullRefused; the offer then stays as it was."""
@@ -289,7 +340,8 @@ class Offers:
             offer.settle(Outcome.WITHDRAWN)
 
     async def close(self) -> None:
-        """Withdraw every offer and wait until all have ended."""
+        """Withdraw every offer, lend no more, and wait until all have ended."""
+        self._is_closed = True
         for offer in self._open.values():
             offer.settle(Outcome.WITHDRAWN)
         await self._all_ended.wait()
@@ -371,6 +423,9 @@ class Offering(ABC):
     def withdraw(self, key: str) -> None:
         self.offers.withdraw(key)
 
+    def lend_from(self, lender: Lender) -> None:
+        self.offers.lend_from(lender)
+
 
 def check_pages(cache: PagedCache, pages: Sequence[int]) -> None:
     """Raise ValueError unless `pages` are pages of `cache`, each named once."""
@@ -395,6 +450,15 @@ def check_pull(cache: PagedCache, ticket: KvTicket, want: Sequence[int], into: S
     check_pages(cache, into)
 
 
-def is_allowed(ticket: KvTicket, fmt: WireFormat, indexes: Iterable[int]) -> bool:
-    """Whether these pages of the prompt may come in `fmt`."""
-    return fmt.loss == 0 or all(fmt.loss <= page_formats(ticket.max_loss, index).loss for index in indexes)
+def check_fetch(cache: PagedCache, keys: Sequence[BlockKey], into: Sequence[int]) -> None:
+    """Raise what `Transfer.fetch` says of arguments that can never work."""
+    if not 1 <= len(keys) <= MAX_FETCH_BLOCKS:
+        raise ValueError(f"{len(keys)} blocks are wanted, between 1 and {MAX_FETCH_BLOCKS} can be")
+    if len(keys) != len(into):
+        raise ValueError(f"{len(keys)} blocks are wanted into {len(into)} pages")
+    check_pages(cache, into)
+
+
+def is_allowed(max_loss: WireFormat, fmt: WireFormat, indexes: Iterable[int]) -> bool:
+    """Whether these pages of a prompt, of which `max_loss` is allowed, may come in `fmt`."""
+    return fmt.loss == 0 or all(fmt.loss <= page_formats(max_loss, index).loss for index in indexes)

@@ -8,6 +8,10 @@ A pull moves pages from the cache of one worker, the source, into the cache of a
       │  <──────────── confirmed ───────────────┤
     on_end(PULLED): free the pages            returns: the pages hold the peer's KV
 
+A fetch moves pages that nobody offered: those that a peer happens to have of a prompt whose keys the puller knows.
+
+    puller ──── fetch(keys) ────> peer: keeps the pages of the first ones that it has ── pages ──> puller
+
 The offer may be made before its KV is computed. What is not there yet is sent when it is; in what form, and in how many
 parts, follows from the speed of the link between the two, which `connect` measures.
 """
@@ -19,6 +23,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
+from shared.blocks import BlockHash, BlockKey
+from shared.kv.loan import Loan
 from shared.kv.progress import KvProgress
 from shared.request import Incarnation
 from shared.transfer.plan import LinkSpeed
@@ -54,6 +60,7 @@ class Refusal(StrEnum):
     WRONG_LAYOUT = "the puller's pages are laid out otherwise"
     OVERSIZED = "a control message over the limit"
     PROTOCOL = "a message that has no place here"
+    UNPROVEN_BLOCKS = "the puller does not show that it knows what is in the blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,31 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a fetch that succeeded took.
+
+    Attributes:
+        num_pages: the peer had so many of the blocks, from the first on, and they are here now.
+        wire_bytes: of pages, as they travelled.
+    """
+
+    num_pages: int
+    wire_bytes: int
+
+
+class Lender(Protocol):
+    """Who keeps pages of this worker's cache for peers that fetch them."""
+
+    async def lend(self, names: Sequence[BlockHash]) -> Loan:
+        """Keep what is here of the run that begins with the first of `names`. Cancelled, it keeps nothing."""
+        ...
+
+    def give_back(self, loan: Loan) -> None:
+        """Nothing reads the pages any more; once for each loan. Must not raise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class LinkReport:
     """A connection to a source, as its self-test found it.
 
@@ -91,6 +123,9 @@ class LinkReport:
     speed: LinkSpeed | None
     warning: str | None = None
 
+
+MAX_FETCH_BLOCKS = 16_384
+"""In one fetch: a million tokens, whose names and proofs fit a control message."""
 
 OnEnd = Callable[[Outcome], None]
 """Called once, on the event loop, when an offer has ended and its pages may be freed. Must not raise."""
@@ -171,6 +206,31 @@ class Transfer(Protocol):
             LayoutMismatch: the peer's pages do not fit ours.
             KvTransferFailed: refused (the message says why), broken off, or not done within `timeout_s`.
             ValueError: `want` and `into` do not match, or name pages that do not exist.
+        """
+        ...
+
+    def lend_from(self, lender: Lender) -> None:
+        """From now on peers may fetch what `lender` keeps for them; before, there is nothing to be had here."""
+        ...
+
+    async def fetch(
+        self, address: str, source: Incarnation, keys: Sequence[BlockKey], into: Sequence[int], *, timeout_s: float
+    ) -> Fetched:
+        """Fetch blocks from a peer that may have them: the block `keys[i]` into page `into[i]` of our cache.
+
+        The peer sends the longest run from the first one on that it has, in native form, or nothing. After a normal
+        return the first `num_pages` pages hold it, bit by bit as the peer computed it. However the call ends, nothing
+        writes to `into` afterwards, as with `pull`.
+
+        Args:
+            keys: of blocks that follow one another in one prompt, `MAX_FETCH_BLOCKS` at most. They prove that we know
+                the prompt, and are not shown.
+            into: page numbers of our cache, each once.
+
+        Raises:
+            LayoutMismatch: the peer's pages do not fit ours.
+            KvTransferFailed: refused (the message says why), broken off, or not done within `timeout_s`.
+            ValueError: `keys` and `into` do not match, are too many, or name pages that do not exist.
         """
         ...
 

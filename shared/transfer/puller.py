@@ -2,18 +2,23 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 
+from shared.blocks import BlockKey, name_of, token_ids
 from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.request import Incarnation
 from shared.transfer.control import (
     PROTOCOL_VERSION,
     TO_PULLER_DECODER,
+    Fetch,
+    Found,
     Hello,
     Knock,
     Part,
     Probe,
     ProtocolViolation,
+    Pull,
     Ready,
     Refused,
     Released,
@@ -22,15 +27,16 @@ from shared.transfer.control import (
 from shared.transfer.diagnosis import diagnose, unreachable
 from shared.transfer.host_facts import can_access_peer
 from shared.transfer.link import Link
-from shared.transfer.port import Clock, LinkReport, Pulled
+from shared.transfer.port import Clock, Fetched, LinkReport, Pulled
 from shared.transfer.progress_thread import ProgressThread
-from shared.transfer.proof import Claim
+from shared.transfer.proof import BlocksClaim, Claim
 from shared.transfer.pulling import Pulling
 from shared.transfer.self_test import measure
 from shared.transfer.staging import Staging, to_completion
 from shared.transfer.transport import UNPROVEN
 from shared.wire.codec import UndecodableMessage
 from shared.wire.to_worker import KvTicket
+from shared.wire.wire_format import WireFormat
 
 
 class Connection:
@@ -73,17 +79,30 @@ class Connection:
             case Part(pull=number) if number in self.probes:
                 if not self.probes[number].done():
                     self.probes[number].set_result(message)
-            case Part(pull=number):
-                if number in self.pulls:
-                    self.pulls[number].announced(message)
-            case Released(pull=number):
-                if number in self.pulls:
-                    self.pulls[number].released()
-            case Refused(pull=number, reason=reason):
-                if number in self.pulls:
-                    self.pulls[number].stop(KvTransferFailed(f"{self.report.address} refused: {reason}"))
+            case Found() | Part() | Released() | Refused():
+                if message.pull in self.pulls:
+                    self._tell(self.pulls[message.pull], message)
             case _:
                 raise ProtocolViolation(f"{type(message).__name__} has no place here")
+
+    def _tell(self, pulling: Pulling, message: Found | Part | Released | Refused) -> None:
+        match message:
+            case Found(num_pages=num_pages):
+                pulling.found(num_pages)
+            case Part():
+                pulling.announced(message)
+            case Released():
+                pulling.released()
+            case Refused(reason=reason):
+                pulling.stop(KvTransferFailed(f"{self.report.address} refused: {reason}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Whom a pull is from."""
+
+    address: str
+    incarnation: Incarnation
 
 
 class Puller:
@@ -129,24 +148,55 @@ class Puller:
 
     async def pull(self, ticket: KvTicket, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         """See `Transfer.pull`."""
+
+        def ask(connection: Connection, number: int) -> Pull:
+            us = self._hello
+            claim = Claim(connection.hello.challenge, us.incarnation, us.ucx_address, ticket.key, want)
+            return Pull(number, ticket.key, claim.proof(ticket.secret), token_ids(want))
+
+        peer = Peer(ticket.address, ticket.source)
+        pulling = await self._run(peer, ask, into, timeout_s, what=ticket.key, max_loss=ticket.max_loss)
+        return pulling.pulled
+
+    async def fetch(self, peer: Peer, keys: Sequence[BlockKey], into: Sequence[int], timeout_s: float) -> Fetched:
+        """See `Transfer.fetch`."""
+
+        def ask(connection: Connection, number: int) -> Fetch:
+            us, names = self._hello, tuple(map(name_of, keys))
+            claim = BlocksClaim(connection.hello.challenge, us.incarnation, us.ucx_address, names)
+            return Fetch(number, b"".join(names), claim.proofs(keys))
+
+        what = f"a prefix of {len(keys)} pages"
+        pulling = await self._run(peer, ask, into, timeout_s, what=what, max_loss=WireFormat.NATIVE)
+        return Fetched(pulling.num_pages, pulling.pulled.wire_bytes)
+
+    async def _run(
+        self,
+        peer: Peer,
+        ask: Callable[[Connection, int], Pull | Fetch],
+        into: Sequence[int],
+        timeout_s: float,
+        *,
+        what: str,
+        max_loss: WireFormat,
+    ) -> Pulling:
+        """One pull from its first message to its end; `ask` makes that message, for a connection and a number."""
         deadline_s = self._clock() + timeout_s
-        too_late = KvTransferFailed(f"{ticket.address} did not send {ticket.key} within {timeout_s} s")
-        connection = self._open_connection_to(ticket.address, ticket.source)
+        too_late = KvTransferFailed(f"{peer.address} did not send {what} within {timeout_s} s")
+        connection = self._open_connection_to(peer.address, peer.incarnation)
         if connection is None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    connection = await self._connection_to(ticket.address, ticket.source)
+                    connection = await self._connection_to(peer.address, peer.incarnation)
             except TimeoutError as error:
                 raise too_late from error
         number = next(connection.numbers)
-        us = self._hello
-        claim = Claim(connection.hello.challenge, us.incarnation, us.ucx_address, ticket.key, want)
         pulling = connection.pulls[number] = Pulling(
             number,
             connection.link,
-            ticket,
-            claim,
+            ask(connection, number),
             into,
+            max_loss=max_loss,
             staging=self._staging,
             new_tag=self._new_tag,
             tasks=self._tasks,
@@ -160,7 +210,7 @@ class Puller:
         except TimeoutError:
             pulling.stop(too_late)
         except BaseException:
-            pulling.stop(KvTransferFailed(f"{ticket.key} is no longer wanted"))
+            pulling.stop(KvTransferFailed(f"{what} is no longer wanted"))
             raise
         finally:
             if not pulling.over.is_set():
@@ -168,7 +218,7 @@ class Puller:
             del connection.pulls[number]
         if pulling.error is not None:
             raise pulling.error
-        return pulling.pulled
+        return pulling
 
     def _open_connection_to(self, address: str, incarnation: Incarnation) -> Connection | None:
         connection = self._connections.get(address)

@@ -6,17 +6,14 @@ from contextlib import suppress
 
 import torch
 
-from shared.blocks import token_ids
 from shared.errors import KvTransferFailed
 from shared.kv.wire_format import LayerSpan, packed_bytes
-from shared.transfer.control import Confirm, GiveUp, Part, ProtocolViolation, Pull, Ready
+from shared.transfer.control import Confirm, Fetch, GiveUp, Part, ProtocolViolation, Pull, Ready
 from shared.transfer.cover import Cover
 from shared.transfer.link import Link
 from shared.transfer.offers import is_allowed
 from shared.transfer.port import Pulled
-from shared.transfer.proof import Claim
 from shared.transfer.staging import Staging
-from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
 
 
@@ -33,24 +30,25 @@ class Pulling:
         self,
         number: int,
         link: Link,
-        ticket: KvTicket,
-        claim: Claim,
+        ask: Pull | Fetch,
         into: Sequence[int],
         *,
+        max_loss: WireFormat,
         staging: Staging,
         new_tag: Callable[[], int],
         tasks: asyncio.TaskGroup,
         answer_timeout_s: float,
     ) -> None:
-        """`answer_timeout_s`: a source that does not answer the confirmation in this time is cut off."""
+        """`max_loss` is allowed of what `ask` asks for. `answer_timeout_s`: a source that does not answer the
+        confirmation in this time is cut off."""
         self.over = asyncio.Event()
         self.error: KvTransferFailed | None = None
         self.pulled = Pulled(WireFormat.NATIVE, 0)
         self._number = number
         self._link = link
-        self._ticket = ticket
-        self._claim = claim
-        self._want = claim.want
+        self._ask = ask
+        self._want: Sequence[int] | None = None  # until it is known what the source has
+        self._max_loss = max_loss
         self._into = into
         self._staging = staging
         self._layout = staging.cache.layout
@@ -58,16 +56,38 @@ class Pulling:
         self._tasks = tasks
         self._answer_timeout_s = answer_timeout_s
         self._answer_timer: asyncio.TimerHandle | None = None
-        self._cover = Cover(len(claim.want), self._layout.num_layers)
-        self._num_to_arrive = self._cover.num_left
+        self._cover = Cover(0, self._layout.num_layers)
+        self._num_to_arrive = 0
         self._num_in_flight = 0
         self._released = False
 
     def start(self) -> None:
         """Ask. Raises KvTransferFailed."""
-        claim = self._claim
-        proof = claim.proof(self._ticket.secret)
-        self._link.post(Pull(self._number, claim.key, proof, token_ids(claim.want)))
+        self._link.post(self._ask)
+        if isinstance(self._ask, Pull):
+            self._expect(self._ask.want)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the source has of those that were asked for, as far as that is known."""
+        return 0 if self._want is None else len(self._want)
+
+    def found(self, num_pages: int) -> None:
+        """The source has the first `num_pages` of the blocks. Raises ProtocolViolation if that is no answer."""
+        if self.error is not None:
+            return
+        if self._want is not None or num_pages > len(self._into):
+            raise ProtocolViolation(f"pull {self._number}: {num_pages} pages are found")
+        if num_pages:
+            self._expect(range(num_pages))
+        else:
+            self._want, self._released = (), True
+            self._look_whether_over()
+
+    def _expect(self, want: Sequence[int]) -> None:
+        self._want = want
+        self._cover = Cover(len(want), self._layout.num_layers)
+        self._num_to_arrive = self._cover.num_left
         self._confirm_if_all_arrived()
 
     def announced(self, part: Part) -> None:
@@ -108,8 +128,8 @@ class Pulling:
             self._cover.add(part.start, part.end, layers)
         except ValueError as error:
             raise ProtocolViolation(f"a part that was not asked for: {error}") from error
-        if not is_allowed(self._ticket, part.format, self._want[part.start : part.end]):
-            raise ProtocolViolation(f"{part.format} is more lossy than the ticket allows")
+        if self._want is None or not is_allowed(self._max_loss, part.format, self._want[part.start : part.end]):
+            raise ProtocolViolation(f"{part.format} is more lossy than is allowed")
         num_bytes = packed_bytes(self._layout, part.format, part.end - part.start, layers.num_layers)
         if part.num_bytes != num_bytes or num_bytes > self._staging.max_part_bytes:
             raise ProtocolViolation(f"a part of {part.num_bytes} bytes, where {num_bytes} would do")

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -13,6 +13,8 @@ from shared.transfer.control import (
     PROTOCOL_VERSION,
     TO_SOURCE_DECODER,
     Confirm,
+    Fetch,
+    Found,
     GiveUp,
     Hello,
     Knock,
@@ -27,11 +29,11 @@ from shared.transfer.control import (
 )
 from shared.transfer.feed import PartFeed
 from shared.transfer.link import VOID, Link
-from shared.transfer.offers import Offers, PullRefused
+from shared.transfer.offers import Offer, Offers, PullRefused
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome, Refusal
 from shared.transfer.progress_thread import ProgressThread
-from shared.transfer.proof import CHALLENGE_BYTES, Claim
+from shared.transfer.proof import CHALLENGE_BYTES, BlocksClaim, Claim, names_of
 from shared.transfer.serving import Probing, Serving
 from shared.transfer.staging import Staging
 from shared.wire.codec import UndecodableMessage
@@ -49,7 +51,8 @@ class Visit:
         pulls: let in and not confirmed or given up, by number.
         probing: the probe that the puller is not ready for yet; one at a time. (It may have the message of the one
             before while our send of it has not ended.)
-        last_number: of a pull or probe; each is higher than the one before.
+        last_number: of a pull, fetch or probe; each is higher than the one before.
+        fetches: not answered yet, by number.
     """
 
     def __init__(self, link: Link, hello: Hello, challenge: bytes) -> None:
@@ -59,6 +62,8 @@ class Visit:
         self.pulls: dict[int, Serving] = {}
         self.probing: Probing | None = None
         self.last_number = 0
+        self.fetches: dict[int, asyncio.Task[None]] = {}
+        self._opening = asyncio.Lock()
         self._answers: OrderedDict[int, Released | Refused] = OrderedDict()
 
     def take_number(self, number: int) -> None:
@@ -92,13 +97,16 @@ class Visit:
 
     async def open_endpoint(self) -> None:
         """Raises KvTransferFailed."""
-        if not self.link.has_endpoint:
-            await self.link.open_endpoint(self.hello.ucx_address)
+        async with self._opening:
+            if not self.link.has_endpoint:
+                await self.link.open_endpoint(self.hello.ucx_address)
 
     def end(self) -> None:
         """The connection is cut."""
         for serving in self.pulls.values():
             serving.give_up()
+        for fetch in self.fetches.values():
+            fetch.cancel()
         if self.probing is not None:
             self.probing.stop()
 
@@ -208,9 +216,14 @@ class Source:
                 self._ready(visit, message)
             case Confirm(pull=number):
                 visit.link.post(visit.answer(number))
+            case Fetch():
+                visit.take_number(message.pull)
+                visit.fetches[message.pull] = self._tasks.create_task(self._fetch(visit, message))
             case GiveUp(pull=number):
                 if number in visit.pulls:
                     visit.pulls.pop(number).give_up()
+                elif number in visit.fetches:
+                    visit.fetches[number].cancel()
             case Probe():
                 await self._probe(visit, message)
             case Speed(bytes_per_s=bytes_per_s, latency_s=latency_s):
@@ -227,17 +240,45 @@ class Source:
         except PullRefused as refusal:
             link.post(visit.refuse(pull.pull, refusal.reason))
             return
+        await self._send(visit, self._let_in(visit, pull.pull, offer, pull.want))
+
+    async def _fetch(self, visit: Visit, fetch: Fetch) -> None:
+        """Beside what else is said on the connection: who lends may take as long as a step."""
+        number, link = fetch.pull, visit.link
+        claim = BlocksClaim(visit.challenge, visit.hello.incarnation, visit.hello.ucx_address, names_of(fetch.names))
+        try:
+            try:
+                offer = await self._offers.lend(claim, fetch.proofs)
+            finally:
+                del visit.fetches[number]
+            if offer is None:
+                link.post(Found(number, 0))
+                return
+            serving = self._let_in(visit, number, offer, range(len(offer.pages)))
+            link.post(Found(number, len(offer.pages)))
+            await self._send(visit, serving)
+        except PullRefused as refusal:
+            with suppress(KvTransferFailed):  # whoever reads the link sees its end
+                link.post(visit.refuse(number, refusal.reason))
+        except KvTransferFailed:
+            await link.cut()
+
+    def _let_in(self, visit: Visit, number: int, offer: Offer, want: Sequence[int]) -> Serving:
+        link = visit.link
         feed = PartFeed(
             self._staging.cache.layout,
             offer,
-            pull.want,
+            want,
             speed=lambda: link.meter.speed,
             max_part_bytes=self._max_part_bytes(visit),
         )
-        serving = visit.pulls[pull.pull] = Serving(pull.pull, link, self._offers, offer, feed, self._staging)
+        serving = visit.pulls[number] = Serving(number, link, self._offers, offer, feed, self._staging)
         serving.begin()
+        return serving
+
+    async def _send(self, visit: Visit, serving: Serving) -> None:
         await visit.open_endpoint()
-        link.hurry()
+        visit.link.hurry()
         serving.send_by(self._tasks)
 
     def _max_part_bytes(self, visit: Visit) -> int:

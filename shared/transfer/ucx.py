@@ -25,6 +25,10 @@
       │<── Released ───────────────────────────────────────────│  or Refused: it ended otherwise before
       │                                                        │
       │── GiveUp, in place of Confirm ────────────────────────>│  the offer ends: FAILED
+      │                                                        │
+      │   for each fetch:                                      │
+      │── Fetch: names of blocks, a proof of each ────────────>│  keep what is here of the run, check the proofs
+      │<── Found: so many ─────────────────────────────────────│  0: that is all; else a pull of those, as above
 
 What holds:
 
@@ -72,13 +76,14 @@ from typing import Any, Self
 import torch
 import ucxx
 
+from shared.blocks import BlockKey
 from shared.request import Incarnation
 from shared.transfer.control import PROTOCOL_VERSION, Hello
 from shared.transfer.host_facts import HostFacts, read_host_facts
-from shared.transfer.offers import Offering, Offers, check_pull
-from shared.transfer.port import Clock, LinkReport, Pulled
+from shared.transfer.offers import Offering, Offers, check_fetch, check_pull
+from shared.transfer.port import Clock, Fetched, LinkReport, Pulled
 from shared.transfer.progress_thread import ProgressThread
-from shared.transfer.puller import Puller
+from shared.transfer.puller import Peer, Puller
 from shared.transfer.source import Source
 from shared.transfer.staging import Staging
 from shared.transfer.transport import SHOW_PROTOCOLS
@@ -198,6 +203,12 @@ class UcxTransfer(Offering):
     async def pull(self, ticket: KvTicket, *, want: Sequence[int], into: Sequence[int], timeout_s: float) -> Pulled:
         check_pull(self._cache, ticket, want, into)
         return await self._puller.pull(ticket, want, into, timeout_s)
+
+    async def fetch(
+        self, address: str, source: Incarnation, keys: Sequence[BlockKey], into: Sequence[int], *, timeout_s: float
+    ) -> Fetched:
+        check_fetch(self._cache, keys, into)
+        return await self._puller.fetch(Peer(address, source), keys, into, timeout_s)
 
     async def connect(self, address: str, incarnation: Incarnation) -> LinkReport:
         return await self._puller.connect(address, incarnation)

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.blocks import token_ids
+from shared.blocks import NAME_BYTES, token_ids
 from shared.transfer.control import (
     MAX_CONTROL_BYTES,
     TO_PULLER_DECODER,
     TO_SOURCE_DECODER,
     Confirm,
+    Fetch,
+    Found,
     GiveUp,
     Hello,
     Knock,
@@ -30,7 +32,8 @@ from shared.transfer.control import (
     to_frame,
 )
 from shared.transfer.host_facts import HostFacts
-from shared.transfer.port import Refusal
+from shared.transfer.port import MAX_FETCH_BLOCKS, Refusal
+from shared.transfer.proof import PROOF_BYTES
 from shared.wire.codec import UndecodableMessage, type_name
 from shared.wire.wire_format import WireFormat
 
@@ -58,6 +61,8 @@ async def frames(*chunks):
         (TO_SOURCE_DECODER, HELLO),
         (TO_SOURCE_DECODER, Pull(pull=1, key="k", proof=b"\x00" * 32, want=token_ids((4, 1)))),
         (TO_SOURCE_DECODER, Ready(pull=1, index=0, tag=2**64 - 1)),
+        (TO_SOURCE_DECODER, Fetch(pull=1, names=b"\x00" * 32, proofs=b"\xff" * 32)),
+        (TO_PULLER_DECODER, Found(pull=1, num_pages=2)),
         (TO_SOURCE_DECODER, Confirm(pull=1)),
         (TO_SOURCE_DECODER, GiveUp(pull=1)),
         (TO_PULLER_DECODER, HELLO),
@@ -139,3 +144,8 @@ def test_fields_of_a_stranger_are_a_message_or_are_named(kind, fields):
     for decoder in (TO_SOURCE_DECODER, TO_PULLER_DECODER):
         with suppress(UndecodableMessage):
             decoder.decode(body)
+
+
+def test_as_many_blocks_as_one_fetch_may_have_fit_a_message():
+    names, proofs = bytes(NAME_BYTES * MAX_FETCH_BLOCKS), bytes(PROOF_BYTES * MAX_FETCH_BLOCKS)
+    assert len(to_frame(Fetch(2**63 - 1, names, proofs))) < MAX_CONTROL_BYTES
