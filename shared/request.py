@@ -65,6 +65,14 @@ class FinishReason(StrEnum):
     EXPIRED = "expired"
 
 
+class Priority(StrEnum):
+    """Who goes first of those that wait for workers. Batch fills what the others leave idle."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
 class Event(StrEnum):
     """The life of a request; each is a time stamp in unix seconds, by the clock of the host named.
 
