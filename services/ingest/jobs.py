@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from shared.bus.port import Record
 from shared.errors import InvalidRequest
-from shared.request import REQUEST_ID_PATTERN, Incarnation, RequestId
+from shared.request import REQUEST_ID_PATTERN, Incarnation, Priority, RequestId
 from shared.wire.to_ingest import (
     HEADER_DEADLINE,
     HEADER_EDGE,
+    HEADER_PRIORITY,
     HEADER_TENANT,
     HEADER_TRACEPARENT,
+    NO_PRIORITY,
     TENANT_PATTERN,
     LogPosition,
 )
@@ -39,6 +41,7 @@ class Job:
     deadline_s: float
     edge: Incarnation | None
     traceparent: str | None
+    priority: Priority = Priority.STANDARD
 
 
 def request_id_of(record: Record) -> RequestId:
@@ -67,6 +70,7 @@ def read_job(record: Record, *, default_deadline_s: float) -> Job:
         deadline_s=_deadline_s(headers, record.timestamp_s, default_deadline_s),
         edge=_edge(headers),
         traceparent=traceparent if traceparent and TRACEPARENT_PATTERN.fullmatch(traceparent) else None,
+        priority=_priority(headers),
     )
 
 
@@ -96,6 +100,16 @@ def _tenant(headers: dict[str, bytes]) -> str:
     if not TENANT_PATTERN.fullmatch(tenant):
         raise InvalidRequest(f"header {HEADER_TENANT} must match {TENANT_PATTERN.pattern}", param=HEADER_TENANT)
     return tenant
+
+
+def _priority(headers: dict[str, bytes]) -> Priority:
+    priority = _text(headers, HEADER_PRIORITY)
+    if priority is None:
+        return Priority.STANDARD
+    try:
+        return Priority(priority)
+    except ValueError:
+        raise InvalidRequest(f"header {HEADER_PRIORITY} {NO_PRIORITY}", param=HEADER_PRIORITY) from None
 
 
 def _edge(headers: dict[str, bytes]) -> Incarnation | None:

@@ -34,20 +34,28 @@ from shared.errors import (
     UnsupportedBody,
 )
 from shared.policy.admission import estimated_tokens
-from shared.request import REQUEST_ID_PATTERN, RequestId
+from shared.request import REQUEST_ID_PATTERN, Priority, RequestId
 from shared.state.port import StateUnavailable
 from shared.wire.openai import GenerationSpec, parse_body
 from shared.wire.openai_answers import model_card, model_list
-from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, TENANT_PATTERN, body_hash
+from shared.wire.to_ingest import MAX_IDEMPOTENCY_KEY_CHARS, NO_PRIORITY, TENANT_PATTERN, body_hash
 from shared.wire.to_stream_out import ErrorBody
 from shared.wire.topics import MAX_DEADLINE_S, NUM_SLOTS
 
 TENANT_HEADER = "x-baton-tenant"
 TIMEOUT_HEADER = "x-baton-timeout-s"
+PRIORITY_HEADER = "x-baton-priority"
 
 DEFAULT_TENANT = "default"
 
-SINGLE_HEADERS = ("authorization", "idempotency-key", "last-event-id", TENANT_HEADER, TIMEOUT_HEADER)
+SINGLE_HEADERS = (
+    "authorization",
+    "idempotency-key",
+    "last-event-id",
+    TENANT_HEADER,
+    TIMEOUT_HEADER,
+    PRIORITY_HEADER,
+)
 """Of two values one would win, and not everybody on the way would agree which."""
 
 JSON_TYPE_PATTERN = re.compile(r'application/json\s*(;\s*charset="?utf-?8"?\s*)?', re.IGNORECASE)
@@ -187,7 +195,9 @@ class Api:
             caller=caller,
             num_choices=spec.n,
             num_tokens=estimated_tokens(len(body), spec.max_tokens, spec.n),
+            max_new_tokens=spec.max_tokens,
             deadline_s=self._edge.clock_s() + self._timeout_s(request),
+            priority=_priority(request, caller),
             idempotency_key=key,
             traceparent=request.headers.get("traceparent"),
         )
@@ -397,6 +407,17 @@ def _check_headers(request: Request) -> None:
     content_type = request.headers.get("content-type")
     if content_type is not None and not JSON_TYPE_PATTERN.fullmatch(content_type):
         raise UnsupportedBody("header content-type must be application/json, in UTF-8", param="content-type")
+
+
+def _priority(request: Request, caller: Caller) -> Priority:
+    """Raises InvalidRequest, NotAllowed."""
+    text = request.headers.get(PRIORITY_HEADER, Priority.STANDARD)
+    try:
+        priority = Priority(text)
+    except ValueError:
+        raise InvalidRequest(f"header {PRIORITY_HEADER} {NO_PRIORITY}", param=PRIORITY_HEADER) from None
+    caller.check_priority(priority)
+    return priority
 
 
 async def _read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:

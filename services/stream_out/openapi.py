@@ -9,7 +9,7 @@ from typing import Any
 
 from services.stream_out.results import CANCELLED_HTTP_STATUS, COMPLETED
 from services.stream_out.sse import DONE_DATA, MEDIA_TYPE
-from shared.request import NUM_SLOTS, REQUEST_ID_PATTERN, Event, FinishReason
+from shared.request import NUM_SLOTS, REQUEST_ID_PATTERN, Event, FinishReason, Priority
 from shared.wire.explanation import MAX_CANDIDATES
 from shared.wire.openai import MAX_BODY_BYTES, MAX_CHOICES, body_schemas
 from shared.wire.openai_answers import FINISH_REASONS
@@ -236,6 +236,12 @@ _GENERATION_PARAMETERS: list[Json] = [
         "header",
         {"type": "string", "pattern": f"^{TENANT_PATTERN.pattern}$"},
         "Whose request it is, where no keys are set up; with keys it is the key's.",
+    ),
+    _parameter(
+        "x-baton-priority",
+        "header",
+        {"enum": list(Priority)},
+        "Who goes first of those that wait; batch runs where nobody else needs the workers. Standard if not said.",
     ),
     _parameter("traceparent", "header", {"type": "string"}, "W3C trace context; what is none is ignored."),
 ]

@@ -13,7 +13,7 @@ from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
 from shared.errors import IdempotencyConflict, Overloaded, RateLimited, RequestNotFound
 from shared.policy.admission import TenantLimits
-from shared.request import Event, FinishReason, RequestId, keyed_request_id, partition_of
+from shared.request import Event, FinishReason, Priority, RequestId, keyed_request_id, partition_of
 from shared.state.keys import LEASE_S
 from shared.state.port import StateUnavailable
 from shared.wire.openai_answers import usage_body
@@ -21,6 +21,7 @@ from shared.wire.to_ingest import (
     HEADER_DEADLINE,
     HEADER_EDGE,
     HEADER_IDEMPOTENCY_KEY,
+    HEADER_PRIORITY,
     HEADER_TENANT,
     HEADER_TRACEPARENT,
     body_hash,
@@ -46,6 +47,7 @@ class Submission:
     Attributes:
         body: becomes the record's value unchanged.
         num_tokens: of prompt and answer, as far as the body tells.
+        max_new_tokens: of each answer, if the body names it.
         idempotency_key: jobs of one tenant under one key are one request.
         deadline_s: unix seconds.
     """
@@ -55,6 +57,8 @@ class Submission:
     num_choices: int
     num_tokens: int
     deadline_s: float
+    max_new_tokens: int | None = None
+    priority: Priority = Priority.STANDARD
     idempotency_key: str | None = None
     traceparent: str | None = None
 
@@ -226,6 +230,8 @@ class Requests:
     def _headers(self, submission: Submission) -> Iterator[tuple[str, bytes]]:
         yield HEADER_TENANT, submission.caller.tenant.encode()
         yield HEADER_DEADLINE, str(int(submission.deadline_s * 1000)).encode()
+        if submission.priority is not Priority.STANDARD:
+            yield HEADER_PRIORITY, submission.priority.encode()
         if submission.idempotency_key is None:
             yield HEADER_EDGE, self._edge.incarnation.encode()
         else:

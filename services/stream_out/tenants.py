@@ -1,9 +1,10 @@
 """Who calls, and what may they: tenants by the API keys in a file of the operator's, that holds only their hashes.
 
     {"acme": {"keys": ["sha256:<hex>"], "models": ["small"], "max_concurrent": 8,
-              "requests_per_minute": 600, "tokens_per_minute": 100000}}
+              "requests_per_minute": 600, "tokens_per_minute": 100000,
+              "priorities": ["standard", "batch"]}}
 
-All but `keys` may be left out: then all models, or no limit.
+All but `keys` may be left out: then all models and priorities, or no limit.
 """
 
 import hmac
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from shared.errors import NotAllowed, NotAuthenticated, StartupError
 from shared.observe.log import Logger
 from shared.policy.admission import TenantLimits
+from shared.request import Priority
 from shared.wire.to_ingest import TENANT_PATTERN
 
 KEY_PREFIX = "baton-"
@@ -33,6 +35,7 @@ class Caller:
 
     Attributes:
         models: that it may use; None: all.
+        priorities: likewise.
         is_proven: by a key. Who has none may see and end every request, for anybody could say its name.
     """
 
@@ -40,6 +43,7 @@ class Caller:
     models: frozenset[str] | None = None
     limits: TenantLimits = field(default_factory=TenantLimits)
     is_proven: bool = False
+    priorities: frozenset[Priority] | None = None
 
     def may_use(self, model: str) -> bool:
         return self.models is None or model in self.models
@@ -48,6 +52,13 @@ class Caller:
         """Raises NotAllowed."""
         if not self.may_use(model):
             raise NotAllowed(f"the key does not allow model {model!r}", param="model", code="model_not_allowed")
+
+    def check_priority(self, priority: Priority) -> None:
+        """Raises NotAllowed."""
+        if self.priorities is not None and priority not in self.priorities:
+            raise NotAllowed(
+                f"the key does not allow priority {priority}", param="x-baton-priority", code="priority_not_allowed"
+            )
 
 
 class _Tenant(BaseModel):
@@ -58,10 +69,13 @@ class _Tenant(BaseModel):
     max_concurrent: _Limit | None = None
     requests_per_minute: _Limit | None = None
     tokens_per_minute: _Limit | None = None
+    priorities: Annotated[list[Annotated[Priority, Field(strict=False)]], Field(min_length=1)] | None = None
 
     def caller(self, name: str) -> Caller:
         limits = TenantLimits(self.max_concurrent, self.requests_per_minute, self.tokens_per_minute)
-        return Caller(name, None if self.models is None else frozenset(self.models), limits, is_proven=True)
+        models = None if self.models is None else frozenset(self.models)
+        priorities = None if self.priorities is None else frozenset(self.priorities)
+        return Caller(name, models, limits, is_proven=True, priorities=priorities)
 
 
 _READER = TypeAdapter(dict[Annotated[str, Field(pattern=f"^(?:{TENANT_PATTERN.pattern})$")], _Tenant])

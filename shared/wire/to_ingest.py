@@ -7,10 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.request import MAX_INT32, NUM_REQUEST_PARTITIONS, ChoiceIndex, Epoch, RequestId
+from shared.request import MAX_INT32, NUM_REQUEST_PARTITIONS, ChoiceIndex, Epoch, Priority, RequestId
 from shared.wire.codec import Decoder, WireIds
 
 HEADER_TENANT = "tenant"
+HEADER_PRIORITY = "priority"
+"""One of `Priority`, else the job is standard."""
 HEADER_DEADLINE = "deadline-unix-ms"
 HEADER_IDEMPOTENCY_KEY = "idempotency-key"
 HEADER_TRACEPARENT = "traceparent"
@@ -20,6 +22,9 @@ HEADER_EDGE = "edge-incarnation"
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 MAX_IDEMPOTENCY_KEY_CHARS = 256
+
+NO_PRIORITY = f"must be one of {', '.join(Priority)}"
+"""What is wrong with another one."""
 
 Headers = tuple[tuple[str, bytes], ...]
 

@@ -177,6 +177,7 @@ async def test_a_body_without_a_length_is_refused_where_it_passes_the_limit(serv
 WRONG_HEADERS = {
     "x-baton-timeout-s": ("soon", "21600"),
     "x-baton-tenant": ("two words", "match"),
+    "x-baton-priority": ("urgent", "interactive, standard, batch"),
     "idempotency-key": ("k" * 257, "256"),
     "last-event-id": ("nonsense", "event"),
 }

@@ -254,6 +254,21 @@ async def test_who_follows_one_request_many_times_does_not_take_the_places_of_ot
 
 
 @scenario
+async def test_a_request_says_how_urgent_it_is(world):
+    node = await world.owner("e")
+    for priority in ("interactive", "batch"):
+        node.call("POST", PATH, STREAM, x_baton_priority=priority)
+        assert (await world.job()).headers["priority"] == priority.encode()
+    for headers in ({}, {"x_baton_priority": "standard"}):
+        node.call("POST", PATH, STREAM, **headers)
+        assert "priority" not in (await world.job()).headers
+    refused = node.call("POST", PATH, STREAM, x_baton_priority="urgent")
+    error = (await refused.json())["error"]
+    assert (refused.status, error["param"]) == (400, "x-baton-priority")
+    assert "interactive, standard, batch" in error["message"]
+
+
+@scenario
 async def test_a_name_that_is_none_reaches_neither_log_nor_store(world):
     node = await world.owner("e")
     for name in ("two words", "", "t" * 65, "}:places:rival"):

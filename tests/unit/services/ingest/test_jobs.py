@@ -5,6 +5,7 @@ import pytest
 from services.ingest.jobs import read_job, request_id_of
 from shared.bus.port import Record
 from shared.errors import InvalidRequest
+from shared.request import Priority
 from shared.wire.topics import MAX_DEADLINE_S
 
 
@@ -30,6 +31,13 @@ def test_headers():
     assert job.traceparent.startswith("00-aaaa")
 
 
+def test_a_job_is_standard_if_it_does_not_say_otherwise():
+    assert read_job(a_record(), default_deadline_s=60).priority is Priority.STANDARD
+    for priority in Priority:
+        job = read_job(a_record(headers=[("priority", priority.encode())]), default_deadline_s=60)
+        assert job.priority is priority
+
+
 @pytest.mark.parametrize("key", [None, b"", b"with space", b"x" * 129, b"\xff"])
 def test_a_bad_key_is_refused_and_the_job_named_by_its_place(key):
     with pytest.raises(InvalidRequest) as refused:
@@ -44,6 +52,9 @@ def test_a_bad_key_is_refused_and_the_job_named_by_its_place(key):
         ("tenant", b"a b"),
         ("tenant", b""),
         ("edge-incarnation", b"e" * 129),
+        ("priority", b""),
+        ("priority", b"Batch"),
+        ("priority", b"\xff"),
         ("deadline-unix-ms", b"soon"),
         ("deadline-unix-ms", b"-5"),
         ("deadline-unix-ms", str(int((1000 + MAX_DEADLINE_S + 1) * 1000)).encode()),

@@ -10,6 +10,7 @@ from services.stream_out.settings import Settings
 from services.stream_out.tenants import Tenants, key_hash
 from shared.errors import NotAllowed, NotAuthenticated, StartupError
 from shared.policy.admission import TenantLimits
+from shared.request import Priority
 
 
 def written(folder, tenants):
@@ -39,6 +40,17 @@ def test_a_key_names_its_tenant_and_what_it_may(tmp_path):
     assert rival.may_use("large")
 
 
+def test_a_tenant_may_be_kept_to_some_priorities(tmp_path):
+    may = {"acme": {"keys": [key_hash("a")], "priorities": ["batch"]}, "rival": {"keys": [key_hash("c")]}}
+    tenants = Tenants(written(tmp_path, may))
+    tenants.caller("Bearer a").check_priority(Priority.BATCH)
+    with pytest.raises(NotAllowed) as refused:
+        tenants.caller("Bearer a").check_priority(Priority.STANDARD)
+    assert (refused.value.param, refused.value.http_status) == ("x-baton-priority", 403)
+    for priority in Priority:
+        tenants.caller("Bearer c").check_priority(priority)
+
+
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer  ", "Basic a", "a", "Bearer d", "Bearer " + key_hash("a")]
 )
@@ -56,6 +68,8 @@ def test_nobody_else_comes_in(tmp_path, header):
         {"acme": {"keys": ["a plain key"]}},
         {"acme": {"keys": [], "max_concurent": 3}},
         {"acme": {"keys": [], "requests_per_minute": 0}},
+        {"acme": {"keys": [], "priorities": []}},
+        {"acme": {"keys": [], "priorities": ["urgent"]}},
         {"a b": {"keys": []}},
         {"acme": ACME, "rival": ACME},
     ],
