@@ -1,4 +1,7 @@
-"""`python -m loadgen replay`: replays a request trace against a server and reports what its users would have felt."""
+"""`python -m loadgen replay`: replays a request trace against a server and reports what its users would have felt.
+
+`simulate` and `plan` do so in virtual time, without a server (`loadgen.simulator`).
+"""
 
 import asyncio
 import os
@@ -33,6 +36,7 @@ from loadgen.report import Run, print_report, to_json, to_json_lines
 from loadgen.saved import parse_saved, read_saved
 from loadgen.schedule import ScheduleSettings, draw_schedule
 from loadgen.settings import parse_goodput, parse_pairs, parse_rows, parse_window
+from loadgen.simulator.commands import plan_command, simulate_command
 from loadgen.traces import read_trace
 from shared.errors import StartupError
 from shared.runtime.settings import KafkaSettings
@@ -87,7 +91,11 @@ class ReplaySettings:
 
 @app.callback()
 def main() -> None:
-    """Load generator for OpenAI-compatible servers and for Baton's job topic."""
+    """Load generator for OpenAI-compatible servers and for Baton's job topic, and a simulator of Baton's placement."""
+
+
+app.command("simulate")(simulate_command)
+app.command("plan")(plan_command)
 
 
 @app.command("replay")

@@ -123,13 +123,13 @@ def _power_of_two(rng: Random) -> Pick:
 
 def _affinity(rng: Random) -> Simple:
     # For decode, too, affinity would gather conversations where they began and saves only what NVLink moves in no time.
-    return Simple("prefix affinity", _longest_prefix(rng), _least_loaded(rng))
+    return Simple("prefix-affinity", _longest_prefix(rng), _least_loaded(rng))
 
 
 BASELINES: dict[str, Callable[[Random], Simple]] = {
-    "round robin": lambda _: Simple("round robin", _round_robin(), _round_robin()),
+    "round-robin": lambda _: Simple("round-robin", _round_robin(), _round_robin()),
     "random": lambda rng: Simple("random", _random(rng), _random(rng)),
-    "least loaded": lambda rng: Simple("least loaded", _least_loaded(rng), _least_loaded(rng)),
-    "prefix affinity": _affinity,
-    "power of two": lambda rng: Simple("power of two", _power_of_two(rng), _power_of_two(rng)),
+    "least-loaded": lambda rng: Simple("least-loaded", _least_loaded(rng), _least_loaded(rng)),
+    "prefix-affinity": _affinity,
+    "power-of-two": lambda rng: Simple("power-of-two", _power_of_two(rng), _power_of_two(rng)),
 }

@@ -375,7 +375,6 @@ class DecodeWorker(Worker):
         return True
 
     def _mixed_step_ended(self, chunks: list[tuple[Prompt, int]]) -> None:
-        self._in_step = False
         self._num_steps += 1
         self._num_context += len(self._rows)
         self._end_rows()
@@ -385,5 +384,6 @@ class DecodeWorker(Worker):
         for seat in self._joining:
             self._join(seat, seat.job.row.num_input)
         self._joining.clear()
+        self._in_step = False
         self._reserve()
         self._plan()

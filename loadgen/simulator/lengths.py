@@ -3,9 +3,13 @@
 from typing import Protocol
 
 from loadgen.simulator.workload import SimRow
+from shared.policy.lengths import LengthKey, LengthPredictor
 
 PLAIN_TOKENS = 256
 """What every answer is taken for without prediction."""
+
+RESERVE_QUANTILE = 0.9
+"""Room is kept for an answer that so many of its kind do not exceed."""
 
 
 class Lengths(Protocol):
@@ -30,3 +34,21 @@ class PlainLengths:
 
     def learn(self, row: SimRow, num_tokens: int) -> None:
         """Nothing is learnt."""
+
+
+class LearntLengths:
+    """As ingest learns: from answers as they end; a trace is a tenant."""
+
+    def __init__(self) -> None:
+        self._predictor = LengthPredictor()
+
+    def predict(self, row: SimRow, max_new_tokens: int) -> tuple[float, int]:
+        prediction = self._predictor.predict(_key(row), max_new_tokens)
+        return prediction.mean, prediction.quantile(RESERVE_QUANTILE)
+
+    def learn(self, row: SimRow, num_tokens: int) -> None:
+        self._predictor.observe(_key(row), num_tokens, is_cut=False)
+
+
+def _key(row: SimRow) -> LengthKey:
+    return LengthKey(row.source, "simulated", "completion", row.num_input)

@@ -6,7 +6,7 @@ from random import Random
 from typing import Protocol
 
 from loadgen.simulator.baselines import BASELINES
-from loadgen.simulator.lengths import Lengths, PlainLengths
+from loadgen.simulator.lengths import LearntLengths, Lengths, PlainLengths
 from shared.blocks import BlockHash
 from shared.errors import StartupError
 from shared.policy.holders import Holders
@@ -78,12 +78,12 @@ class Contender:
 
 
 ABLATIONS = (
-    "no prediction",
-    "no co-scheduling",
-    "no locality",
-    "no local prefill",
-    "no fetch",
-    "gauges for credits",
+    "no-prediction",
+    "no-co-scheduling",
+    "no-locality",
+    "no-local-prefill",
+    "no-fetch",
+    "gauges",
 )
 
 
@@ -98,25 +98,21 @@ def contender(name: str, goals: Goals, seed: int) -> Contender:
     if name in BASELINES:
         return Contender(BASELINES[name](rng), PlainLengths())
     rules = Rules(goals.ttft_s, goals.tpot_s)
-    predicted, tie_offset = _lengths(), seed * 7919
+    predicted, tie_offset = LearntLengths(), seed * 7919
     match name:
         case "ours":
             return Contender(Placement(rules, tie_offset), predicted)
-        case "no prediction":
+        case "no-prediction":
             return Contender(Placement(rules, tie_offset), PlainLengths())
-        case "no co-scheduling":
+        case "no-co-scheduling":
             return Contender(Placement(replace(rules, num_decode_candidates=1), tie_offset), predicted)
-        case "no locality":
+        case "no-locality":
             return Contender(_Blind(Placement(rules, tie_offset)), predicted)
-        case "no local prefill":
+        case "no-local-prefill":
             return Contender(Placement(replace(rules, local_prefill=False), tie_offset), predicted)
-        case "no fetch":
+        case "no-fetch":
             return Contender(Placement(replace(rules, fetch=False), tie_offset), predicted)
-        case "gauges for credits":
+        case "gauges":
             return Contender(Placement(rules, tie_offset), predicted, gauges=True)
         case _:
             raise StartupError(f"--policy {name}: it is one of {', '.join(policy_names())}")
-
-
-def _lengths() -> Lengths:
-    return PlainLengths()

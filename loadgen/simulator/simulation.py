@@ -209,6 +209,8 @@ class Simulation:
                 case NoRoomNow():
                     self._num_no_room += 1
                     self._is_blocked = True
+                    if self._setup.gauges:
+                        self._agenda.at(self._gauges_read_s + BEAT_S, self._room_changed)
                     return
                 case NeverFits():
                     self._backlog.popleft()
@@ -265,11 +267,8 @@ class Simulation:
             )
             return replace(
                 self._credits[worker.ref].view,
-                num_credits=min(
-                    worker.kind.max_running - worker.num_seats_free + len(worker.queue.line),
-                    worker.kind.max_running - 1,
-                ),
-                num_credit_pages=min(worker.pool.num_in_use, worker.pool.num_pages // 2),
+                num_credits=worker.kind.max_running - worker.num_seats_free + len(worker.queue.line),
+                num_credit_pages=worker.pool.num_in_use,
                 queued_prefill_s=left_s,
                 num_context_tokens=worker.num_context_tokens if isinstance(worker, DecodeWorker) else 0,
             )

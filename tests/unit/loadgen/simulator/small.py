@@ -49,7 +49,7 @@ def workload(*requests) -> Workload:
     return build_workload([("small", rows(*requests))])
 
 
-def run(load: Workload, policy="round robin", **options) -> Finished:
+def run(load: Workload, policy="round-robin", **options) -> Finished:
     """At a speed at which the spread of arrivals is nothing."""
     options = {"hardware": hardware(), "num_prefill": 1, "num_decode": 1, "max_new_tokens": 512} | options
     chosen = contender(policy, GOALS, options.get("seed", 0)) if isinstance(policy, str) else policy

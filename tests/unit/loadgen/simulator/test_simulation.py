@@ -150,6 +150,13 @@ def test_running_rows_wait_for_a_prompt_beside_them():
     assert beside.last_token_s - alone.last_token_s == close(SPEEDS.token_s * 500 - SPEEDS.base_s)
 
 
+def test_prompts_that_end_in_one_step_beside_one_whose_answer_ends_with_it():
+    jobs = run(workload((0.0, 100, 1), (0.0, 100, 1), (0.0, 100, 1)), fixed(local=True), speed=INSTANTLY).jobs
+    # The first one's step has begun when the others come; these share the next.
+    waits_s = sorted(job.ttft_s - HOPS.placed_s - HOPS.work_s - HOPS.frame_s for job in jobs)
+    assert waits_s == [close(SPEEDS.base_s), close(SPEEDS.base_s + 0.02), close(SPEEDS.base_s + 0.02)]
+
+
 def test_who_finds_no_pages_for_its_next_token_is_computed_again_and_all_ends_well():
     tight = hardware(decode=kind(num_pages=6))
     load = workload((0.0, 100, 150), (0.0, 100, 150))
@@ -210,7 +217,7 @@ def test_a_seed_decides_everything():
     st.lists(
         st.tuples(st.floats(0, 3), st.integers(1, 700), st.integers(1, 90), st.integers(0, 3)), min_size=1, max_size=25
     ),
-    st.sampled_from(["ours", "prefix affinity", "gauges for credits"]),
+    st.sampled_from(["ours", "prefix-affinity", "gauges"]),
     st.integers(14, 40),
     st.integers(1, 4),
 )
