@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shared.blocks import PAGE_TOKENS, BlockHash, TokenIds, pages_for
 from shared.engine.engine import PagedEngine
-from shared.engine.port import EngineRequest, StepOutput, TokenOutput
+from shared.engine.port import BlockChanges, EngineRequest, StepOutput, TokenOutput
 from shared.kv.progress import Chunk
 from shared.request import FinishReason, SamplingParams
 
@@ -26,6 +26,7 @@ class Driver:
     """An engine and the history of its outputs.
 
     Attributes:
+        blocks, host_blocks: what a listener to the engine's changes knows of.
         chunks: those that on_chunk told of, by key.
         held_pages: what on_chunk said, of those that were added with hold_kv and are not aborted.
     """
@@ -36,6 +37,7 @@ class Driver:
         self.started: list[str] = []
         self.batch_sizes: list[int] = []
         self.blocks: set[BlockHash] = set()
+        self.host_blocks: set[BlockHash] = set()
         self.chunks: dict[str, list[Chunk]] = {}
         self.held_pages: dict[str, tuple[int, ...]] = {}
         self._held: dict[str, Tensor] = {}
@@ -79,11 +81,19 @@ class Driver:
             assert self._kv(key).equal(kv), f"the KV that {key} holds is another now"
         self.started += output.started
         self.batch_sizes.append(output.num_batch_tokens)
-        changes = self.engine.take_block_changes()
-        assert not self.blocks & set(changes.stored)
-        assert set(changes.evicted) <= self.blocks
-        self.blocks = (self.blocks | set(changes.stored)) - set(changes.evicted)
+        self._listen(self.engine.take_block_changes())
         return output
+
+    def _listen(self, changes: BlockChanges) -> None:
+        for blocks, stored, evicted in (
+            (self.blocks, changes.stored, changes.evicted),
+            (self.host_blocks, changes.host_stored, changes.host_evicted),
+        ):
+            assert not blocks & set(stored)
+            assert blocks >= set(evicted)
+            blocks |= set(stored)
+            blocks -= set(evicted)
+        assert len(self.host_blocks) == self.engine.stats().num_host_pages <= self.engine.limits.num_host_pages
 
     def run(self, max_steps: int = 3000) -> None:
         """Step until there is nothing left to compute."""

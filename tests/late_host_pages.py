@@ -10,15 +10,19 @@ from shared.kv.paged_cache import PagedCache
 
 @dataclass(eq=False)
 class LateCopy:
-    """One of a lane's; ended by those that wait for it, or by `LateHostPages.end`."""
+    """One of a lane's; ended by those that wait for it or look often, or by `LateHostPages.end`."""
 
     owner: "LateHostPages"
     is_down: bool
     froms: tuple[int, ...]
     tos: tuple[int, ...]
     has_ended: bool = False
+    num_looks: int = 0
 
     def query(self) -> bool:
+        self.num_looks += 1
+        if self.num_looks == self.owner.max_looks:
+            self.synchronize()
         return self.has_ended
 
     def synchronize(self) -> None:
@@ -30,12 +34,16 @@ class LateHostPages(PinnedPages):
 
     Whoever overwrites what is still to be read, or reads what is still to be written, is found out.
 
+    Args:
+        max_looks: a copy that was looked at so often has ended; None: however often.
+
     Attributes:
         memory: `[num_slots, page_bytes]`, uint8.
     """
 
-    def __init__(self, cache: PagedCache, num_slots: int) -> None:
+    def __init__(self, cache: PagedCache, num_slots: int, max_looks: int | None = None) -> None:
         super().__init__(cache, num_slots)
+        self.max_looks = max_looks
         self.memory = self._host_bytes.view(num_slots, -1)
         self.lanes: dict[bool, deque[LateCopy]] = {True: deque(), False: deque()}
 

@@ -42,6 +42,8 @@ from shared.engine.batch import BatchRow, Launched, Sampled
 from shared.engine.engine import PagedEngine
 from shared.engine.layer_marks import LayerMarks
 from shared.engine.port import EngineLimits, EngineModel
+from shared.kv.host_pages import PinnedPages
+from shared.kv.host_tier import HostPages
 from shared.kv.layout import KvLayout
 from shared.kv.paged_cache import PagedCache
 from shared.request import SamplingParams, TokenLogprob
@@ -290,12 +292,14 @@ def fake_engine(
     num_ahead: int = 1,
     salted: bool = False,
     pace: Pace | None = None,
+    num_host_pages: int = 0,
+    host_pages: Callable[[PagedCache, int], HostPages] = PinnedPages,
 ) -> PagedEngine:
     """A PagedEngine over a FakeRunner."""
     model = model or fake_model()
-    limits = EngineLimits(max_context, num_pages, max_running, max_batch_tokens)
+    limits = EngineLimits(max_context, num_pages, max_running, max_batch_tokens, num_host_pages)
     runner = FakeRunner(model, num_pages, poison_token_id, num_ahead, salted=salted, pace=pace)
-    return PagedEngine(runner, model, limits)
+    return PagedEngine(runner, model, limits, host_pages=host_pages)
 
 
 def _next_token(

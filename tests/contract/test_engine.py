@@ -17,8 +17,11 @@ from shared.engine.port import EngineLimits, EngineRequest, Reservation
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import Checkpoint, load_checkpoint
+from shared.kv.host_pages import PinnedPages
+from shared.kv.paged_cache import PagedCache
 from shared.request import FinishReason, SamplingParams
 from tests.engine_driver import Driver, copy_pages, greedy, request
+from tests.late_host_pages import LateHostPages
 from tests.reference_layers import use_reference_layers
 from tests.tiny_checkpoints import TinyCheckpoint, write_tiny_checkpoint
 
@@ -47,7 +50,9 @@ class EngineKind(Protocol):
     num_new: int
     random_operations: int
 
-    def make(self, *, num_pages: int = 64, max_running: int = 8, max_batch_tokens: int = 256) -> PagedEngine: ...
+    def make(
+        self, *, num_pages: int = 64, max_running: int = 8, max_batch_tokens: int = 256, num_host_pages: int = 0
+    ) -> PagedEngine: ...
 
     def answer(self, wanted: EngineRequest) -> list[int]:
         """The right tokens, from a source as far from the scheduler as there is."""
@@ -62,12 +67,14 @@ class FakeKind:
     num_new = 20
     random_operations = 1500
 
-    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
+    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256, num_host_pages=0):
         return fake_engine(
             num_pages=num_pages,
             max_running=max_running,
             max_batch_tokens=max_batch_tokens,
             num_ahead=self.num_ahead,
+            num_host_pages=num_host_pages,
+            host_pages=late_host_pages,
         )
 
     def answer(self, wanted):
@@ -92,8 +99,8 @@ class TorchKind:
     def vocab_size(self):
         return self.checkpoint.config.vocab_size
 
-    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256):
-        limits = EngineLimits(1024, num_pages, max_running, max_batch_tokens)
+    def make(self, *, num_pages=64, max_running=8, max_batch_tokens=256, num_host_pages=0):
+        limits = EngineLimits(1024, num_pages, max_running, max_batch_tokens, num_host_pages)
         return self._engine(self._runner(limits), limits)
 
     def answer(self, wanted):
@@ -108,7 +115,8 @@ class TorchKind:
         return TorchRunner(self.checkpoint, limits.num_pages)
 
     def _engine(self, runner: Runner, limits: EngineLimits) -> PagedEngine:
-        return PagedEngine(runner, self.checkpoint.model("tiny"), limits)
+        host_pages = late_host_pages if runner.cache.device.type == "cpu" else PinnedPages
+        return PagedEngine(runner, self.checkpoint.model("tiny"), limits, host_pages=host_pages)
 
 
 class TritonKind(TorchKind):
@@ -138,6 +146,11 @@ class InterpretedKind(TritonKind):
 FAKES = {"fake": FakeKind(num_ahead=0), "fake-ahead": FakeKind(num_ahead=1)}
 ON_GPU = {"torch-cuda": TorchKind, "triton-cuda": TritonKind} if torch.cuda.is_available() else {}
 ON_CPU = {"torch-cpu": TorchKind} | ({} if ON_GPU else {"triton-interpreter": InterpretedKind})
+
+
+def late_host_pages(cache: PagedCache, num_slots: int) -> LateHostPages:
+    """A copy ends between two steps, not at once."""
+    return LateHostPages(cache, num_slots, max_looks=3)
 
 
 @pytest.fixture(scope="module")
@@ -558,9 +571,31 @@ def test_an_abort_returns_the_pages_in_every_state(kind, state):
     driver.assert_all_free()
 
 
-def test_random_operations_end_with_all_pages_free(kind):
+def test_conversations_go_on_where_their_history_went_to_the_host(kind):
+    """More of them than pages, in turns: each finds its prompts and its answers again, whole, and says the same."""
+    num_turns, num_talks, num_pages = (3, 4, 7) if kind.random_operations >= ENOUGH_OPERATIONS else (2, 2, 4)
+    driver = Driver(kind.make(num_pages=num_pages, num_host_pages=40))
+    histories = [prompt(kind, 120, seed=talk) for talk in range(num_talks)]
+    for turn in range(num_turns):
+        for talk, history in enumerate(histories):
+            wanted = request(f"{talk}.{turn}", history[:], greedy(10, ignore_eos=True), hold_kv=talk % 2 == 1)
+            (tokens,) = driver.serve(wanted)
+            assert tokens == kind.answer(replace(wanted, hold_kv=False))[: len(tokens)]
+            assert driver.num_cached_tokens(wanted.key) == (len(history) - 71) // PAGE_TOKENS * PAGE_TOKENS * (turn > 0)
+            driver.abort(wanted.key)
+            history.extend(tokens + list(prompt(kind, 70, seed=100 * turn + talk)))
+            for _ in range(3):
+                driver.step()  # what it leaves is saved meanwhile
+    stats = driver.engine.stats()
+    assert stats.num_host_hits > 0
+    assert stats.num_lost_blocks == 0
+    driver.assert_all_free()
+
+
+@pytest.mark.parametrize("num_host_pages", [0, 8])
+def test_random_operations_end_with_all_pages_free(kind, num_host_pages):
     """Two engines that hand over to each other, short of pages; every answer is right, and whole unless given up."""
-    both = HandOverPair(kind, Random(7))
+    both = HandOverPair(kind, Random(7), num_host_pages)
     for _ in range(kind.random_operations):
         both.do_something()
     both.finish_all()
@@ -573,6 +608,8 @@ def test_random_operations_end_with_all_pages_free(kind):
     assert len(both.given_up) < len(both.requests) / 2
     num_preemptions = sum(side.engine.stats().num_preemptions for side in both.sides)
     assert num_preemptions > 0 or kind.random_operations < ENOUGH_OPERATIONS
+    num_host_hits = sum(side.engine.stats().num_host_hits for side in both.sides)
+    assert (num_host_hits > 0) == (num_host_pages > 0) or kind.random_operations < ENOUGH_OPERATIONS
 
 
 class HandOverPair:
@@ -584,10 +621,13 @@ class HandOverPair:
         given_up: keys that were aborted, or whose hold ran out.
     """
 
-    def __init__(self, kind: EngineKind, rng: Random) -> None:
+    def __init__(self, kind: EngineKind, rng: Random, num_host_pages: int) -> None:
         self.kind = kind
         self.rng = rng
-        self.sides = (Driver(kind.make(num_pages=12, max_running=4)), Driver(kind.make(num_pages=9, max_running=3)))
+        self.sides = (
+            Driver(kind.make(num_pages=12, max_running=4, num_host_pages=num_host_pages)),
+            Driver(kind.make(num_pages=9, max_running=3, num_host_pages=num_host_pages)),
+        )
         self.prompts = [prompt(kind, 260, seed=seed) for seed in range(3)]
         self.requests: dict[str, EngineRequest] = {}
         self.pulls: dict[str, Pull] = {}
