@@ -9,9 +9,10 @@ import pytest
 
 from shared.blocks import BlockHash
 from shared.policy.admission import BacklogReport, TenantLimits, Verdict
+from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
-from shared.state.port import BlockNews, LiveWorker, RequestHint, StateUnavailable
+from shared.state.port import BlockNews, LiveWorker, Renewed, RequestHint, StateUnavailable, pieces
 from shared.state.redis import redis_state
 from tests.contract.state_worlds import MemoryWorld, a_card, a_key, a_load, a_placement, own_database, redis_world
 
@@ -112,6 +113,21 @@ async def test_workers_show_card_and_latest_load(world, state):
     ]
     await state.release_slot(0, Incarnation("a"))
     assert [found.slot for found in await state.workers(num_slots=NUM_SLOTS)] == [1]
+
+
+async def test_workers_show_the_speeds_they_measured(world, state):
+    profile = SpeedProfile(4.3e-3, 1e-5, 3e-8, 2.16e-5, 1e-9)
+    loads = [
+        a_load(),
+        replace(a_load(), profile=profile),
+        replace(a_load(), profile=profile, links={Incarnation("peer"): LinkRate(3.5e-4, 3.4e11)}),
+        replace(a_load(draining=True), profile=replace(profile, row_s=2e-5)),
+    ]
+    await state.claim_slot(a_card("a"), loads[-1], num_slots=NUM_SLOTS, lease_ms=world.lease_ms)
+    for load in (*loads, *loads):
+        assert await state.beat(0, a_card("a"), load, lease_ms=world.lease_ms) == Renewed()
+        (found,) = await state.workers(num_slots=NUM_SLOTS)
+        assert found.load == load
 
 
 async def test_a_beat_renews_the_lease(world, state):
@@ -271,6 +287,57 @@ async def test_a_placement_takes_credits_on_both_workers_and_gives_them_back(wor
     await state.give_back(PlacementId("p"), Incarnation("a"))
     await state.give_back(PlacementId("unknown"), Incarnation("b"))
     assert await credits_of(world) == {"a": (0, 0), "b": (20, 1)}
+
+
+async def work_of(world):
+    """Incarnation -> seconds of prefill that are not computed yet."""
+    return {each.card.incarnation: each.credit_work_s for each in await world.state.workers(num_slots=NUM_SLOTS)}
+
+
+async def test_work_is_on_the_prefill_worker_until_it_is_computed(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    await place(world, a, b, "p1", a_key("r1"), need=(10, 20, 0.25))
+    await place(world, a, b, "p2", a_key("r2"), need=(1, 2, 1.0000004))
+    assert await work_of(world) == {"a": 1.25, "b": 0}
+
+    for _ in range(2):
+        await state.computed(PlacementId("p1"), Incarnation("a"))
+        await state.computed(PlacementId("p1"), Incarnation("b"))
+        await state.computed(PlacementId("unknown"), Incarnation("a"))
+    assert await work_of(world) == {"a": 1.0, "b": 0}
+    assert await credits_of(world) == {"a": (11, 2), "b": (22, 2)}, "its pages are still there"
+    await place(world, a, b, "p1", a_key("r1"), need=(10, 20, 0.25))
+    assert await work_of(world) == {"a": 1.0, "b": 0}, "asked again it takes nothing"
+
+    await state.give_back(PlacementId("p2"), Incarnation("a"))
+    await state.computed(PlacementId("p2"), Incarnation("a"))
+    assert await work_of(world) == {"a": 0, "b": 0}
+
+
+async def test_work_that_nobody_computes_ends_with_its_credit(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+    for name, keep_ms in (("short", world.lease_ms // 2), ("long", KEEP_MS)):
+        await state.place(
+            a_key(name),
+            a_placement(name, a, b),
+            num_prefill_pages=1,
+            num_decode_pages=1,
+            prefill_s=0.5,
+            keep_ms=keep_ms,
+        )
+    await world.pass_time(world.lease_ms // 2 + 20)
+    await beat(world, a, b)
+    assert await work_of(world) == {"a": 0.5, "b": 0}
+
+
+async def test_one_worker_may_do_both_and_is_one_credit(world, state):
+    a = await claim(world, "a")
+    await place(world, a, a, "p", need=(0, 20, 0.5))
+    assert (await credits_of(world), await work_of(world)) == ({"a": (20, 1)}, {"a": 0.5})
+    await state.computed(PlacementId("p"), a.incarnation)
+    assert (await credits_of(world), await work_of(world)) == ({"a": (20, 1)}, {"a": 0})
+    await state.give_back(PlacementId("p"), a.incarnation)
+    assert await credits_of(world) == {"a": (0, 0)}
 
 
 async def test_asked_again_a_placement_stands(world, state):
@@ -453,6 +520,88 @@ async def test_after_a_loss_a_feed_goes_on_with_a_gap(world, state):
     await world.flush()
     await state.announce_blocks(a, 2, BlockNews((block(2),)))
     assert [entry.sequence for entry in await state.read_block_feeds({a: first.cursor})] == [2]
+
+
+async def test_a_feed_tells_of_both_tiers(state):
+    a = Incarnation("a")
+    all_at_once = BlockNews((block(1),), (block(2), block(3)), (block(2),), (block(4),))
+    each = [
+        BlockNews(stored=(block(5),)),
+        BlockNews(evicted=(block(5),)),
+        BlockNews(host_stored=(block(5),)),
+        BlockNews(host_evicted=(block(5),)),
+        BlockNews(is_full=True),
+    ]
+    await state.announce_blocks(a, 0, all_at_once)
+    assert [entry.news for entry in await state.read_block_feeds({a: "0"})] == [all_at_once]
+    for sequence, news in enumerate(each[:-1], start=1):
+        await state.announce_blocks(a, sequence, news)
+    assert [entry.news for entry in await state.read_block_feeds({a: "1-0"})] == each[:-1]
+    await state.announce_blocks(a, 5, each[-1])
+    assert [entry.news for entry in await state.read_block_feeds({a: "1-0"})] == each[-1:], "of one that holds nothing"
+
+
+async def test_a_full_list_takes_the_place_of_what_stood_in_the_feed(state):
+    a = Incarnation("a")
+    for sequence in range(3):
+        await state.announce_blocks(a, sequence, BlockNews((block(sequence),)))
+    full = BlockNews((block(1), block(2)), is_full=True)
+    await state.announce_blocks(a, 3, full)
+    await state.announce_blocks(a, 4, BlockNews((block(4),)))
+    await state.announce_blocks(a, 3, full)
+    for cursor in ("0", "2-0", "3-0"):
+        entries = await state.read_block_feeds({a: cursor})
+        assert [(entry.sequence, entry.news.is_full) for entry in entries] == [(3, True), (4, False)]
+
+
+async def read_all(state, cursor="0"):
+    found = []
+    while entries := await state.read_block_feeds({Incarnation("a"): cursor}):
+        found += entries
+        cursor = entries[-1].cursor
+    return found
+
+
+async def test_a_long_list_is_read_bit_by_bit(state):
+    held = tuple(block(number) for number in range(40_000))
+    announced = pieces(BlockNews(held, host_stored=held[:3], is_full=True))
+    for sequence, news in enumerate(announced):
+        await state.announce_blocks(Incarnation("a"), sequence, news)
+    entries = await read_all(state)
+    assert [entry.sequence for entry in entries] == list(range(len(announced)))
+    assert [entry.news for entry in entries] == announced
+
+
+async def test_a_worker_hears_at_its_beats_that_its_blocks_are_wanted_until_it_tells_them(world, state):
+    a, b = await claim(world, "a"), await claim(world, "b")
+
+    async def is_wanted(worker):
+        card = a_card(worker.incarnation)
+        renewed = await state.beat(worker.slot, card, a_load(), lease_ms=10 * world.lease_ms)
+        return renewed.blocks_wanted
+
+    assert not await is_wanted(a)
+    for _ in range(2):
+        await state.ask_for_blocks(a.incarnation)
+    await state.announce_blocks(a.incarnation, 0, BlockNews((block(0),)))
+    assert [await is_wanted(a), await is_wanted(a), await is_wanted(b)] == [True, True, False]
+
+    await state.announce_blocks(a.incarnation, 1, BlockNews((block(0),), is_full=True))
+    assert not await is_wanted(a)
+    await state.ask_for_blocks(a.incarnation)
+    await state.announce_blocks(a.incarnation, 1, BlockNews((block(0),), is_full=True))
+    assert await is_wanted(a), "what came twice answers nobody who asked in between"
+
+
+async def test_a_question_for_blocks_is_lost_with_the_stores_memory_and_with_time(world, state, monkeypatch):
+    a = await claim(world, "a")
+    await state.ask_for_blocks(a.incarnation)
+    await world.flush()
+    assert await state.beat(a.slot, a_card("a"), a_load(), lease_ms=10 * world.lease_ms) == Renewed()
+    monkeypatch.setattr(keys, "WORKER_TRACES_MS", world.lease_ms // 4)
+    await state.ask_for_blocks(a.incarnation)
+    await world.pass_time(world.lease_ms // 4 + 20)
+    assert await state.beat(a.slot, a_card("a"), a_load(), lease_ms=10 * world.lease_ms) == Renewed()
 
 
 async def test_traces_of_a_worker_end_a_while_after_its_last_beat(world, state, monkeypatch):
