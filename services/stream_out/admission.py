@@ -14,8 +14,8 @@ from services.stream_out.settings import Settings
 from services.stream_out.takeover import GROUP
 from shared.errors import EdgeDraining, Overloaded, RateLimited
 from shared.observe.log import Logger
-from shared.policy.admission import TenantLimits, max_wait_s, predicted_wait_s
-from shared.request import RequestId
+from shared.policy.admission import Forecast, TenantLimits
+from shared.request import Priority, RequestId
 from shared.state.keys import LEASE_MS, LEASE_S
 from shared.state.port import PublishedBacklog, State, StateUnavailable
 
@@ -82,7 +82,7 @@ class Admission:
         self._backlogs: Sequence[PublishedBacklog] = ()
         self._num_edges = 1
         self._read_s = clock_s()
-        self._accepted: deque[tuple[float, int]] = deque()
+        self._accepted: deque[tuple[float, int, Priority]] = deque()
         self._owed: deque[tuple[RequestId, int]] = deque(maxlen=MAX_OWED)
 
     @contextmanager
@@ -111,27 +111,31 @@ class Admission:
             if not self._num_clients:
                 self._empty.set()
 
-    def check_wait(self, deadline_s: float) -> None:
-        """Raises Overloaded if a request would wait too long for its placement."""
+    def check_wait(self, deadline_s: float, priority: Priority, max_new_tokens: int | None) -> None:
+        """Raises Overloaded if a request would wait too long for its placement, or its answer come too late."""
         now_s = self._clock_s()
         if now_s - self._read_s > LEASE_S:
             self._metrics.unlimited.inc()
             return
-        wait_s = predicted_wait_s([each.report for each in self._backlogs], self._num_accepted_since())
-        limit_s = max_wait_s(deadline_s - now_s, self._settings.max_queue_s)
-        if wait_s > limit_s:
+        backlogs = [each.report for each in self._backlogs]
+        forecast = Forecast.of(backlogs, self._num_accepted_since(priority), priority, max_new_tokens)
+        excess_s = forecast.excess_s(deadline_s - now_s, self._settings.max_queue_s, priority)
+        if excess_s > 0:
             self._metrics.refused.labels("overloaded").inc()
             raise Overloaded(
-                f"a request would wait about {wait_s:.0f} s now, the limit is {limit_s:.0f} s",
-                retry_after_s=min(max(wait_s - limit_s, FULL_RETRY_S), MAX_RETRY_S),
+                f"a request would wait about {forecast.wait_s:.0f} s now and run for {forecast.run_s:.0f} s, "
+                f"{excess_s:.0f} s more than it may",
+                retry_after_s=min(max(excess_s, FULL_RETRY_S), MAX_RETRY_S),
             )
 
-    def count(self, num_choices: int) -> None:
-        """So many choices are being accepted: no report counts them yet."""
+    def count(self, num_choices: int, priority: Priority) -> None:
+        """So many choices are being accepted: no report counts them yet. Batch is in nobody's way."""
+        if priority is Priority.BATCH:
+            return
         now_s = self._clock_s()
         while self._accepted and self._accepted[0][0] < now_s - MAX_AGE_S:
             self._accepted.popleft()
-        self._accepted.append((now_s, num_choices))
+        self._accepted.append((now_s, num_choices, priority))
 
     async def take_place(
         self, tenant: str, limits: TenantLimits, request_id: RequestId, *, num_tokens: int, deadline_s: float
@@ -195,8 +199,14 @@ class Admission:
         except StateUnavailable:
             self.blind = True
 
-    def _num_accepted_since(self) -> int:
-        """Choices that all edges accepted and no report counts yet, if each accepts as much as this one."""
+    def _num_accepted_since(self, priority: Priority) -> int:
+        """Choices before one of `priority` that all edges accepted and no report counts yet, if each accepts as much as
+        this one."""
         age_s = max((each.age_s for each in self._backlogs), default=0.0)
         counted_s = self._read_s - age_s - ON_THE_WAY_S
-        return sum(num for accepted_s, num in self._accepted if accepted_s >= counted_s) * self._num_edges
+        ahead = (
+            num
+            for accepted_s, num, theirs in self._accepted
+            if accepted_s >= counted_s and (priority is not Priority.INTERACTIVE or theirs is Priority.INTERACTIVE)
+        )
+        return sum(ahead) * self._num_edges

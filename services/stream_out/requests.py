@@ -191,7 +191,7 @@ class Requests:
         admission, caller = self._edge.admission, submission.caller
         if self._edge.bus.silent_s() > LEASE_S:
             raise _try_again("the log does not take requests now")
-        admission.check_wait(submission.deadline_s)
+        admission.check_wait(submission.deadline_s, submission.priority, submission.max_new_tokens)
         request_id = hold.story.request_id
         taking = admission.take_place(
             caller.tenant,
@@ -210,7 +210,7 @@ class Requests:
                 if submission.idempotency_key is None:  # the place of a keyed one may be that of who joins it
                     self._edge.spawn(self._give_back(task, request_id))
                 raise
-        admission.count(submission.num_choices)
+        admission.count(submission.num_choices, submission.priority)
 
     async def _give_back(self, taking: asyncio.Future[dict[str, str]], request_id: RequestId) -> None:
         """Leave a place whose client left while it was taken: no job was written."""

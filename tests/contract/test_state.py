@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from shared.blocks import BlockHash
-from shared.policy.admission import BacklogReport, TenantLimits, Verdict
+from shared.policy.admission import BacklogReport, Outlook, TenantLimits, Verdict
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
@@ -666,7 +666,8 @@ async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
 
 
 async def test_a_backlog_is_known_for_a_lease(world, state):
-    first, second = BacklogReport(3, 1.5, None), BacklogReport(0, 0.0, 12.25)
+    outlook = Outlook(12.5, 3.25, 0.0, 0.0125, 0.01, 120.5)
+    first, second = BacklogReport(3, 1.5, None, 2, 60.5, outlook), BacklogReport(0, 0.0, 12.25)
     await state.report_backlog(Incarnation("a"), BacklogReport(9, 9.0, 9.0), lease_ms=world.lease_ms)
     await state.report_backlog(Incarnation("a"), first, lease_ms=world.lease_ms)
     await world.pass_time(world.lease_ms // 2)

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from services.stream_out.tenants import Tenants, key_hash
-from shared.policy.admission import BacklogReport
+from shared.policy.admission import BacklogReport, Outlook
 from shared.request import FinishReason, Incarnation
 from shared.state.keys import LEASE_MS
 from shared.state.memory import MemoryState
@@ -87,6 +88,47 @@ async def test_a_sudden_rush_between_two_beats_is_stopped_by_what_edges_count_th
     assert len([each for each in exchanges if each.task.done()]) in range(120, 200)
     num_accepted = sum(len(world.log.records("ingest", p)) for p in range(16))
     assert num_accepted in range(40, 61), "5 a second for 10 s, for both together"
+
+
+@scenario
+async def test_who_goes_before_others_is_not_refused_for_their_line_and_batch_for_none(world):
+    node = await world.owner("e", max_queue_s=10)
+    ingest = Ingest(world, num_waiting=600, placed_per_s=5.0)
+    ingest.report = replace(ingest.report, num_standard=580, oldest_batch_wait_s=100.0)
+    await beats()
+    assert await code(node.call("POST", PATH, STREAM)) == (503, "overloaded")
+    for priority in ("interactive", "batch"):
+        node.call("POST", PATH, STREAM, x_baton_priority=priority)
+        await world.job()
+    hasty = node.call("POST", PATH, STREAM, x_baton_priority="batch", x_baton_timeout_s="150")
+    assert await code(hasty) == (503, "overloaded"), "the first of its class has waited for longer than it may"
+
+
+@scenario
+async def test_a_rush_is_stopped_by_what_decode_will_have_room_for(world):
+    """No line yet, so no pace of it: 20 fit, and 5 a second come to an end."""
+    node = await world.owner("e", max_queue_s=10)
+    ingest = Ingest(world, num_waiting=0, placed_per_s=None)
+    ingest.report = replace(ingest.report, outlook=Outlook(20.0, 5.0, 0.0, 0.03, 0.01, 100.0))
+    await beats(8)
+    exchanges = [node.call("POST", PATH, STREAM) for _ in range(120)]
+    await asyncio.sleep(0.2)
+    refused = [each for each in exchanges if each.task.done()]
+    assert len(refused) in range(48, 52)
+    for each in refused:
+        assert await code(each) == (503, "overloaded")
+
+
+@scenario
+async def test_an_answer_that_decode_would_make_too_late_is_refused_at_once(world):
+    node = await world.owner("e", max_queue_s=10)
+    ingest = Ingest(world, num_waiting=0, placed_per_s=None)
+    ingest.report = replace(ingest.report, outlook=Outlook(20.0, 5.0, 0.0, 0.03, 0.01, 100.0))
+    await beats()
+    late = node.call("POST", PATH, {**STREAM, "max_tokens": 90}, x_baton_timeout_s="2.5")
+    assert await code(late) == (503, "overloaded")
+    node.call("POST", PATH, {**STREAM, "max_tokens": 80}, x_baton_timeout_s="2.5")
+    await world.job()
 
 
 @scenario

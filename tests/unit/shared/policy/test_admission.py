@@ -1,14 +1,25 @@
+from dataclasses import replace
+
 import pytest
 
 from shared.policy.admission import (
     BacklogReport,
     Budget,
+    Forecast,
+    Outlook,
+    Usual,
     Verdict,
     WaitingLine,
     estimated_tokens,
     max_wait_s,
     predicted_wait_s,
 )
+from shared.policy.profile import SpeedProfile
+from shared.policy.views import ClusterView
+from shared.request import Priority
+from tests.unit.shared.policy.test_placement import a_worker
+
+INTERACTIVE, STANDARD, BATCH = Priority
 
 
 def test_where_nobody_had_to_wait_lately_nothing_is_predicted():
@@ -33,6 +44,97 @@ def test_where_nothing_is_placed_one_waits_as_long_as_the_first_in_line_at_least
 def test_half_of_a_requests_time_is_for_running():
     assert max_wait_s(600, 30) == 30
     assert max_wait_s(10, 30) == 5
+
+
+PROFILE = SpeedProfile(base_s=0.01, row_s=0.001, context_s=0.0, token_s=1e-4, pair_s=0.0)
+USUAL = Usual(num_pages=10.0, num_new_tokens=100.0, prefill_s=0.05)
+
+
+def an_outlook(**changes):
+    outlook = Outlook(
+        num_free=20.0, ends_per_s=5.0, prefill_queue_s=0.0, token_s=0.03, idle_token_s=0.01, num_new_tokens=100.0
+    )
+    return replace(outlook, **changes)
+
+
+def a_forecast(*backlogs, since=0, priority=STANDARD, max_new_tokens=None):
+    return Forecast.of(backlogs, since, priority, max_new_tokens)
+
+
+def test_an_outlook_counts_room_and_pace_by_the_scarcer_of_pages_and_places():
+    decode = (
+        a_worker(1, profile=PROFILE, max_running=8, num_credits=6, num_credit_pages=30, num_pages=100),
+        a_worker(2, profile=PROFILE, max_running=8, num_credits=2, num_credit_pages=80, num_pages=100),
+        a_worker(3, profile=None, takes_work=False),
+    )
+    prefill = (a_worker(4, queued_prefill_s=0.7), a_worker(5, queued_prefill_s=0.3))
+    outlook = Outlook.of(ClusterView(prefill, decode), USUAL)
+    assert outlook.num_free == pytest.approx(2 + 2)
+    assert outlook.ends_per_s == pytest.approx(8 / 1.8 + 4 / 1.4)
+    assert (outlook.prefill_queue_s, outlook.num_new_tokens) == (0.3, 100)
+    assert (outlook.token_s, outlook.idle_token_s) == (pytest.approx(0.013), pytest.approx(0.011))
+    slow = replace(USUAL, prefill_s=0.5)
+    assert Outlook.of(ClusterView(prefill, decode), slow).ends_per_s == pytest.approx(4), "prefill is the scarcer"
+
+
+def test_there_is_no_outlook_without_speeds():
+    known, unknown = a_worker(1, profile=PROFILE), a_worker(2, profile=None)
+    assert Outlook.of(ClusterView((), (known, unknown)), USUAL) is None
+    assert Outlook.of(ClusterView((known,), ()), USUAL) is None
+    assert Outlook.of(ClusterView((), (known,)), USUAL) is not None
+
+
+def test_what_is_usual_follows_what_is_placed():
+    usual = USUAL
+    for _ in range(200):
+        usual = usual.with_one_more(Usual(40.0, 300.0, 1.0))
+    assert (usual.num_pages, usual.num_new_tokens, usual.prefill_s) == pytest.approx((40, 300, 1), rel=0.01)
+
+
+def test_a_rush_waits_for_what_will_end_in_decode():
+    """Nobody waits yet, so nothing is known of the line's pace."""
+    calm = BacklogReport(0, 0.0, None, outlook=an_outlook())
+    assert a_forecast(calm, since=20).wait_s == 0
+    assert a_forecast(calm, since=70).wait_s == pytest.approx(50 / 5)
+    assert a_forecast(calm, replace(calm, outlook=an_outlook(num_free=10.0)), since=70).wait_s == pytest.approx(12)
+    moving = BacklogReport(40, 3.0, 10.0, outlook=an_outlook())
+    assert a_forecast(moving, since=20).wait_s == pytest.approx(6), "the line's own pace, where there is one"
+
+
+def test_who_comes_to_a_long_prefill_queue_waits_for_it_too():
+    queued = BacklogReport(0, 0.0, None, outlook=an_outlook(prefill_queue_s=7.0))
+    assert a_forecast(queued).wait_s == 7
+    assert a_forecast(queued, priority=BATCH).wait_s == 0
+
+
+def test_an_answer_that_decode_would_make_too_late_is_refused_though_nobody_waits():
+    loaded = BacklogReport(0, 0.0, None, outlook=an_outlook())
+    whole, short = a_forecast(loaded), a_forecast(loaded, max_new_tokens=40)
+    assert (whole.run_s, whole.idle_run_s, short.run_s) == pytest.approx((3.0, 1.0, 1.2))
+    assert whole.excess_s(2.0, 30, STANDARD) == pytest.approx(1)
+    assert short.excess_s(2.0, 30, STANDARD) <= 0
+    assert whole.excess_s(0.9, 30, STANDARD) <= 0, "idle workers would be too slow as well: no matter of load"
+
+
+def test_a_slow_answer_leaves_less_time_to_wait():
+    assert max_wait_s(10, 30, run_s=2) == 5
+    assert max_wait_s(10, 30, run_s=8) == pytest.approx(2)
+    assert max_wait_s(10, 30, run_s=80) == 0
+
+
+def test_interactive_requests_do_not_wait_behind_standard_ones():
+    backlogs = [BacklogReport(30, 5.0, 2.0, num_standard=20)]
+    assert predicted_wait_s(backlogs, 0, INTERACTIVE) == pytest.approx(5)
+    assert predicted_wait_s(backlogs, 0, STANDARD) == pytest.approx(15)
+
+
+def test_batch_is_refused_only_if_those_before_it_have_waited_longer_than_its_deadline_allows():
+    backlogs = [BacklogReport(1000, 25.0, 2.0, oldest_batch_wait_s=1000.0), BacklogReport(0, 0.0, None)]
+    forecast = a_forecast(*backlogs, priority=BATCH)
+    assert forecast.wait_s == 1000
+    assert forecast.excess_s(3600, 30, BATCH) <= 0
+    assert forecast.excess_s(1800, 30, BATCH) > 0
+    assert a_forecast(*backlogs).excess_s(3600, 30, STANDARD) > 0
 
 
 def test_a_rate_is_known_only_while_somebody_always_waits():
