@@ -159,6 +159,9 @@ class PagedEngine:
     def take_block_changes(self) -> BlockChanges:
         return self._scheduler.take_block_changes()
 
+    def take_all_blocks(self) -> BlockChanges:
+        return self._scheduler.take_all_blocks()
+
     def stats(self) -> EngineStats:
         scheduler, tier = self._scheduler, self._scheduler.tier
         return EngineStats(

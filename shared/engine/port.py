@@ -302,6 +302,10 @@ class Engine(Protocol):
 
     def take_block_changes(self) -> BlockChanges: ...
 
+    def take_all_blocks(self) -> BlockChanges:
+        """All that is shareable, as stored: whoever heard nothing so far knows all, up to the next changes."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     def check(self) -> None:

@@ -293,6 +293,12 @@ class Scheduler:
         host_stored, host_evicted = ((), ()) if self._tier is None else self._tier.take_changes()
         return BlockChanges(*(tuple(map(name_of, keys)) for keys in (stored, evicted, host_stored, host_evicted)))
 
+    def take_all_blocks(self) -> BlockChanges:
+        """See `Engine.take_all_blocks`."""
+        self.take_block_changes()
+        host_stored = () if self._tier is None else self._tier.hashes
+        return BlockChanges(stored=tuple(map(name_of, self._pool.hashes)), host_stored=tuple(map(name_of, host_stored)))
+
     def schedule(self) -> Batch:
         """The next batch: decode rows, then chunks of what is prefilling, then of what is admitted; each by age.
 

@@ -23,10 +23,12 @@ from shared.engine.engine import PagedEngine
 from shared.engine.models.config import ModelConfig
 from shared.engine.page_budget import GRAPH_BYTES, MIN_PAGES, DeviceMemory, measure_memory, pages_that_fit
 from shared.engine.port import EngineLimits
+from shared.engine.step_times import measure_steps
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.weight_reading import Report
 from shared.engine.weights import Checkpoint, OpenedCheckpoint, open_checkpoint
 from shared.errors import StartupError
+from shared.policy.profile_fit import MeasuredStep
 from shared.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 KernelKind = Literal["triton", "torch"]
 
 PLAIN = "PyTorch alone"
+
+MEASURE_S = {"cuda": 3.0, "cpu": 0.5}
+"""How long steps may be measured, by the type of device."""
 
 KERNEL_SHARED_BYTES = 163 * 2**10
 """What an A100 lets a block have. The largest tiles of the Triton kernels, compiled for one, take up to 144 KB."""
@@ -81,7 +86,8 @@ class StartedEngine:
         weight_bytes, kv_bytes: of device memory.
         peak_bytes: of device memory, weights and largest step together; None on a CPU.
         load_s: from the beginning until the weights were there and the largest step had run.
-        warm_up_s: the rest: pages allocated, every shape of a step run, graphs captured.
+        warm_up_s: the rest: pages allocated, every shape of a step run, graphs captured, some steps measured.
+        measured_steps: what these steps computed and how long they took.
     """
 
     engine: PagedEngine
@@ -92,6 +98,7 @@ class StartedEngine:
     peak_bytes: int | None
     load_s: float
     warm_up_s: float
+    measured_steps: tuple[MeasuredStep, ...]
 
 
 def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float]) -> StartedEngine:
@@ -124,6 +131,7 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
             max_batch_tokens=plan.max_batch_tokens,
         ),
     )
+    measured_steps = measure_steps(runner, engine.limits, budget_s=MEASURE_S[plan.device.type], clock_s=clock_s)
     return StartedEngine(
         engine,
         runs=PLAIN if isinstance(runner, TorchRunner) else runner.description,
@@ -133,6 +141,7 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
         peak_bytes=None if memory is None else memory.peak_bytes,
         load_s=loaded_s - began_s,
         warm_up_s=clock_s() - loaded_s,
+        measured_steps=measured_steps,
     )
 
 

@@ -17,7 +17,7 @@
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,6 +126,11 @@ class HostTier:
     def num_used(self) -> int:
         """Blocks that have a copy."""
         return self._slots.num_used
+
+    @property
+    def hashes(self) -> Collection[BlockHash]:
+        """Of the blocks that have a copy."""
+        return self._slots.hashes
 
     @property
     def num_saved_bytes(self) -> int:

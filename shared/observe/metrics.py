@@ -113,6 +113,23 @@ class WorkerMetrics:
         self.late_allocations = gauge(
             "baton_late_allocations", "Times memory was asked of the GPU since the worker was ready; must stay 0"
         )
+        self.speeds = {
+            "base": gauge(
+                "baton_speed_base_seconds", "Measured time of any step; 0, as of all speeds: not measured yet"
+            ),
+            "row": gauge("baton_speed_row_seconds", "Measured time of a step for each decode row"),
+            "context": gauge(
+                "baton_speed_context_seconds", "Measured time of a step for each position that a decode row reads"
+            ),
+            "token": gauge("baton_speed_token_seconds", "Measured time of a step for each prompt token"),
+            "pair": gauge(
+                "baton_speed_pair_seconds",
+                "Measured time of a step for each pair of a prompt token and a position that it attends to",
+            ),
+        }
+        self.speed_error = gauge(
+            "baton_speed_error_ratio", "How far off the measured speeds are for the middle one of all sizes of steps"
+        )
         self.step_seconds = histogram("baton_step_seconds", "Duration of one engine step", LATENCY_BUCKETS_S)
         self.step_tokens = histogram("baton_step_tokens", "Token rows of one engine step", TOKEN_BUCKETS)
         self.transfer_seconds = histogram(

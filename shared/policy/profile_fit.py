@@ -39,7 +39,7 @@ MIN_WEIGHT = 0.02
 MIN_SCATTER = 0.02
 """Relative error that is nothing unusual, however well all bins agree."""
 
-INERTIA = 1e-3
+INERTIA = 1e-4
 """How strongly a speed stays as it was, against all bins: only where those say next to nothing of it."""
 
 NUM_ROUNDS = 3
@@ -52,6 +52,14 @@ KNEES = tuple(2.0**power for power in range(3, 14))
 
 Size = tuple[int, int, int, int]
 Vector = list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """What a step computed, and how long it took."""
+
+    work: StepWork
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

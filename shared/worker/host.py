@@ -7,7 +7,7 @@ A worker that finds its lease lost raises LeaseLost: the process ends and comes 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from shared.engine.port import Engine, EngineStats
 from shared.errors import LeaseLost, StepHangs
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
+from shared.policy.profile_fit import MeasuredStep
 from shared.request import Incarnation, WorkerRef, partition_of
 from shared.state import keys
 from shared.state.port import BlockNews, State, StateUnavailable, WorkerCard, WorkerLoad, pieces
@@ -37,9 +38,16 @@ from shared.worker.engine_thread import EngineThread
 from shared.worker.frames import FrameWriter
 from shared.worker.peers import LinkFloor, Peers
 from shared.worker.role import Role, WorkerContext
+from shared.worker.speeds import SpeedMeter, rounded_rate
 
 READ_TIMEOUT_S = 1.0
 DRAIN_POLL_S = 0.05
+
+ANNOUNCE_INTERVAL_S = 0.25
+"""Blocks that came and went are told so often."""
+
+LEARN_INTERVAL_S = 2.0
+"""The speeds of steps are told anew so often."""
 
 HAND_OVER_TIMEOUT_S = 5.0
 """Cuts of what a leaving worker did not finish are waited for so long."""
@@ -66,6 +74,7 @@ class WorkerParts:
         clock_s: unix seconds.
         floor: None takes every link for good.
         run_engine: makes what runs the engine's steps, timed by `clock_s`.
+        measured_steps: what the engine was measured by before it is open for work.
     """
 
     role_name: RoleName
@@ -84,6 +93,7 @@ class WorkerParts:
     limits: WorkerLimits
     floor: LinkFloor | None = None
     run_engine: Callable[[Engine, Callable[[], float]], EngineThread] = EngineThread
+    measured_steps: Sequence[MeasuredStep] = ()
 
 
 class _Leave(Exception):
@@ -114,6 +124,8 @@ class Worker:
         self._engine: EngineThread | None = None
         self._role: Role | None = None
         self._last_stats: EngineStats | None = None
+        self._blocks_wanted = False
+        self._speeds = SpeedMeter(parts.measured_steps)
         self._running_step_s: float | None = None
         self._seen_running_s = 0.0
 
@@ -143,6 +155,7 @@ class Worker:
                         tasks.create_task(self._watch_engine(engine))
                         tasks.create_task(self._beat_for_ever(slot, engine))
                         tasks.create_task(self._announce_for_ever(engine))
+                        tasks.create_task(self._learn_for_ever())
                         context = WorkerContext(
                             me=me,
                             engine=engine,
@@ -242,6 +255,8 @@ class Worker:
             num_waiting=stats.num_waiting,
             draining=self._draining,
             log_away=self._parts.bus.silent_s() > keys.LEASE_S,
+            profile=self._speeds.profile,
+            links={peer: rounded_rate(rate) for peer, rate in self.peers.rates().items()},
         )
 
     async def _beat_for_ever(self, slot: int, engine: EngineThread) -> None:
@@ -268,23 +283,33 @@ class Worker:
             return
         if renewed is None:
             raise LeaseLost(f"slot {slot} is no longer ours: its lease of {keys.LEASE_MS} ms ran out")
+        self._blocks_wanted = self._blocks_wanted or renewed.blocks_wanted
 
     async def _announce_for_ever(self, engine: EngineThread) -> None:
         """Apart from the beats: asking the engine waits for the end of its step, and a beat must not."""
         while True:
             await self._announce_blocks(engine)
-            await asyncio.sleep(keys.BEAT_INTERVAL_S)
+            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
 
     async def _announce_blocks(self, engine: EngineThread) -> None:
-        changes = await engine.call(lambda owned: owned.take_block_changes())
-        if not changes.stored and not changes.evicted:
+        is_full, self._blocks_wanted = self._blocks_wanted, False
+        changes = await engine.call(lambda owned: owned.take_all_blocks() if is_full else owned.take_block_changes())
+        news_of_all = BlockNews(
+            changes.stored, changes.evicted, changes.host_stored, changes.host_evicted, is_full=is_full
+        )
+        if news_of_all == BlockNews():
             return
-        for news in pieces(BlockNews(changes.stored, changes.evicted)):
+        for news in pieces(news_of_all):
             sequence, self._num_announced = self._num_announced, self._num_announced + 1
             try:
                 await self._parts.state.announce_blocks(self._parts.incarnation, sequence, news)
             except StateUnavailable as error:
                 self._parts.log.warning("block announcement lost; readers will see the gap", error=str(error))
+
+    async def _learn_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(LEARN_INTERVAL_S)
+            self._speeds.refresh()
 
     async def _watch_engine(self, engine: EngineThread) -> None:
         await engine.failed
@@ -321,6 +346,7 @@ class Worker:
             step = await engine.steps.get()
             await role.handle(step)
             engine.handled()
+            self._speeds.add(step)
             metrics.step_seconds.observe(step.ended_s - step.started_s)
             metrics.step_tokens.observe(step.output.num_batch_tokens)
 
@@ -353,6 +379,13 @@ class Worker:
             return True
         return any(worker.slot == slot and worker.num_credits > 0 for worker in workers)
 
+    def _publish_speeds(self) -> None:
+        metrics, profile = self._parts.metrics, self._speeds.profile
+        if profile is not None:
+            metrics.speed_error.set(self._speeds.scatter)
+            for name, gauge in metrics.speeds.items():
+                gauge.set(getattr(profile, f"{name}_s"))
+
     def _publish_metrics(self, stats: EngineStats) -> None:
         metrics = self._parts.metrics
         last = self._last_stats or replace(
@@ -374,4 +407,5 @@ class Worker:
         metrics.prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
         metrics.prompt_tokens.inc(stats.num_prompt_tokens - last.num_prompt_tokens)
         metrics.generation_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
+        self._publish_speeds()
         self._last_stats = stats

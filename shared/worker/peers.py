@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from shared.errors import KvTransferFailed, StartupError
 from shared.observe.log import Logger
+from shared.policy.profile import LinkRate
 from shared.request import Incarnation
 from shared.state import keys
 from shared.state.port import LiveWorker, Role, State, StateUnavailable, WorkerCard
+from shared.transfer.plan import GROUP_COST_S
 from shared.transfer.port import LinkReport, Transfer
 from shared.wire.topics import NUM_SLOTS
 
@@ -128,6 +130,14 @@ class Peers:
             for report in reports
             if report.incarnation in self._sources
         )
+
+    def rates(self) -> dict[Incarnation, LinkRate]:
+        """How fast pulls over the measured ones of the links are."""
+        return {
+            link.report.incarnation: LinkRate(GROUP_COST_S + speed.latency_s, speed.bytes_per_s)
+            for link in self.links()
+            if (speed := link.report.speed) is not None
+        }
 
     def num_missing(self) -> int:
         """Workers that we may pull from and have not connected to."""

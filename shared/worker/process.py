@@ -154,10 +154,10 @@ async def serve_worker(
     async with redis_state(settings.redis, redis_access) as state:
         await state.check_access()  # before the weights are read, which may take minutes
     registry.register(BusMetrics(bus))
-    late_work = None
+    late_work, measured_steps = None, ()
     if build is None:
         started = start(settings, logger)
-        engine, late_work = started.engine, started.late_work
+        engine, late_work, measured_steps = started.engine, started.late_work, started.measured_steps
     else:
         engine = build(settings)
     staging = Staging(engine.cache, os.environ)
@@ -193,6 +193,7 @@ async def serve_worker(
                 random_bytes=secrets.token_bytes,
                 limits=WorkerLimits(drain_s=settings.drain_s, step_s=settings.step_s),
                 floor=settings.link_floor,
+                measured_steps=measured_steps,
             )
         )
         peers = worker.peers

@@ -7,6 +7,7 @@ from shared.engine.fake import fake_engine
 from shared.state.memory import MemoryState
 from shared.state.port import Role
 from tests.flow.system import MODEL, System
+from tests.flow.test_whole import a_body, a_system
 
 STEP_S = 0.02
 
@@ -22,6 +23,34 @@ def busy_engine():
 
     engine.step = slow_step
     return engine
+
+
+async def read_all(state, incarnation):
+    """All that stands in the feed of a worker."""
+    entries, cursor = [], "0"
+    while found := await state.read_block_feeds({incarnation: cursor}):
+        entries += found
+        cursor = found[-1].cursor
+    return entries
+
+
+async def test_whoever_lost_track_is_told_the_full_list():
+    async with a_system(prefills=1, decodes=1) as system:
+        decode = system.workers[-1]
+        await system.ended(await system.submit(a_body(list(range(10, 210)), 5)))
+        state = MemoryState(system.store)
+        async with asyncio.timeout(15):
+            while sum(len(entry.news.stored) for entry in await read_all(state, decode.incarnation)) < 3:
+                await asyncio.sleep(0.01)
+            await state.ask_for_blocks(decode.incarnation)
+            while not (entries := await read_all(state, decode.incarnation))[0].news.is_full:
+                await asyncio.sleep(0.01)
+            assert len(entries[0].news.stored) == 3
+            assert entries[0].sequence > 0
+            await system.ended(await system.submit(a_body(list(range(500, 700)), 5)))
+            while len(entries := await read_all(state, decode.incarnation)) < 2:
+                await asyncio.sleep(0.01)
+        assert not entries[-1].news.is_full, "asked once, told once"
 
 
 async def test_a_worker_without_a_pause_announces_its_blocks():
