@@ -6,6 +6,7 @@ Where ingest chose so it computes a prompt itself, in chunks beside the running 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from services.decode.intake import Arrival, Ends, Intake, engine_request
 from shared.engine.port import TokenOutput
@@ -27,6 +28,7 @@ from shared.wire.wire_format import WireFormat
 from shared.worker.answers import end_of, text_of
 from shared.worker.engine_thread import Step
 from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
+from shared.worker.prefixes import Prefixes
 from shared.worker.role import Remembered, WorkerContext
 
 
@@ -55,6 +57,7 @@ class DecodeRole:
         self._context = context
         self._decodings: dict[PlacementId, Decoding] = {}
         self._seen = Remembered()
+        self._prefixes = Prefixes(context)
         ends = Ends(arrived=self._arrived, refused=self._refused, given_up=self._given_up)
         self._intake = Intake(context, ends, pull_timeout_s=pull_timeout_s)
 
@@ -115,15 +118,14 @@ class DecodeRole:
             context.tasks.create_task(self._publish_end(work, *end))
             return
         context.metrics.count_local_prefill(LocalPrefill.CHOSEN)
-        request = engine_request(work)
-        added = context.engine.call(lambda engine: engine.add(request))
+        added = self._prefixes.add(engine_request(work), work.fetch)
         context.tasks.create_task(self._fail_if_refused(work, added))
 
     async def _publish_end(self, work: LocalWork, finish: FinishReason, stop_reason: str | int | None) -> None:
         index = len(work.ids) - work.assignment.prompt_len
         await self._end_with(end_entry(work.assignment, index, finish, stop_reason))
 
-    async def _fail_if_refused(self, work: LocalWork, added: asyncio.Future[None]) -> None:
+    async def _fail_if_refused(self, work: LocalWork, added: asyncio.Future[Any]) -> None:
         try:
             await added
         except ValueError as error:

@@ -217,7 +217,7 @@ class Backlog:
         if placement != wanted:  # an earlier one, whose credits the view has already
             return Placed(placement, None)
         self._cluster.count(chosen)
-        return Placed(placement, chosen)
+        return Placed(placement, chosen, self._cluster.fetch_ticket(chosen))
 
 
 def _key(waiting: Waiting) -> PlacementKey:

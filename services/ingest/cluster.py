@@ -15,6 +15,7 @@ from shared.policy.views import ClusterView, WorkerView
 from shared.request import WorkerRef
 from shared.state import keys
 from shared.state.port import LiveWorker, Role, State
+from shared.wire.to_worker import FetchTicket
 from shared.wire.topics import NUM_SLOTS
 
 VIEW_MAX_AGE_S = 0.25
@@ -86,6 +87,13 @@ class Cluster:
         """Note a placement of ours in the view, until the next reading tells of it."""
         self._counted.append((self._num_asked, chosen))
         self._add(chosen)
+
+    def fetch_ticket(self, chosen: Chosen) -> FetchTicket | None:
+        """What whoever computes the prompt is told of a fetch; None: there is none, or its source has gone."""
+        if chosen.fetch is None or chosen.fetch.source not in self._kept:
+            return None
+        worker, _ = self._kept[chosen.fetch.source]
+        return FetchTicket(worker.ref, worker.card.transfer_address, chosen.fetch.num_pages)
 
     async def follow_feeds(self) -> None:
         """Take what the workers announced since the last time. Raises StateUnavailable."""

@@ -43,7 +43,7 @@ class StoryWriter:
         job, placement = waiting.admitted.job, placed.placement
         placed_s = self._clock_s()
         explanation = UNKNOWN if placed.chosen is None else placed.chosen.explanation.brief()
-        topic, work = work_of(waiting, placement, self._wire_loss.allowed(job.tenant))
+        topic, work = work_of(waiting, placed, self._wire_loss.allowed(job.tenant))
         await self._producer.send(topic.name, work.target.slot, encode(work))
         await self._tell(
             job,
@@ -123,12 +123,13 @@ class StoryWriter:
         )
 
 
-def work_of(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> tuple[Topic, PrefillWork | LocalWork]:
+def work_of(waiting: Waiting, placed: Placed, max_wire_loss: WireFormat) -> tuple[Topic, PrefillWork | LocalWork]:
     """The first worker's part, and where that worker reads it. One worker alone has nobody to hand it to."""
+    placement = placed.placement
     given = assignment(waiting, placement, max_wire_loss)
     if placement.prefill == placement.decode:
-        return DECODE, LocalWork(given, waiting.ids, placement.decode)
-    return PREFILL, PrefillWork(given, waiting.ids, placement.prefill, placement.decode)
+        return DECODE, LocalWork(given, waiting.ids, placement.decode, placed.fetch)
+    return PREFILL, PrefillWork(given, waiting.ids, placement.prefill, placement.decode, placed.fetch)
 
 
 def assignment(waiting: Waiting, placement: Placement, max_wire_loss: WireFormat) -> Assignment:

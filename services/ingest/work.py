@@ -7,6 +7,7 @@ from shared.blocks import TokenIds
 from shared.policy.placement import Chosen
 from shared.state.port import Placement
 from shared.wire.to_ingest import LogPosition
+from shared.wire.to_worker import FetchTicket
 
 
 @dataclass(slots=True)
@@ -56,7 +57,9 @@ class Placed:
     Attributes:
         chosen: the decision behind it; None if the placement stood already, made by an ingest that died or by a call
             whose answer was lost.
+        fetch: what whoever computes the prompt is to get rather than compute.
     """
 
     placement: Placement
     chosen: Chosen | None
+    fetch: FetchTicket | None = None

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Any
 
 from services.prefill.rate import PrefillRate
 from shared.engine.port import EngineRequest, TokenOutput
@@ -27,6 +28,7 @@ from shared.wire.topics import DECODE
 from shared.worker.answers import end_of, text_of
 from shared.worker.engine_thread import Step
 from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
+from shared.worker.prefixes import Prefixes
 from shared.worker.role import Remembered, WorkerContext
 
 SECRET_BYTES = 16
@@ -96,6 +98,7 @@ class PrefillRole:
         self._hold_s = hold_s
         self._prefills: dict[PlacementId, Prefill] = {}
         self._seen = Remembered()
+        self._prefixes = Prefixes(context)
         self._rate = PrefillRate()
         self._loop = asyncio.get_running_loop()
         self._launches: deque[tuple[Prefill, Chunk, tuple[int, ...]]] = deque()  # filled on the engine's thread
@@ -150,10 +153,10 @@ class PrefillRole:
             hold_kv=True,
             on_chunk=None if ends_here else lambda chunk, pages: self._on_chunk(prefill, chunk, pages),
         )
-        added = self._context.engine.call(lambda engine: engine.add(request))
+        added = self._prefixes.add(request, work.fetch)
         self._context.tasks.create_task(self._fail_if_refused(prefill, added))
 
-    async def _fail_if_refused(self, prefill: Prefill, added: asyncio.Future[None]) -> None:
+    async def _fail_if_refused(self, prefill: Prefill, added: asyncio.Future[Any]) -> None:
         try:
             await added
         except ValueError as error:

@@ -30,6 +30,23 @@ class LocalPrefill(StrEnum):
     PULL_FAILED = "pull failed"
 
 
+class PrefixFetch(StrEnum):
+    """What became of a ticket to fetch a prompt's first pages from a peer."""
+
+    WHOLE = "whole"
+    """All that was lacking came."""
+    PART = "part"
+    """The peer had only the first of them."""
+    GONE = "gone"
+    """The peer had none, or is gone itself."""
+    FAILED = "failed"
+    """It broke off, was refused, or took longer than computing would."""
+    NO_ROOM = "no room"
+    """There were no pages to fetch into."""
+    NEEDLESS = "needless"
+    """Nothing was lacking that was not on its way."""
+
+
 HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
 IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
 
@@ -166,6 +183,21 @@ class WorkerMetrics:
         )
         for outcome in HOLD_OUTCOMES:
             self.holds_ended.labels(model_name, outcome)
+        self.prefix_fetches = Counter(
+            "baton_prefix_fetches",
+            "Prompts whose first pages were to come from a peer, by what became of it; what did not come was computed",
+            ["model_name", "outcome"],
+            registry=registry,
+        )
+        for outcome in PrefixFetch:
+            self.prefix_fetches.labels(model_name, outcome)
+        self.prefix_fetch_seconds = histogram(
+            "baton_prefix_fetch_seconds",
+            "From asking a peer for a prompt's first pages to having or giving them up",
+            LATENCY_BUCKETS_S,
+        )
+        self.prefix_fetch_bytes = counter("baton_prefix_fetch_bytes", "KV bytes fetched, as they lie in pages")
+        self.lent_pages = counter("baton_kv_lent_pages", "KV pages kept for peers that fetched them")
         self.ignored = Counter(
             "baton_ignored_records_total", "Slot records ignored", ["model_name", "reason"], registry=registry
         )
@@ -179,6 +211,13 @@ class WorkerMetrics:
         self.transfer_bytes.inc(kv_bytes)
         self.transfers.labels(self.model_name, wire_format).inc()
         self.wire_bytes.labels(self.model_name, wire_format).inc(wire_bytes)
+
+    def observe_fetch(self, outcome: PrefixFetch, *, seconds: float | None = None, kv_bytes: int = 0) -> None:
+        """Count what became of a ticket; `seconds` from asking the peer on, if it was asked."""
+        self.prefix_fetches.labels(self.model_name, outcome).inc()
+        self.prefix_fetch_bytes.inc(kv_bytes)
+        if seconds is not None:
+            self.prefix_fetch_seconds.observe(seconds)
 
     def count_local_prefill(self, cause: LocalPrefill) -> None:
         """A prompt is computed on the decode worker."""

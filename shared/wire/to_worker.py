@@ -46,6 +46,21 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchTicket:
+    """Get those of the first `num_pages` pages of the ids that are lacking from `source`, which is said to have them.
+
+    A hint: what the source does not send is computed. It is no right either: who fetches shows that it knows the ids.
+
+    Attributes:
+        address: the source's listener, "host:port".
+    """
+
+    source: WorkerRef
+    address: str
+    num_pages: Count
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillWork:
     """Compute KV of `ids` and the token behind them, then hand both to `decode`.
 
@@ -53,12 +68,14 @@ class PrefillWork:
         ids: prompt and accepted tokens.
         target: the prefill worker this is for.
         decode: the decode worker that goes on.
+        fetch: what to get rather than compute.
     """
 
     assignment: Assignment
     ids: WireIds
     target: WorkerRef
     decode: WorkerRef
+    fetch: FetchTicket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +121,13 @@ class LocalWork:
     Attributes:
         ids: prompt and accepted tokens.
         target: the decode worker this is for.
+        fetch: what to get rather than compute.
     """
 
     assignment: Assignment
     ids: WireIds
     target: WorkerRef
+    fetch: FetchTicket | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from shared.wire.topics import DECODE, NUM_SLOTS, PREFILL, STREAM_OUT
 from shared.worker.credits import Credits
 from shared.worker.engine_thread import EngineThread
 from shared.worker.frames import FrameWriter
+from shared.worker.lending import EngineLender
 from shared.worker.peers import LinkFloor, Peers
 from shared.worker.role import Role, WorkerContext
 from shared.worker.speeds import SpeedMeter, rounded_rate
@@ -113,6 +114,7 @@ class Worker:
             parts.transfer,
             parts.state,
             role=parts.role_name,
+            incarnation=parts.incarnation,
             layout_fingerprint=parts.engine.model.layout.fingerprint,
             floor=parts.floor,
             log=parts.log,
@@ -171,7 +173,9 @@ class Worker:
                             random_bytes=parts.random_bytes,
                             is_gone=self.peers.is_gone,
                             tasks=tasks,
+                            profile=lambda: self._speeds.profile,
                         )
+                        parts.transfer.lend_from(EngineLender(engine, parts.metrics))
                         tasks.create_task(self._open(context, prefill_reader, decode_reader))
                         await stop.wait()
                         await self._drain(context)

@@ -1,7 +1,8 @@
 """The workers that this one may pull from: connected to and measured before the first pull, judged, and told of.
 
 At each beat the registry is read. A worker that we may pull from and have not connected to is connected to, one after
-the other, so that no self-test disturbs another; where that fails, again later and later. A peer that restarts
+the other, so that no self-test disturbs another; where that fails, again later and later. Behind those whose prompts we
+take over come, one a beat, all others whose pages fit ours: prefixes may be fetched from them. A peer that restarts
 comes as a new incarnation, and one that is gone is forgotten with its lease. That it is gone is known for sure when no
 reading for some leases found it: an emptied store knows nobody for a beat.
 """
@@ -27,7 +28,7 @@ GONE_AFTER_S = 5 * keys.LEASE_S
 """A peer is gone when the registry, read all the time, has not named it for so long."""
 
 SOURCES = {Role.DECODE: frozenset({Role.PREFILL}), Role.PREFILL: frozenset[Role]()}
-"""Whose KV a role pulls."""
+"""Whose prompts a role takes over. It must reach them; prefixes it may fetch from any worker that it reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Peers:
         state: State,
         *,
         role: Role,
+        incarnation: Incarnation,
         layout_fingerprint: str,
         floor: LinkFloor | None,
         log: Logger,
@@ -86,11 +88,12 @@ class Peers:
         self._transfer = transfer
         self._state = state
         self._role = role
+        self._incarnation = incarnation
         self._layout_fingerprint = layout_fingerprint
         self._floor = floor
         self._log = log
         self._clock_s = clock_s
-        self._sources: dict[Incarnation, WorkerCard] = {}
+        self._cards: dict[Incarnation, WorkerCard] = {}  # of all whose pages fit ours
         self._tested: dict[Incarnation, LinkReport] = {}
         self._failures: dict[Incarnation, _Failure] = {}
         self._seen_s: dict[Incarnation, float] = {}
@@ -100,23 +103,32 @@ class Peers:
         """Keep the links up, for ever."""
         while True:
             await self.refresh()
+            await self._reach_one_more()
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     async def refresh(self) -> None:
-        """Read the registry and connect to whom we lack. Without the store all stays as it is."""
+        """Read the registry and connect to the sources that we lack. Without the store all stays as it is."""
         try:
             workers = await self._state.workers(num_slots=NUM_SLOTS)
         except StateUnavailable:
             self._read_since_s = self._read_s = self._clock_s()
             return
-        self._sources = {each.card.incarnation: each.card for each in workers if self._may_pull_from(each.card)}
+        self._cards = {each.card.incarnation: each.card for each in workers if self._may_pull_from(each.card)}
         self._note_seen(workers)
-        self._failures = {peer: failure for peer, failure in self._failures.items() if peer in self._sources}
-        self._tested = {peer: report for peer, report in self._tested.items() if peer in self._sources}
+        self._failures = {peer: failure for peer, failure in self._failures.items() if peer in self._cards}
+        self._tested = {peer: report for peer, report in self._tested.items() if peer in self._cards}
         for card in self._missing():
-            failure = self._failures.get(card.incarnation)
-            if failure is None or self._clock_s() >= failure.retry_at_s:
+            if self._is_due(card):
                 await self._connect(card)
+
+    async def _reach_one_more(self) -> None:
+        card = next(filter(self._is_due, self._untested()), None)
+        if card is not None:
+            await self._connect(card)
+
+    def _is_due(self, card: WorkerCard) -> bool:
+        failure = self._failures.get(card.incarnation)
+        return failure is None or self._clock_s() >= failure.retry_at_s
 
     def is_gone(self, peer: Incarnation) -> bool:
         """Whether a worker that registered has ended, for all that the registry tells. It does not come back."""
@@ -126,9 +138,9 @@ class Peers:
         """The links to workers that stand in the registry."""
         reports = self._transfer.links()
         return tuple(
-            self._named(self._sources[report.incarnation], report)
+            self._named(self._cards[report.incarnation], report)
             for report in reports
-            if report.incarnation in self._sources
+            if report.incarnation in self._cards
         )
 
     def rates(self) -> dict[Incarnation, LinkRate]:
@@ -140,7 +152,7 @@ class Peers:
         }
 
     def num_missing(self) -> int:
-        """Workers that we may pull from and have not connected to."""
+        """Workers whose prompts we may take over and that we have not connected to."""
         return len(self._missing())
 
     def health(self) -> dict[str, object]:
@@ -176,11 +188,14 @@ class Peers:
         self._seen_s |= dict.fromkeys((each.card.incarnation for each in workers), now_s)
 
     def _may_pull_from(self, card: WorkerCard) -> bool:
-        return card.role in SOURCES[self._role] and card.layout_fingerprint == self._layout_fingerprint
+        return card.incarnation != self._incarnation and card.layout_fingerprint == self._layout_fingerprint
 
     def _missing(self) -> list[WorkerCard]:
+        return [card for card in self._untested() if card.role in SOURCES[self._role]]
+
+    def _untested(self) -> list[WorkerCard]:
         links = self._transfer.links()  # a pull may have made one, or made it again, without a test
-        return [card for peer, card in self._sources.items() if self._tested.get(peer) not in links]
+        return [card for peer, card in self._cards.items() if self._tested.get(peer) not in links]
 
     async def _connect(self, card: WorkerCard) -> None:
         try:

@@ -9,6 +9,7 @@ from typing import Protocol
 from shared.bus.port import Producer
 from shared.observe.log import Logger
 from shared.observe.metrics import WorkerMetrics
+from shared.policy.profile import SpeedProfile
 from shared.request import Incarnation, PlacementId, WorkerRef
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
@@ -33,6 +34,7 @@ class WorkerContext:
         tasks: a failure in any of them ends the worker.
         handoff: producer for records to other workers.
         is_gone: whether another worker has ended, for all that is known here; it does not come back.
+        profile: how fast this worker computes; None before it has measured that.
     """
 
     me: WorkerRef
@@ -49,6 +51,7 @@ class WorkerContext:
     random_bytes: Callable[[int], bytes]
     is_gone: Callable[[Incarnation], bool]
     tasks: asyncio.TaskGroup
+    profile: Callable[[], SpeedProfile | None]
 
 
 class Role(Protocol):

@@ -225,6 +225,7 @@ class Worker:
                     random_bytes=os.urandom,
                     is_gone=lambda _: False,
                     tasks=tasks,
+                    profile=lambda: None,
                 )
                 if spec.role == "prefill":
                     self._role = PrefillRole(role_context, hold_s=HOLD_S)

@@ -145,6 +145,7 @@ async def a_context(engine, *, me, transfer=None, clock_s=None):
             random_bytes=bytes,
             gone=gone,
             is_gone=gone.__contains__,
+            profile=lambda: None,
         )
         for task in tasks._tasks:
             task.cancel()

@@ -97,6 +97,7 @@ class Place:
             transfer,
             self.state,
             role=role,
+            incarnation=Incarnation("me"),
             layout_fingerprint=LAYOUT.fingerprint,
             floor=floor,
             log=self.told,
@@ -132,7 +133,6 @@ def test_prefill_workers_of_our_layout_are_connected_to_and_told_of_once():
             await place.transfer(name)
             await place.register(name)
         await place.register("c", layout=replace(LAYOUT, num_layers=2))
-        await place.register("d", role=Role.DECODE)
         peers = place.peers(await place.transfer("me"))
         async with running(peers):
             await asyncio.sleep(10 * BEAT_S)
@@ -156,13 +156,51 @@ def test_prefill_workers_of_our_layout_are_connected_to_and_told_of_once():
     on_one_host(check)
 
 
-def test_a_prefill_worker_pulls_from_nobody():
+def test_a_prefill_worker_takes_over_from_nobody():
     async def check(place):
         await place.transfer("a")
         await place.register("a")
         peers = place.peers(await place.transfer("me"), role=Role.PREFILL)
         await peers.refresh()
         assert peers.health() == {"status": "ok", "links": []}
+
+    on_one_host(check)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_all_others_are_reached_one_a_beat_behind_those_whose_prompts_are_taken_over(role):
+    async def check(place):
+        roles = {"a": Role.DECODE, "b": Role.DECODE, "c": Role.PREFILL, "me": role}
+        me = await place.transfer("me")
+        for name, each in roles.items():
+            if name != "me":
+                await place.transfer(name)
+            await place.register(name, role=each)
+        peers = place.peers(me, role=role)
+        first = ["the c"] if role is Role.DECODE else []
+        async with running(peers):
+            for num_more in (1, 2, 3, 4):
+                await asyncio.sleep(BEAT_S / 2)
+                reached = names(peers)
+                assert reached[: len(first)] == first
+                assert len(reached) == min(3, len(first) + num_more)
+                assert peers.num_missing() == 0
+                await asyncio.sleep(BEAT_S / 2)
+            assert set(peers.rates()) == {"a", "b", "c"}
+            assert peers.health()["status"] == "ok"
+
+    on_one_host(check)
+
+
+def test_one_that_only_prefixes_could_come_from_and_that_does_not_answer_is_no_fault():
+    async def check(place):
+        await place.register("a")
+        peers = place.peers(await place.transfer("me"), role=Role.PREFILL)
+        async with running(peers):
+            await asyncio.sleep(LONGEST_RETRY_S)
+            assert len(place.told.of("no link")) > 2
+            assert peers.health() == {"status": "ok", "links": []}
+            assert peers.num_missing() == 0
 
     on_one_host(check)
 
