@@ -3,13 +3,10 @@
 from typing import Protocol
 
 from loadgen.simulator.workload import SimRow
-from shared.policy.lengths import LengthKey, LengthPredictor
+from shared.policy.lengths import LengthKey, LengthPredictor, expect
 
 PLAIN_TOKENS = 256
 """What every answer is taken for without prediction."""
-
-RESERVE_QUANTILE = 0.9
-"""Room is kept for an answer that so many of its kind do not exceed."""
 
 
 class Lengths(Protocol):
@@ -43,8 +40,8 @@ class LearntLengths:
         self._predictor = LengthPredictor()
 
     def predict(self, row: SimRow, max_new_tokens: int) -> tuple[float, int]:
-        prediction = self._predictor.predict(_key(row), max_new_tokens)
-        return prediction.mean, prediction.quantile(RESERVE_QUANTILE)
+        expected = expect(self._predictor.predict(_key(row), max_new_tokens))
+        return expected.new_tokens, expected.reserve_tokens
 
     def learn(self, row: SimRow, num_tokens: int) -> None:
         self._predictor.observe(_key(row), num_tokens, is_cut=False)

@@ -33,6 +33,12 @@ WINDOW = 500
 MAX_LEVELS = 4096
 """Kept at a time, of all kinds; each takes about 5 KiB. Those that saw nothing for longest go."""
 
+RESERVE_QUANTILE = 0.75
+"""Room is kept for an answer that three of four do not exceed. Pages are a worker's and not an answer's: the short ones
+leave theirs to the long ones. Were lengths geometric, that many pages would hold 16 answers at their ends, all at once,
+93 times of 100, and 64 answers 997 times of 1000; and most have not come to their ends yet. For single answers a higher
+quantile would be surer, and leave pages empty all day; whoever finds none is computed again, which is counted."""
+
 BINS_PER_OCTAVE = 8
 MAX_LENGTH = 2**17
 """Longer answers count as this long."""
@@ -146,6 +152,28 @@ class Prediction:
         first = -self.survivals[index]
         slope = (-self.survivals[index + 1] - first) / (STARTS[index + 1] - STARTS[index])
         return self.sums[index] + num * first + slope * num * (num - 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What is still to come of an answer.
+
+    Attributes:
+        new_tokens: on average.
+        reserve_tokens: so many get room.
+    """
+
+    new_tokens: float
+    reserve_tokens: int
+
+
+def expect(prediction: Prediction, *, num_made: int = 0, at_least: int = 0) -> Expected:
+    """What is to come of an answer that goes on behind `num_made` tokens and may not end before it has `at_least`."""
+    sure = max(min(at_least, prediction.max_new_tokens) - 1, num_made)
+    return Expected(
+        sure - num_made + prediction.mean_remaining(sure),
+        sure - num_made + prediction.remaining(sure, RESERVE_QUANTILE),
+    )
 
 
 class _Level:

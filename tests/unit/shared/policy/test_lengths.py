@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loadgen.traces import read_trace
 from shared.policy import lengths
-from shared.policy.lengths import GUESSED_MEAN_TOKENS, MAX_LENGTH, STARTS, LengthKey, LengthPredictor
+from shared.policy.lengths import GUESSED_MEAN_TOKENS, MAX_LENGTH, STARTS, Expected, LengthKey, LengthPredictor, expect
 
 NO_LIMIT = 10**6
 KEY = LengthKey("t", "m", "chat", 1000)
@@ -99,6 +99,15 @@ def test_an_answer_that_goes_on_is_one_of_those_that_were_longer():
     assert prediction.remaining(100, 0.5) == pytest.approx(700, rel=0.1)
     assert prediction.mean_remaining(100) == pytest.approx(700, rel=0.15)
     assert prediction.mean_remaining(0) == pytest.approx(prediction.mean)
+
+
+def test_an_answer_that_may_not_end_before_is_at_least_so_long():
+    prediction = taught(ended(*[20] * 900, *[800] * 100)).predict(KEY, 1000)
+    assert expect(prediction) == Expected(prediction.mean, prediction.quantile(0.75))
+    assert expect(prediction, at_least=1000) == Expected(1000, 1000)
+    assert expect(prediction, num_made=990, at_least=10**6) == Expected(10, 10)
+    assert expect(prediction, at_least=100).new_tokens == pytest.approx(800, rel=0.1)
+    assert expect(prediction, num_made=100).new_tokens == pytest.approx(700, rel=0.1)
 
 
 def test_levels_are_bounded_and_those_that_saw_nothing_for_longest_go(monkeypatch):
