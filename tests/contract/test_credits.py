@@ -115,8 +115,8 @@ class Credits(RuleBasedStateMachine):
 
     @initialize()
     def two_workers(self):
-        self.worker_starts(10, 2)
-        self.worker_starts(20, 3)
+        self.worker_starts(10, 4)
+        self.worker_starts(30, 2)
 
     @precondition(lambda self: len(self.model.workers) < NUM_SLOTS)
     @rule(num_pages=st.integers(0, 30), max_running=st.integers(1, 4))
@@ -153,10 +153,11 @@ class Credits(RuleBasedStateMachine):
 
     def _draw_placing(self, data):
         """A question, new or asked before, and what is wanted: of live and of dead workers, of two or of one."""
-        key = a_key(f"r{data.draw(st.integers(0, 5))}", epoch=data.draw(st.integers(1, 2)))
-        prefill, decode = data.draw(st.sampled_from(self.refs[-5:])), data.draw(st.sampled_from(self.refs[-5:]))
+        key = a_key(f"r{data.draw(st.integers(0, 9))}", epoch=data.draw(st.integers(1, 2)))
+        refs = [worker.ref for worker in self.model.workers.values()] * 3 + self.refs[-3:]
+        prefill, decode = data.draw(st.sampled_from(refs)), data.draw(st.sampled_from(refs))
         placement = a_placement(self.name("p"), prefill, decode)
-        pages = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 12))
+        pages = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 4))
         work_us = data.draw(st.integers(0, 10**7))
         keep_ms = data.draw(st.sampled_from([LONG_MS, 3000] if self.redis_url is None else [LONG_MS]))
         needs = {prefill.incarnation: (pages[0], work_us)}
