@@ -14,6 +14,10 @@ from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, capa
 from shared.policy.views import ClusterView, RequestView, WorkerView
 from shared.wire.explanation import Explanation
 
+MIN_PREFIX = 0.3
+"""A run of fewer of the prompt's pages is not followed. Without such a limit all requests that open with one system
+prompt go where it was first."""
+
 
 class Pick(Protocol):
     """Chooses one of the workers of a role, which are at least one and in the order of their slots."""
@@ -96,13 +100,15 @@ def _least_loaded(rng: Random) -> Pick:
 
 
 def _longest_prefix(rng: Random) -> Pick:
-    """The longest run of the prompt's pages; of several the least loaded one."""
+    """The longest run of the prompt's pages; of several, or where none is long, the least loaded one."""
     least_loaded = _least_loaded(rng)
 
     def pick(workers: Sequence[WorkerView], request: RequestView, holders: Holders) -> WorkerView:
         matches = holders.matches(request.blocks)
         runs = [matches.get(worker.ref.incarnation, (0, 0))[1] for worker in workers]
         longest = max(runs)
+        if longest < MIN_PREFIX * len(request.blocks):
+            return least_loaded(workers, request, holders)
         return least_loaded(
             [worker for worker, run in zip(workers, runs, strict=True) if run == longest], request, holders
         )

@@ -9,6 +9,7 @@ WIDTH = 1.02
 """The bracket is narrow enough when its ends are so far apart, as a factor."""
 
 STEP = 1.4
+"""From one speed to the next, until the share is crossed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,14 @@ class Found:
     is_bracketed: bool
 
 
-def find_speed(attainment_at: Callable[[float], float], wanted: float, first: float) -> Found:
+def find_speed(attainment_at: Callable[[float], float], wanted: float, first: float, step: float = STEP) -> Found:
     """The speed at which attainment is `wanted`: steps until it is crossed, then the crossing is closed in on.
 
     Attainment is taken to fall with speed; where noise makes it rise, one of its crossings is found.
+
+    Args:
+        first: the first speed to try.
+        step: from one to the next, until the share is crossed.
     """
     probes: list[Probe] = []
 
@@ -53,10 +58,10 @@ def find_speed(attainment_at: Callable[[float], float], wanted: float, first: fl
         made = probe(speed)
         if made.attainment >= wanted:
             good = made
-            speed *= STEP
+            speed *= step
         else:
             bad = made
-            speed /= STEP
+            speed /= step
     if good is None or bad is None:
         return Found(probes[-1].speed, tuple(probes), is_bracketed=False)
     while len(probes) < MAX_PROBES and bad.speed / good.speed > WIDTH:
