@@ -34,7 +34,7 @@ def slot(slot_number: int) -> str:
 
 
 def worker(incarnation: Incarnation) -> str:
-    """Hash: card, load, speeds (JSON), num_pages; expires with the slot's lease."""
+    """Hash: card, load, speeds (JSON), version (of card and speeds), num_pages; expires with the slot's lease."""
     return f"{PREFIX}:worker:{incarnation}"
 
 

@@ -11,7 +11,6 @@ import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from hashlib import sha1
 from importlib.resources import files
 from itertools import chain
@@ -76,8 +75,10 @@ WANTS_BLOCKS = 2
 
 MICROSECONDS = 1_000_000
 
-NUM_READ_KEPT = 256
-"""Of each kind; of a worker's speeds there are versions, one at a time."""
+WORKER_ROW = 8
+"""Values that workers.lua answers for each."""
+
+VERSION_BYTES = 8
 
 BLOCK_HASH_BYTES = 16
 
@@ -122,6 +123,15 @@ class Speeds:
 
     profile: SpeedProfile | None = None
     links: Mapping[Incarnation, LinkRate] = field(default_factory=dict[Incarnation, LinkRate])
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a worker says of itself that seldom changes, and the name of this version of it."""
+
+    version: bytes
+    card: WorkerCard
+    speeds: Speeds
 
 
 def load_script(name: str) -> Script:
@@ -182,9 +192,10 @@ class RedisState:
         self._load_reader = TypeAdapter(WorkerLoad)
         self._placement_reader = TypeAdapter(Placement)
         self._report_reader = TypeAdapter(BacklogReport)
-        # What workers publish often stays as it was: each is read once, and found again as the same object.
-        self._card = lru_cache(NUM_READ_KEPT)(TypeAdapter(WorkerCard).validate_json)
-        self._speeds = lru_cache(NUM_READ_KEPT)(TypeAdapter(Speeds).validate_json)
+        self._card_reader = TypeAdapter(WorkerCard)
+        self._speeds_reader = TypeAdapter(Speeds)
+        # As it was when last read: what did not change since is neither sent nor read again, and is the same object.
+        self._said: dict[int, Said] = {}
         self._live: dict[tuple[Any, ...], LiveWorker] = {}
 
     async def close(self) -> None:
@@ -207,22 +218,32 @@ class RedisState:
 
     async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
         nobody = Incarnation("")
+        known = self._said
+        versions = [known[slot].version if slot in known else b"" for slot in range(num_slots)]
         answer: list[Any] = await self._run(
             "workers",
             [keys.slot(number) for number in range(num_slots)],
-            [keys.worker(nobody), keys.worker_credits(nobody)],
+            [keys.worker(nobody), keys.worker_credits(nobody), *versions],
         )
-        rows = [tuple(answer[start : start + 7]) for start in range(0, len(answer), 7)]
-        self._live = {row: self._live.get(row) or self._live_worker(row) for row in rows}
-        return list(self._live.values())
+        rows = [tuple(answer[start : start + WORKER_ROW]) for start in range(0, len(answer), WORKER_ROW)]
+        said = {
+            slot: known[slot] if card is None else self._read(version, card, speeds)
+            for slot, version, *_, card, speeds in rows
+        }
+        live = {row[:-2]: self._live.get(row[:-2]) or self._live_worker(row, said[row[0]]) for row in rows}
+        self._said, self._live = said, live
+        return list(live.values())
 
-    def _live_worker(self, row: tuple[Any, ...]) -> LiveWorker:
-        slot, card, load, speeds, num_pages, num_credits, work_us = row
-        said = self._speeds(speeds)
+    def _read(self, version: bytes, card: bytes, speeds: bytes) -> Said:
+        return Said(version, self._card_reader.validate_json(card), self._speeds_reader.validate_json(speeds))
+
+    def _live_worker(self, row: tuple[Any, ...], said: Said) -> LiveWorker:
+        slot, _, load, num_pages, num_credits, work_us, *_ = row
+        measured = said.speeds
         return LiveWorker(
             slot=slot,
-            card=self._card(card),
-            load=replace(self._load_reader.validate_json(load), profile=said.profile, links=said.links),
+            card=said.card,
+            load=replace(self._load_reader.validate_json(load), profile=measured.profile, links=measured.links),
             num_credit_pages=num_pages,
             num_credits=num_credits,
             credit_work_s=work_us / MICROSECONDS,
@@ -432,11 +453,12 @@ def _worker_keys(incarnation: Incarnation) -> list[str]:
 
 def _worker_args(card: WorkerCard, load: WorkerLoad, lease_ms: int) -> list[Any]:
     """Speeds apart from the rest of the load: that is read at each placement, and those of many peers are long."""
-    rest = replace(load, profile=None, links={})
+    said_card, speeds = orjson.dumps(card), orjson.dumps(Speeds(load.profile, load.links))
     fields: dict[str, Any] = {
-        "card": orjson.dumps(card),
-        "load": orjson.dumps(rest),
-        "speeds": orjson.dumps(Speeds(load.profile, load.links)),
+        "card": said_card,
+        "speeds": speeds,
+        "version": sha1(said_card + speeds, usedforsecurity=False).hexdigest()[: 2 * VERSION_BYTES],
+        "load": orjson.dumps(replace(load, profile=None, links={})),
         "num_pages": card.num_pages,
     }
     return [card.incarnation, lease_ms, keys.WORKER_TRACES_MS, *chain.from_iterable(fields.items())]

@@ -12,7 +12,7 @@ from shared.policy.admission import BacklogReport, Outlook, TenantLimits, Verdic
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
-from shared.state.port import BlockNews, LiveWorker, Renewed, RequestHint, StateUnavailable, pieces
+from shared.state.port import BlockNews, LiveWorker, Renewed, RequestHint, StateUnavailable, WorkerLoad, pieces
 from shared.state.redis import redis_state
 from tests.contract.state_worlds import MemoryWorld, a_card, a_key, a_load, a_placement, own_database, redis_world
 
@@ -128,6 +128,24 @@ async def test_workers_show_the_speeds_they_measured(world, state):
         assert await state.beat(0, a_card("a"), load, lease_ms=world.lease_ms) == Renewed()
         (found,) = await state.workers(num_slots=NUM_SLOTS)
         assert found.load == load
+
+
+async def test_readings_beside_each_other_and_a_beat_are_each_whole(state):
+    def load(number):
+        return WorkerLoad(number, 0, 0, links={Incarnation("peer"): LinkRate(1.0, number)})
+
+    await state.claim_slot(a_card("a"), load(1), num_slots=NUM_SLOTS, lease_ms=10_000)
+    for number in range(2, 12):
+        beating = state.beat(0, a_card("a"), load(number), lease_ms=10_000)
+        (before,), (beside,), _, (behind,) = await asyncio.gather(
+            state.workers(num_slots=NUM_SLOTS),
+            state.workers(num_slots=2),
+            beating,
+            state.workers(num_slots=NUM_SLOTS),
+        )
+        (after,) = await state.workers(num_slots=NUM_SLOTS)
+        assert after.load == load(number)
+        assert all(each.load in (load(number - 1), load(number)) for each in (before, beside, behind))
 
 
 async def test_a_beat_renews_the_lease(world, state):
