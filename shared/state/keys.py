@@ -34,7 +34,8 @@ def slot(slot_number: int) -> str:
 
 
 def worker(incarnation: Incarnation) -> str:
-    """Hash: card, load, speeds (JSON), version (of card and speeds), num_pages; expires with the slot's lease."""
+    """Hash: card, load, speeds (JSON), version (of card and speeds), takes_work (0, 1), num_pages, max_running; expires
+    with the slot's lease."""
     return f"{PREFIX}:worker:{incarnation}"
 
 

@@ -452,14 +452,16 @@ def _worker_keys(incarnation: Incarnation) -> list[str]:
 
 
 def _worker_args(card: WorkerCard, load: WorkerLoad, lease_ms: int) -> list[Any]:
-    """Speeds apart from the rest of the load: that is read at each placement, and those of many peers are long."""
+    """Apart: what readers take only where it changed, what they take each time, and what a placement asks for."""
     said_card, speeds = orjson.dumps(card), orjson.dumps(Speeds(load.profile, load.links))
     fields: dict[str, Any] = {
         "card": said_card,
         "speeds": speeds,
         "version": sha1(said_card + speeds, usedforsecurity=False).hexdigest()[: 2 * VERSION_BYTES],
         "load": orjson.dumps(replace(load, profile=None, links={})),
+        "takes_work": int(load.takes_work),
         "num_pages": card.num_pages,
+        "max_running": card.max_running,
     }
     return [card.incarnation, lease_ms, keys.WORKER_TRACES_MS, *chain.from_iterable(fields.items())]
 

@@ -21,13 +21,10 @@ for i = 0, num_workers - 1 do
   if redis.call('GET', slot) ~= incarnation then
     return false
   end
-  local card, load, capacity = unpack(redis.call('HMGET', worker, 'card', 'load', 'num_pages'))
-  local says = load and cjson.decode(load)
-  if not says or says.draining or says.log_away then
-    return false
-  end
+  local takes_work, num_pages, max_running =
+    unpack(redis.call('HMGET', worker, 'takes_work', 'num_pages', 'max_running'))
   local count, total = num_credits(credits)
-  if count >= cjson.decode(card).max_running or total + need > tonumber(capacity) then
+  if takes_work ~= '1' or count >= tonumber(max_running) or total + need > tonumber(num_pages) then
     return false
   end
 end
