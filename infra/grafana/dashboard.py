@@ -347,11 +347,13 @@ QUEUES = Row(
         Panel(
             title="Skipped",
             description="What was read and not acted on. ignored: for a worker that was there before, after a "
-            "restart. Feed gaps: ingest missed news of a worker's cached blocks and places without them.",
+            "restart. Feed gaps: ingest missed news of a worker's cached blocks and places without them, until the "
+            "full list comes that it asks for.",
             queries=[
                 Query(rate("baton_ignored_records_total", "role", "reason"), "ignored by {{role}}: {{reason}}"),
                 Query(rate("baton_undecodable_records_total", "role"), "undecodable, {{role}}"),
                 Query(rate("baton_block_feed_gaps_total"), "feed gaps"),
+                Query(rate("baton_block_list_requests_total"), "full lists asked for"),
             ],
             unit=Unit.PER_S,
         ),

@@ -61,7 +61,7 @@ async def _of_redis(redis):
         if name not in LASTING_KEYS and await redis.pttl(key) == -1:
             found.append(f"Redis: {name} has no end")
         if name.startswith(keys.worker_credits("")) and await redis.exists(keys.worker(name.rpartition(":")[2])):
-            taken = int(await redis.hget(key, "total") or 0)
-            if taken:
-                found.append(f"Redis: {name} has {taken} pages that were not given back")
+            pages, work_us = (int(each or 0) for each in await redis.hmget(key, "total", "work"))
+            if pages or work_us:
+                found.append(f"Redis: {name} has {pages} pages and {work_us} us of work that were not given back")
     return found
