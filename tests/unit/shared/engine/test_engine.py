@@ -6,7 +6,7 @@ from shared.blocks import token_ids
 from shared.engine.batch import MAX_ENDS, MAX_LOGPROBS
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import END_AT, FAKE_EOS_TOKEN_ID, FakeRunner, fake_answer, fake_engine, fake_model
-from shared.engine.port import EngineLimits
+from shared.engine.port import BlockChanges, EngineLimits
 from shared.policy.profile import StepWork
 from shared.request import FinishReason
 from tests.engine_driver import Driver, copy_pages, greedy, request
@@ -259,6 +259,20 @@ def test_the_first_token_made_behind_an_import_has_the_next_index(length):
     target.run()
     assert [output.index for output in (*source.outputs["a"], *target.outputs["a"])] == list(range(2, 9))
     assert source.tokens("a") + target.tokens("a") == fake_answer(wanted.ids, length - 2, wanted.sampling)
+
+
+def test_all_blocks_are_what_whoever_heard_nothing_must_know():
+    driver = Driver(fake_engine(num_pages=8))
+    driver.serve(request("a", prompt(200), greedy(1)))
+    driver.serve(request("b", prompt(500), greedy(1)))
+    everything = driver.engine.take_all_blocks()
+    assert set(everything.stored) == driver.blocks
+    assert (everything.evicted, everything.host_stored, everything.host_evicted) == ((), (), ())
+    driver.engine.add(request("c", prompt(64, 700), greedy(1)))
+    while driver.engine.has_work():
+        driver.engine.step()
+    assert driver.engine.take_all_blocks() != everything
+    assert driver.engine.take_block_changes() == BlockChanges(), "they were told with the others"
 
 
 # One batch ahead.

@@ -6,7 +6,7 @@ import torch
 
 from shared.blocks import token_ids
 from shared.engine.models.config import read_config
-from shared.engine.port import EngineRequest
+from shared.engine.port import BlockChanges, EngineRequest
 from shared.engine.start import EnginePlan, largest_batches, refuse_small_processors, start_engine
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner, refuse_large_groups
@@ -55,9 +55,25 @@ def test_a_started_engine_answers_and_says_what_it_took(tiny_checkpoints):
     assert limits.max_context == 1024
     assert started.kv_bytes == started.engine.cache.pages.nbytes
     assert told[-1] == (started.weight_bytes, started.weight_bytes)
-    assert (started.load_s, started.warm_up_s) == (1.0, 1.0)
+    assert started.load_s == 1.0
+    assert started.measured_steps == (), "by this clock there was no time for it"
     assert started.peak_bytes is None
     assert started.late_work is None
+
+
+def test_measured_steps_leave_no_trace_in_an_engine(tiny_checkpoints):
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    in_a_hurry = count()
+    unmeasured = start_engine(plan(folder), lambda _read, _all: None, lambda: float(next(in_a_hurry)))
+    measured = start_engine(plan(folder), lambda _read, _all: None, lambda: 0.0)
+    works = [step.work for step in measured.measured_steps]
+    assert {work.num_rows for work in works} == {0, 1, 4}
+    assert max(work.num_prompt_tokens for work in works) == 60
+    engine = measured.engine
+    assert engine.stats() == unmeasured.engine.stats()
+    assert engine.take_all_blocks() == BlockChanges()
+    assert answer(engine) == answer(unmeasured.engine)
+    engine.check()
 
 
 def test_a_cpu_is_not_asked_how_many_pages_fit(tiny_checkpoints):
