@@ -1,33 +1,38 @@
-"""Choices that wait for workers, placed one at a time in the order of their admission: nobody overtakes, but those
-that ran before and lost their workers go first.
+"""Choices that wait for workers, placed one at a time in the order of `shared.policy.line`.
 
 Whose deadline has passed leaves the line from wherever it stands. One that ran on a larger worker than there is now
-waits beside the line for such a one to come, so that nobody waits behind it.
+waits beside the line for such a one to come, so that nobody waits behind it. Batch is placed only where it leaves
+everybody else alone.
 """
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
+from services.ingest.lengths import Lengths
 from services.ingest.work import Placed, Waiting
 from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
-from shared.policy.admission import BacklogReport, WaitingLine
+from shared.policy.admission import BacklogReport, Outlook, Usual, WaitingLine
+from shared.policy.idle_capacity import leaves_others_alone
+from shared.policy.line import Claim, Entry, Line
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, Rules, capacity_tokens, place
 from shared.policy.views import ClusterView, RequestView
-from shared.request import PlacementId
+from shared.request import PlacementId, Priority
 from shared.state import keys
 from shared.state.port import Placement, PlacementKey, State, StateUnavailable
 
 ROOM_POLL_S = 0.02
+BATCH_POLL_S = 0.1
 STATE_RETRY_S = 0.1
 
-LIKELY_NEW_TOKENS = 256
+NUM_HASHED = 16
+"""Prompts whose blocks' hashes are kept: those that are tried again and again."""
+
 RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False, fetch=False)
 
 
@@ -44,13 +49,14 @@ class Backlog:
         clock_s: unix seconds.
 
     Attributes:
-        line: counts the choices that wait here, and whoever else is said to it to wait.
+        pace: counts the choices that wait here, and whoever else is said to it to wait; not batch.
     """
 
     def __init__(
         self,
         state: State,
         cluster: Cluster,
+        lengths: Lengths,
         *,
         clock_s: Callable[[], float],
         new_placement_id: Callable[[], PlacementId],
@@ -59,60 +65,104 @@ class Backlog:
     ) -> None:
         self._state = state
         self._cluster = cluster
+        self._lengths = lengths
         self._clock_s = clock_s
         self._new_placement_id = new_placement_id
         self._metrics = metrics
         self._log = log
-        self._waiting: deque[Waiting] = deque()
+        self._line = Line[Waiting]()
         self._stranded: list[Waiting] = []
-        self.line = WaitingLine(clock_s())
-        self._first_deadline_s = math.inf
+        self.pace = WaitingLine(clock_s())
+        self._urgent_s = -math.inf
+        """When somebody came last who is not batch."""
+        self._usual: Usual | None = None
         self._grew = asyncio.Event()
         self._num_placed = 0
-        self._hashed: tuple[Waiting, str, tuple[BlockHash, ...]] | None = None
+        self._hashed: dict[tuple[PlacementKey, str], tuple[BlockHash, ...]] = {}
 
     def add(self, waiting: Waiting) -> None:
-        """Put a choice at the end of the line; one that ran before only behind others such: its client waits."""
-        place = len(self._waiting)
-        if waiting.is_resumed:
-            place = sum(other.is_resumed for other in self._waiting)
-        self._waiting.insert(place, waiting)
-        self.line.join()
-        self._first_deadline_s = min(self._first_deadline_s, waiting.admitted.job.deadline_s)
-        self._metrics.backlog.set(len(self._waiting))
+        """Put a choice in line."""
+        job = waiting.admitted.job
+        num_tokens = len(waiting.ids) + self._lengths.expect(waiting).new_tokens
+        self._line.add(waiting, Claim(job.priority, job.tenant, job.deadline_s, num_tokens, waiting.is_resumed))
+        if not _is_batch(waiting):
+            self._urgent_s = self._clock_s()
+            self.pace.join()
+        self._metrics.backlog.set(len(self._line))
         self._grew.set()
 
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
         now_s = self._clock_s()
-        oldest_s = min((waiting.admitted_s for waiting in self._waiting), default=now_s)
-        oldest_wait_s = max(0.0, now_s - oldest_s)
-        return BacklogReport(self.line.num_waiting + num_unread, oldest_wait_s, self.line.beat(now_s))
+        oldest_s = {False: now_s, True: now_s}
+        for entry in self._line:
+            is_batch = _is_batch(entry.item)
+            oldest_s[is_batch] = min(oldest_s[is_batch], entry.item.admitted_s)
+        return BacklogReport(
+            self.pace.num_waiting + num_unread,
+            now_s - oldest_s[False],
+            self.pace.beat(now_s),
+            num_standard=self._line.num_standard,
+            oldest_batch_wait_s=now_s - oldest_s[True],
+            outlook=None if self._usual is None else Outlook.of(self._cluster.view, self._usual),
+        )
 
     async def next(self) -> tuple[Waiting, Settled]:
-        """One and what becomes of it: the first in line as soon as there is room for it, or who waited too long."""
+        """One and what becomes of it: the first in line as soon as there is room for it, one that may overtake it, or
+        who waited too long."""
         while True:
+            self._grew.clear()
             self._bring_back()
-            if not self._waiting:
-                await self._wait_for_more()
+            entry = self._line.late(self._clock_s()) or self._line.first()
+            if entry is None:
+                await self._wait_for_more(ROOM_POLL_S if self._stranded else None)
                 continue
-            waiting = self._late() or self._waiting[0]
-            settled = await self._settle(waiting)
+            settled = await self._settle(entry.item)
             if settled is None:
-                await asyncio.sleep(ROOM_POLL_S)
+                entry, settled = await self._overtaker()
+            if entry is None or settled is None:
+                await self._wait_for_room()
                 continue
-            self._waiting.remove(waiting)
-            self._metrics.backlog.set(len(self._waiting))
-            leave = self.line.place if isinstance(settled, Placed) else self.line.leave
-            leave()
+            waiting = entry.item
+            self._take_out(entry, settled)
             if not (isinstance(settled, NeverFits) and waiting.is_resumed):
                 return waiting, settled
             self._stranded.append(waiting)
 
-    async def _wait_for_more(self) -> None:
-        self._grew.clear()
+    async def _overtaker(self) -> tuple[Entry[Waiting] | None, Settled | None]:
+        """Somebody placed who may go before the first."""
+        for entry in self._line.overtakers():
+            if self._is_late(entry.item):
+                continue
+            try:
+                placed = await self._place_by_recent_view(entry.item)
+            except StateUnavailable:
+                break
+            if placed is not None:
+                self._metrics.overtaken.inc()
+                return entry, placed
+        return None, None
+
+    def _take_out(self, entry: Entry[Waiting], settled: Settled) -> None:
+        is_placed = isinstance(settled, Placed)
+        if is_placed:
+            self._line.place(entry)
+        else:
+            self._line.leave(entry)
+        self._metrics.backlog.set(len(self._line))
+        if not _is_batch(entry.item):
+            leave = self.pace.place if is_placed else self.pace.leave
+            leave()
+
+    async def _wait_for_room(self) -> None:
+        if self._line.num_batch == len(self._line):
+            await self._wait_for_more(BATCH_POLL_S)
+        else:
+            await asyncio.sleep(ROOM_POLL_S)
+
+    async def _wait_for_more(self, timeout_s: float | None) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(ROOM_POLL_S if self._stranded else None):
+            async with asyncio.timeout(timeout_s):
                 await self._grew.wait()
 
     def _bring_back(self) -> None:
@@ -126,14 +176,6 @@ class Backlog:
         admitted = waiting.admitted
         limit_tokens = capacity_tokens(admitted.spec.model, self._cluster.view)
         return limit_tokens is None or len(admitted.prompt_ids) + admitted.sampling.max_tokens <= limit_tokens
-
-    def _late(self) -> Waiting | None:
-        """The one whose deadline passed first, if any has."""
-        if self._clock_s() < self._first_deadline_s:
-            return None
-        first = min(self._waiting, key=lambda waiting: waiting.admitted.job.deadline_s)
-        self._first_deadline_s = first.admitted.job.deadline_s
-        return first if self._is_late(first) else None
 
     def _is_late(self, waiting: Waiting) -> bool:
         return self._clock_s() >= waiting.admitted.job.deadline_s
@@ -174,30 +216,37 @@ class Backlog:
         return self._decide_by(await self._cluster.refresh(), waiting)
 
     def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision:
-        return place(self._request_view(waiting), view, self._cluster.holders, RULES, tie_break=self._num_placed)
+        decision = place(self._request_view(waiting), view, self._cluster.holders, RULES, tie_break=self._num_placed)
+        if _is_batch(waiting) and isinstance(decision, Chosen):
+            quiet_s = self._clock_s() - self._urgent_s
+            return decision if leaves_others_alone(decision, view, RULES, quiet_s=quiet_s) else NoRoomNow()
+        return decision
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted = waiting.admitted
-        max_new_tokens = admitted.sampling.max_tokens - len(waiting.accepted_ids)
-        likely_new_tokens = min(max_new_tokens, LIKELY_NEW_TOKENS)
+        expected = self._lengths.expect(waiting)
         return RequestView(
             request_id=admitted.job.request_id,
             choice=waiting.choice,
             model=admitted.spec.model,
             num_tokens=len(admitted.prompt_ids) + len(waiting.accepted_ids),
-            max_new_tokens=max_new_tokens,
-            expected_new_tokens=likely_new_tokens,
-            reserve_new_tokens=likely_new_tokens,
+            max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
+            expected_new_tokens=expected.new_tokens,
+            reserve_new_tokens=expected.reserve_tokens,
             blocks=self._blocks(waiting),
         )
 
     def _blocks(self, waiting: Waiting) -> tuple[BlockHash, ...]:
-        """Hashes of its full blocks; kept while it is asked about again and again, as the first in line is."""
+        """Hashes of its full blocks; kept while it is asked about again and again, as those near the front are."""
         fingerprint = self._cluster.fingerprints.get(waiting.admitted.spec.model, "")
-        if self._hashed is None or self._hashed[0] is not waiting or self._hashed[1] != fingerprint:
+        key = (_key(waiting), fingerprint)
+        blocks = self._hashed.get(key)
+        if blocks is None:
             root = root_hash(fingerprint, waiting.admitted.cache_salt)
-            self._hashed = (waiting, fingerprint, tuple(hash_chain(root, waiting.ids)))
-        return self._hashed[2]
+            blocks = self._hashed[key] = tuple(hash_chain(root, waiting.ids))
+            if len(self._hashed) > NUM_HASHED:
+                del self._hashed[next(iter(self._hashed))]
+        return blocks
 
     async def _take_credits(self, waiting: Waiting, chosen: Chosen) -> Placed | None:
         job = waiting.admitted.job
@@ -217,7 +266,18 @@ class Backlog:
         if placement != wanted:  # an earlier one, whose credits the view has already
             return Placed(placement, None)
         self._cluster.count(chosen)
+        self._note(waiting, chosen)
         return Placed(placement, chosen, self._cluster.fetch_ticket(chosen))
+
+    def _note(self, waiting: Waiting, chosen: Chosen) -> None:
+        """What is usual, for the outlook."""
+        prefill_s = 0.0 if chosen.prefill == chosen.decode else chosen.prefill_s
+        one = Usual(chosen.num_decode_pages, self._lengths.expect(waiting).new_tokens, prefill_s)
+        self._usual = one if self._usual is None else self._usual.with_one_more(one)
+
+
+def _is_batch(waiting: Waiting) -> bool:
+    return waiting.admitted.job.priority is Priority.BATCH
 
 
 def _key(waiting: Waiting) -> PlacementKey:

@@ -17,6 +17,7 @@ from services.ingest.admission import Admission, Admitted
 from services.ingest.backlog import Backlog, Expired, Settled
 from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
+from services.ingest.lengths import Lengths
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
@@ -88,8 +89,15 @@ class IngestService:
         self._log = log
         self._clock_s = clock_s
         self._cluster = Cluster(state, metrics, clock_s)
+        self._lengths = Lengths(metrics, log)
         self._backlog = Backlog(
-            state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
+            state,
+            self._cluster,
+            self._lengths,
+            clock_s=clock_s,
+            new_placement_id=new_placement_id,
+            metrics=metrics,
+            log=log,
         )
         self._sees_workers = True
         self._num_unread = 0
@@ -123,6 +131,7 @@ class IngestService:
                 _every(FEED_INTERVAL_S, self._follow_feeds),
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
+                self._lengths.follow(self._bus),
                 self._place_for_ever(),
             ]
             running = [self._tasks.create_task(loop) for loop in loops]
@@ -150,7 +159,7 @@ class IngestService:
             records = await reader.read(READ_TIMEOUT_S)
             # All at once, before anybody waits: what was read under one lease says nothing about the next one.
             begun = [(record, in_hand) for record in records if (in_hand := partitions.begin(record)) is not None]
-            self._backlog.line.join(len(begun))
+            self._backlog.pace.join(len(begun))
             for record, in_hand in begun:
                 await self._rooms[record.topic].acquire()
                 self._take_in_hand(self._take_counted(take, record, in_hand))
@@ -160,7 +169,7 @@ class IngestService:
         try:
             await take(record, in_hand)
         finally:
-            self._backlog.line.leave()
+            self._backlog.pace.leave()
 
     async def _report_backlog(self) -> None:
         """Tell edges how long the line is; all that stands in the log is in hand, unless the hands are full."""

@@ -84,6 +84,19 @@ class IngestMetrics:
         )
         self.placed = Counter("baton_placements_total", "Placements made", registry=registry)
         self.backlog = Gauge("baton_backlog_requests", "Choices admitted and not placed yet", registry=registry)
+        self.overtaken = Counter(
+            "baton_backlog_overtakings_total",
+            "Placements that went before the first in line, for which there was no room",
+            registry=registry,
+        )
+        self.answers_learnt = Counter(
+            "baton_answers_learnt_total", "Answers whose lengths predictions are made from", registry=registry
+        )
+        self.results_passed_over = Counter(
+            "baton_results_passed_over_total",
+            "Results that nothing was learnt from: no answer, too long to read, or a stranger's",
+            registry=registry,
+        )
         self.place_seconds = Histogram(
             "baton_place_seconds",
             "From admission to the placement's open",

@@ -29,7 +29,7 @@ from shared.request import Priority
 
 T = TypeVar("T")
 
-NUM_TRIED = 8
+NUM_TRIED = 4
 """So many from the front are looked at for one that may overtake."""
 
 MAX_IDLE_COUNTERS = 10_000

@@ -182,9 +182,9 @@ async def test_who_lost_its_workers_does_not_wait_behind_jobs_that_fill_all_hand
         await until(lambda: (state := system.folded(running)) is not None and len(state.choice(0).ids) > 5)
         service = system.ingests[0].service
         others = [await system.submit(a_body(num_new=600)) for _ in range(4)]
-        await until(lambda: len(service._backlog._waiting) >= 1 and service._rooms["ingest"].locked())
+        await until(lambda: len(service._backlog._line) >= 1 and service._rooms["ingest"].locked())
         await system.workers[-1].leave()
-        await until(lambda: service._backlog._waiting[0].is_resumed)
+        await until(lambda: service._backlog._line.first().item.is_resumed)
         await system.start_worker(Role.DECODE)
         for job in (running, *others):
             assert answer(await system.ended(job)) == expected(PROMPT, 600)

@@ -12,10 +12,12 @@ from prometheus_client import CollectorRegistry
 
 from services.ingest.backlog import Backlog, Expired
 from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
+from services.ingest.lengths import Lengths
 from services.ingest.work import Placed, Waiting
 from shared.observe.metrics import IngestMetrics
+from shared.policy.lengths import LengthKey
 from shared.policy.placement import NeverFits
-from shared.request import PlacementId
+from shared.request import PlacementId, Priority, SamplingParams
 from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
 from shared.state.port import Role
@@ -49,6 +51,7 @@ class World:
         self.backlog = Backlog(
             self.state,
             self.cluster,
+            Lengths(metrics, SILENT),
             clock_s=lambda: self.now_s,
             new_placement_id=lambda: PlacementId(f"p{next(ids)}"),
             metrics=metrics,
@@ -66,13 +69,15 @@ class World:
         _, settled = await self.backlog.next()
         return settled
 
-    def waiting(self, name="r", max_tokens=20, epoch=1):
-        job = SimpleNamespace(request_id=name, tenant="t", deadline_s=self.now_s + 60)
+    def waiting(
+        self, name="r", max_tokens=20, epoch=1, *, tenant="t", priority=Priority.STANDARD, num_prompt=NUM_PROMPT_TOKENS
+    ):
+        job = SimpleNamespace(request_id=name, tenant=tenant, deadline_s=self.now_s + 60, priority=priority)
         admitted = SimpleNamespace(
             job=job,
-            spec=SimpleNamespace(model="m"),
-            prompt_ids=array("i", range(NUM_PROMPT_TOKENS)),
-            sampling=SimpleNamespace(max_tokens=max_tokens),
+            spec=SimpleNamespace(model="m", chat=False, stop=()),
+            prompt_ids=array("i", range(num_prompt)),
+            sampling=SamplingParams(max_tokens),
             cache_salt="t",
         )
         return Waiting(None, admitted, 0, epoch, array("i"), self.now_s)
@@ -186,9 +191,72 @@ async def test_a_choice_that_ran_and_fits_nowhere_expires(small_world):
     assert settled == Expired()
 
 
-def test_who_lost_its_workers_goes_first_in_the_order_of_the_losses(world):
-    first, second = world.waiting(), world.waiting()
-    lost, lost_later = world.waiting(epoch=2), world.waiting(epoch=3)
-    for waiting in (first, second, lost, lost_later):
-        world.backlog.add(waiting)
-    assert list(world.backlog._waiting) == [lost, lost_later, first, second]
+def in_line(world, *waiting):
+    for each in waiting:
+        world.backlog.add(each)
+
+
+async def names_placed(world, num):
+    """The next so many that are placed."""
+    names = []
+    async with asyncio.timeout(5):
+        for _ in range(num):
+            waiting, settled = await world.backlog.next()
+            assert isinstance(settled, Placed)
+            names.append(waiting.admitted.job.request_id)
+    return names
+
+
+async def test_classes_then_tenants_in_turn_and_who_lost_its_workers_first(world):
+    await world.cluster.refresh()
+    in_line(world, *(world.waiting(f"a{n}", tenant="a") for n in range(3)), world.waiting("b0", tenant="b"))
+    in_line(world, world.waiting("batch", priority=Priority.BATCH), world.waiting("lost", epoch=2))
+    in_line(world, world.waiting("urgent", priority=Priority.INTERACTIVE), world.waiting("lost later", epoch=3))
+    assert await names_placed(world, 8) == ["lost", "lost later", "urgent", "a0", "b0", "a1", "a2", "batch"]
+
+
+async def test_something_small_goes_by_while_there_is_no_room_for_the_first(small_world):
+    world = small_world
+    await world.cluster.refresh()
+    await world.placed("runs", max_tokens=100)
+    in_line(world, world.waiting("large", num_prompt=500, max_tokens=120))
+    in_line(world, *(world.waiting(f"small{n}", max_tokens=4) for n in range(20)))
+    assert await names_placed(world, 2) == ["small0", "small1"]
+    assert world.backlog._metrics.overtaken._value.get() == 2
+    assert world.backlog.report(0).num_waiting == 19
+
+
+async def test_batch_leaves_room_for_who_comes_next_and_waits(world):
+    """A quarter of the decode workers' pages and places stay free, however much of it waits."""
+    await world.claim("roomy prefill", Role.PREFILL, max_running=100)
+    await world.cluster.refresh()
+    in_line(world, *(world.waiting(f"batch{n}", priority=Priority.BATCH) for n in range(40)))
+    placing = asyncio.create_task(names_placed(world, 40))
+    await asyncio.sleep(0.3)
+    assert not placing.done()
+    view = await world.cluster.refresh()
+    for worker in view.decode:
+        assert worker.num_credits == 0.75 * worker.max_running
+    report = world.backlog.report(0)
+    assert (report.num_waiting, report.oldest_batch_wait_s, report.placed_per_s) == (0, 0.0, None)
+    world.now_s += 1
+    assert world.backlog.report(0).oldest_batch_wait_s == 1
+    in_line(world, world.waiting("urgent"))
+    await asyncio.sleep(0.1)
+    view = await world.cluster.refresh()
+    assert sum(worker.num_credits for worker in view.decode) == 2 * 0.75 * view.decode[0].max_running + 1
+    placing.cancel()
+
+
+async def test_lengths_that_were_learnt_are_the_room_that_is_kept(world):
+    await world.cluster.refresh()
+    key = LengthKey("t", "m", "completion", NUM_PROMPT_TOKENS)
+    for _ in range(300):
+        world.backlog._lengths._predictor.observe(key, 700, is_cut=False)
+    view = world.backlog._request_view(world.waiting(max_tokens=2000))
+    assert view.expected_new_tokens == pytest.approx(700, rel=0.1)
+    assert view.reserve_new_tokens == pytest.approx(700, rel=0.1)
+    resumed = replace(world.waiting(max_tokens=2000, epoch=2), accepted_ids=array("i", range(400)))
+    assert world.backlog._request_view(resumed).expected_new_tokens == pytest.approx(300, rel=0.3)
+    await world.placed("one", max_tokens=2000)
+    assert world.backlog._usual.num_new_tokens == pytest.approx(700, rel=0.1)
