@@ -3,8 +3,10 @@
 import asyncio
 import time
 
+from services.ingest.jobs import DEFAULT_TENANT
+from shared.blocks import hash_chain, root_hash, token_ids
 from shared.engine.fake import fake_engine
-from shared.state.memory import MemoryState
+from shared.state.memory import Answer, MemoryState
 from shared.state.port import Role
 from tests.flow.system import MODEL, System
 from tests.flow.test_whole import a_body, a_system
@@ -42,11 +44,12 @@ async def test_whoever_lost_track_is_told_the_full_list():
         async with asyncio.timeout(15):
             while sum(len(entry.news.stored) for entry in await read_all(state, decode.incarnation)) < 3:
                 await asyncio.sleep(0.01)
+            last = (await read_all(state, decode.incarnation))[-1].sequence
             await state.ask_for_blocks(decode.incarnation)
-            while not (entries := await read_all(state, decode.incarnation))[0].news.is_full:
+            while (entries := await read_all(state, decode.incarnation))[0].sequence <= last:
                 await asyncio.sleep(0.01)
+            assert entries[0].news.is_full
             assert len(entries[0].news.stored) == 3
-            assert entries[0].sequence > 0
             await system.ended(await system.submit(a_body(list(range(500, 700)), 5)))
             while len(entries := await read_all(state, decode.incarnation)) < 2:
                 await asyncio.sleep(0.01)
@@ -68,3 +71,28 @@ async def test_a_worker_without_a_pause_announces_its_blocks():
         assert not system.folded(job).finished
     finally:
         await system.close()
+
+
+async def test_an_ingest_that_missed_news_knows_again_what_a_worker_holds():
+    async with a_system(prefills=1, decodes=1) as system:
+        prefill, holders = system.workers[0], system.ingests[0].service._cluster.holders
+
+        async def known(prompt):
+            root = root_hash(prefill.engine.model.fingerprint, system.cache_salt.of(DEFAULT_TENANT))
+            blocks = list(hash_chain(root, token_ids(prompt)))
+            async with asyncio.timeout(15):
+                while holders.overlap(prefill.incarnation, blocks)[0] < len(blocks):
+                    await asyncio.sleep(0.01)
+
+        prompts = [list(range(start, start + 200)) for start in (10, 300, 600)]
+        await system.ended(await system.submit(a_body(prompts[0], 5)))
+        await known(prompts[0])
+        system.store.answer = lambda name: Answer.REFUSED if name == "announce_blocks" else Answer.GIVEN
+        await system.ended(await system.submit(a_body(prompts[1], 5)))
+        while prefill.service._num_announced < 2:
+            await asyncio.sleep(0.01)
+        system.store.answer = lambda _: Answer.GIVEN
+        await system.ended(await system.submit(a_body(prompts[2], 5)))
+        for prompt in prompts:
+            await known(prompt)
+        assert system.ingests[0].service._metrics.feed_gaps._value.get() >= 1
