@@ -12,6 +12,7 @@ from loadgen.simulator.hardware import Hardware
 from loadgen.simulator.outcome import Outcome, lru_hit_rate, outcome_of
 from loadgen.simulator.policies import OURS, Goals, contender, policy_names
 from loadgen.simulator.search import find_speed
+from loadgen.simulator.sent import is_schedule, read_schedule
 from loadgen.simulator.simulation import Setup, simulate
 from loadgen.simulator.sizing import Plan, Sizing, Split
 from loadgen.simulator.tables import comparison, console, sizes
@@ -21,7 +22,10 @@ from shared.errors import StartupError
 
 EXIT_CANNOT = 2
 
-Traces = Annotated[list[Path], typer.Argument(help="Mooncake .jsonl or Azure .csv; several are mixed")]
+Traces = Annotated[
+    list[Path],
+    typer.Argument(help="Mooncake .jsonl or Azure .csv; several are mixed. Or one file of replay's --save-schedule"),
+]
 Profile = Annotated[str, typer.Option(help="name of a profile that comes with it, or a JSON file")]
 Speed = Annotated[float, typer.Option(min=0.0001, help="the trace's clock runs so many times faster")]
 Rows = Annotated[int | None, typer.Option(min=1, help="at most so many rows")]
@@ -182,6 +186,12 @@ def _hardware(profile: str, host_gb: float) -> Hardware:
 
 
 def _workload(traces: list[Path], rows: int | None, max_input: int | None, copies: int, *, history: bool) -> Workload:
+    if any(is_schedule(path) for path in traces):
+        if len(traces) > 1 or rows is not None or max_input is not None or copies > 1:
+            raise StartupError(
+                f"{traces[0]} is a schedule: it is taken as it is, without --rows, --max-input, --copies"
+            )
+        return read_schedule(traces[0])
     return build_workload(
         [(path.stem, read_trace(path)) for path in traces],
         max_input=max_input,

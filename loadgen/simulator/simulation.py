@@ -16,7 +16,7 @@ from loadgen.simulator.events import Agenda
 from loadgen.simulator.hardware import Hardware, WorkerKind
 from loadgen.simulator.holders import SegmentHolders
 from loadgen.simulator.job import Job
-from loadgen.simulator.lengths import Lengths
+from loadgen.simulator.lengths import Asked, Lengths
 from loadgen.simulator.policies import Policy
 from loadgen.simulator.prefill import PrefillWorker
 from loadgen.simulator.worker import Counts, Worker
@@ -42,7 +42,8 @@ class Setup:
     Attributes:
         speed: of the trace's clock.
         seed: draws when each row comes within its tick, ties, and what a policy draws.
-        max_new_tokens: what every request allows its answer; nobody but its engine knows where it ends.
+        max_new_tokens: what a request allows its answer that does not state its length; nobody but its engine knows
+            where it ends.
         gauges: placements see what workers said of themselves at their last beat, and no credits.
         max_wait_s: a request that would stand in the backlog for longer is refused; None: nobody is.
     """
@@ -231,18 +232,23 @@ class Simulation:
             self._agenda.at(next_poll_s, self._place_all)
 
     def _request_view(self, job: Job) -> RequestView:
-        row, limit = job.row, self._setup.max_new_tokens
-        expected, reserve = self._lengths.predict(row, limit)
+        row, asked = job.row, self._asked(job.row)
+        expected, reserve = self._lengths.predict(row, asked)
         return RequestView(
             request_id=RequestId(f"r{row.index}"),
             choice=0,
             model=MODEL,
             num_tokens=row.num_input,
-            max_new_tokens=limit,
+            max_new_tokens=asked.at_most,
             expected_new_tokens=expected,
             reserve_new_tokens=reserve,
             blocks=row.prompt,  # pyright: ignore[reportArgumentType] - a sequence that a policy hands to Holders
         )
+
+    def _asked(self, row: SimRow) -> Asked:
+        if self._workload.states_lengths:
+            return Asked(row.num_output, row.num_output)
+        return Asked(1, self._setup.max_new_tokens)
 
     def _cluster_view(self) -> ClusterView:
         now_s, news = self._agenda.now_s, self._news
@@ -318,7 +324,7 @@ class Simulation:
         assert job.chosen is not None
         job.last_token_s = at_s + self._hops.frame_s
         self._credits[job.chosen.decode].change(-1, -job.chosen.num_decode_pages, 0.0, is_decode=True)
-        self._lengths.learn(job.row, job.row.num_output)
+        self._lengths.learn(job.row, self._asked(job.row))
         self._room_changed()
         self._agenda.at(job.last_token_s, self._ended, job)
 

@@ -43,10 +43,14 @@ class Workload:
 
     Attributes:
         segment_pages: length of each segment.
+        spread_s: of the trace's own time, over which a seed spreads each arrival.
+        states_lengths: each request says how long its answer will be, as a replay's do; otherwise none does.
     """
 
     rows: tuple[SimRow, ...]
     segment_pages: tuple[int, ...]
+    spread_s: float = SPREAD_S
+    states_lengths: bool = False
 
     @property
     def span_s(self) -> float:
@@ -54,10 +58,10 @@ class Workload:
         return self.rows[-1].at_s - self.rows[0].at_s
 
     def times(self, seed: int, speed: float) -> list[float]:
-        """When each row is meant to come: moved by up to SPREAD_S of the trace's time, then the clock runs faster."""
+        """When each row is meant to come: moved by up to `spread_s`, then the clock runs so many times faster."""
         rng = Random(f"{seed}/simulated arrivals")
         start_s = self.rows[0].at_s
-        return [(row.at_s - start_s + rng.random() * SPREAD_S) / speed for row in self.rows]
+        return [(row.at_s - start_s + rng.random() * self.spread_s) / speed for row in self.rows]
 
 
 def build_workload(
