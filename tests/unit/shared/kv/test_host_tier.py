@@ -229,6 +229,31 @@ def test_slots_below_what_is_kept_free_of_loss_do_not_churn():
     assert tiers.on_host() == {6, 7}
 
 
+def test_a_page_that_is_found_and_let_go_while_it_is_being_saved_is_still_not_given_away():
+    tiers = Tiers(num_pages=2, num_slots=2, num_ahead=1)
+    tiers.store(1, 2)
+    tiers.tier.advance()
+    tiers.release(tiers.hold(tiers.pool.acquire(tiers.pool.find([key(1), key(2)]), 0)))
+    assert (tiers.pool.num_free, tiers.pool.num_free_at_once) == (2, 1)
+    tiers.check()
+
+
+def test_a_page_whose_copy_had_to_go_is_saved_no_more():
+    tiers = Tiers(num_pages=3, num_slots=2, num_ahead=2)
+    tiers.store(1, 2, 3)
+    tiers.tier.advance()
+    tiers.end_all()
+    assert tiers.on_host() == {2, 3}
+    tiers.hold(tiers.pool.acquire(tiers.pool.find([key(1), key(2)])[1:], 0))
+    tiers.tier.advance()  # another block takes the place of the oldest copy, that of 3
+    tiers.check()
+    assert tiers.on_host() == {2}
+    tiers.end_all()
+    tiers.acquire((), 2)
+    assert tiers.on_host() == {1, 3}
+    assert tiers.pool.num_lost == 0
+
+
 class TierMachine(RuleBasedStateMachine):
     """Random work on few pages and slots; every page and every copy that anybody could find is looked at each time."""
 
@@ -253,7 +278,8 @@ class TierMachine(RuleBasedStateMachine):
         found = pool.find(key(number) for number in numbers)
         if pool.cost(found, length - len(found)) > pool.num_free:
             return
-        self.tiers.tier.settle()
+        if pool.cost(found, length - len(found)) > pool.num_free_at_once:
+            self.tiers.tier.settle()
         pages = self.tiers.acquire(found, length - len(found))
         self.tiers.tier.used([key(number) for number in numbers[: len(found)]])
         for page, number in zip(pages[len(found) :], numbers[len(found) :], strict=True):

@@ -1,0 +1,318 @@
+"""Blocks that went to host memory, as the scheduler and the engine see them."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from shared.blocks import PAGE_TOKENS, key_chain, name_of, root_hash
+from shared.engine.fake import fake_answer, fake_engine, fake_model
+from shared.engine.port import EngineLimits
+from shared.engine.scheduler import Scheduler
+from shared.kv.paged_cache import PagedCache
+from tests.engine_driver import Driver, greedy, request
+from tests.late_host_pages import LateHostPages
+from tests.unit.shared.engine.test_scheduler import AheadMachine, prompt, run, spans, take
+
+POISON = 13
+
+
+class Tiered:
+    """A scheduler with host memory, whose copies end when the test says so."""
+
+    def __init__(self, num_pages=8, num_host_pages=16, max_running=4, max_batch_tokens=512):
+        cache = PagedCache(fake_model().layout, num_pages, torch.device("cpu"))
+        self.host = LateHostPages(cache, num_host_pages)
+        limits = EngineLimits(4096, num_pages, max_running, max_batch_tokens, num_host_pages)
+        self.engine = Scheduler(limits, "model", self.host)
+
+    def serve(self, key, length, first=0):
+        """A request of one token, on an idle engine; what it leaves is saved as far as the tier does."""
+        self.engine.add(request(key, prompt(length, first), greedy(1)))
+        while self.engine.has_work():
+            self.advance()
+            run(self.engine)
+        self.advance()
+
+    def advance(self):
+        """All copies that are on their way end."""
+        for is_down in (True, False):
+            while self.host.lanes[is_down]:
+                self.host.end(is_down=is_down)
+        self.engine.advance()
+        self.engine.check()
+
+
+def keys(length, first=0):
+    return key_chain(root_hash("model", ""), prompt(length, first))
+
+
+@pytest.fixture
+def gone() -> Tiered:
+    """Two blocks of `prompt(129)` are in host memory, one of which is on the device too."""
+    tiered = Tiered(num_pages=4)
+    tiered.serve("a", 129)
+    for _ in range(2):
+        tiered.advance()
+    tiered.serve("b", 3 * PAGE_TOKENS - 1, first=1000)
+    assert len(tiered.engine.pool.find(keys(129))) == 1
+    assert tiered.engine.tier.num_found(keys(129)) == 2
+    return tiered
+
+
+def test_a_prompt_waits_for_its_blocks_and_starts_behind_them(gone):
+    engine = gone.engine
+    engine.add(request("again", prompt(150), greedy(1)))
+    assert engine.schedule().rows == ()
+    assert engine.has_work()
+    assert engine.num_waiting == 1
+    gone.advance()
+    assert run(engine) == [("again", 128, 150)]
+    assert (engine.num_host_hits, engine.num_prefix_hits) == (PAGE_TOKENS, 128)
+    gone.advance()
+    assert engine.pool.num_free == 4
+
+
+def test_others_go_on_beside_the_copies(gone):
+    gone.engine.add(request("again", prompt(129), greedy(1)))
+    gone.engine.add(request("other", prompt(9, 700), greedy(1)))
+    assert run(gone.engine) == [("other", 0, 9)]
+    gone.advance()
+    assert run(gone.engine) == [("again", 128, 129)]
+
+
+def test_two_who_want_the_same_blocks_wait_for_one_copy(gone):
+    gone.engine.add(request("first", prompt(129), greedy(1)))
+    gone.engine.add(request("second", prompt(130), greedy(1)))
+    assert run(gone.engine) == []
+    assert len(gone.host.lanes[False]) == 1
+    gone.advance()
+    assert run(gone.engine) == [("first", 128, 129), ("second", 128, 130)]
+
+
+def test_who_is_given_up_meanwhile_leaves_its_blocks_to_others(gone):
+    engine = gone.engine
+    engine.add(request("again", prompt(129), greedy(1)))
+    run(engine)
+    engine.abort("again")
+    engine.check()
+    gone.advance()
+    assert not engine.has_work()
+    assert engine.pool.num_free == 4
+    assert len(engine.pool.find(keys(129))) == 2
+
+
+def test_no_more_come_than_could_be_seated():
+    tiered = Tiered(num_pages=8, max_running=2)
+    for index in range(4):
+        tiered.serve(f"a{index}", 65, first=1000 * index)
+    tiered.serve("b", 8 * PAGE_TOKENS - 1, first=9000)
+    assert not tiered.engine.pool.find(keys(65))
+    for index in range(4):
+        tiered.engine.add(request(f"again{index}", prompt(65, 1000 * index), greedy(1)))
+    assert run(tiered.engine) == []
+    assert [len(copy.froms) for copy in tiered.host.lanes[False]] == [1, 1]
+    tiered.advance()
+    assert [key for key, _, _ in run(tiered.engine)] == ["again0", "again1"]
+
+
+def test_what_host_memory_has_is_not_asked_of_a_peer(gone):
+    fill = gone.engine.fill(request("again", prompt(193), greedy(1)), 3)
+    assert fill.keys == tuple(keys(193)[2:3])
+    gone.engine.add(request("again", prompt(193), greedy(1)))
+    gone.advance()
+    assert run(gone.engine) == []
+    gone.engine.filled(fill, 1)
+    assert run(gone.engine) == [("again", 192, 193)]
+
+
+def test_a_peer_gets_what_host_memory_has(gone):
+    names = list(map(name_of, keys(200)))
+    loans = []
+    gone.engine.bring(names, lambda: loans.append(gone.engine.lend(names)))
+    assert not loans
+    assert gone.engine.has_work()
+    gone.advance()
+    (loan,) = loans
+    assert loan.keys == tuple(keys(129))
+    gone.engine.give_back(loan)
+    gone.engine.bring(names, lambda: loans.append(gone.engine.lend(names)))
+    assert len(loans) == 2, "all is here: it is told at once"
+    gone.engine.give_back(loans[1])
+    assert gone.engine.pool.num_free == 4
+
+
+def test_nothing_is_brought_for_a_peer_into_pages_that_the_line_needs(gone):
+    engine = gone.engine
+    engine.add(request("held", prompt(190, 700), greedy(1), hold_kv=True))
+    run(engine)
+    engine.add(request("next", prompt(65, 800), greedy(1)))
+    told = []
+    engine.bring(list(map(name_of, keys(129))), lambda: told.append(True))
+    assert told == [True]
+    assert not gone.host.lanes[False]
+
+
+def test_what_failed_is_not_found_in_host_memory_either(gone):
+    engine = gone.engine
+    engine.add(request("again", prompt(129), greedy(9)))
+    engine.schedule()
+    gone.advance()
+    batch = engine.schedule()
+    assert spans(batch) == [("again", 128, 129)]
+    engine.fail(batch.sequences[0])
+    take(engine, batch)
+    assert engine.tier.num_found(keys(129)) == 0
+    changes = engine.take_block_changes()
+    assert not set(map(name_of, keys(129))) & {*changes.stored, *changes.host_stored}
+
+
+def test_changes_tell_of_both_tiers():
+    tiered = Tiered(num_pages=2)
+    names = list(map(name_of, keys(128)))
+    tiered.serve("a", 128)
+    tiered.advance()
+    changes = tiered.engine.take_block_changes()
+    assert (set(changes.stored), changes.evicted) == (set(names), ())
+    assert (set(changes.host_stored), changes.host_evicted) == (set(names), ())
+    tiered.serve("b", 70, first=900)
+    changes = tiered.engine.take_block_changes()
+    assert (set(changes.evicted), changes.host_evicted) == (set(names), ())
+
+
+def test_pages_that_are_being_saved_are_waited_for_if_there_are_no_others():
+    tiered = Tiered(num_pages=2)
+    engine = tiered.engine
+    engine.add(request("a", prompt(128), greedy(1)))
+    run(engine)
+    engine.advance()
+    assert (engine.pool.num_free, engine.pool.num_free_at_once) == (2, 0)
+    engine.add(request("b", prompt(128, 900), greedy(1)))
+    assert run(engine) == [("b", 0, 128)]
+    assert engine.tier.num_found(keys(128)) == 2
+
+
+def talks(num_host_pages, num_turns=3):
+    """Conversations on an engine whose pages hold two of them; each turn's tokens, and the driver."""
+    driver = Driver(
+        fake_engine(
+            num_pages=9, max_running=2, num_host_pages=num_host_pages, host_pages=partial(LateHostPages, max_looks=3)
+        )
+    )
+    histories = [prompt(70, 100 * talk) for talk in range(4)]
+    said = []
+    for turn in range(num_turns):
+        for talk, history in enumerate(histories):
+            history.extend(prompt(20, 10 * turn + talk))
+            (tokens,) = driver.serve(request(f"{talk}.{turn}", history[:], greedy(60, ignore_eos=True)))
+            assert tokens == fake_answer(history, len(history), greedy(60, ignore_eos=True))
+            history.extend(tokens)
+            said.append(tokens)
+    driver.assert_all_free()
+    return said, driver
+
+
+def test_tokens_are_the_same_with_host_memory_of_any_size():
+    expected, without = talks(0)
+    hits = [without.engine.stats().num_prefix_hits]
+    for num_host_pages in (1, 3, 12, 60):
+        said, driver = talks(num_host_pages)
+        assert said == expected
+        hits.append(driver.engine.stats().num_prefix_hits)
+    assert hits == sorted(hits)
+    assert hits[-1] > 2 * hits[0]
+
+
+def test_without_host_memory_nothing_goes_there():
+    _, driver = talks(0)
+    stats = driver.engine.stats()
+    assert (stats.num_host_pages, stats.num_host_hits, stats.num_saved_bytes, stats.num_restored_bytes) == (0, 0, 0, 0)
+    assert stats.num_lost_blocks > 0
+    assert not driver.host_blocks
+
+
+def test_bytes_are_counted_both_ways():
+    _, driver = talks(60)
+    stats = driver.engine.stats()
+    page_bytes = driver.engine.model.layout.page_bytes
+    assert stats.num_host_pages == len(driver.host_blocks) > 0
+    assert stats.num_saved_bytes >= stats.num_host_pages * page_bytes
+    assert stats.num_restored_bytes == stats.num_host_hits // PAGE_TOKENS * page_bytes > 0
+
+
+def test_what_a_failed_request_wrote_is_never_restored():
+    make = partial(LateHostPages, max_looks=2)
+    driver = Driver(fake_engine(num_pages=4, num_host_pages=9, poison_token_id=POISON, host_pages=make))
+    bad = prompt(128, 400)
+    bad[5] = POISON
+    driver.serve(request("bad", bad, greedy(1)))
+    for index in range(3):
+        driver.serve(request(f"r{index}", prompt(128, 500 + 100 * index), greedy(1)))
+    driver.serve(request("again", bad, greedy(1)))
+    assert driver.num_cached_tokens("again") == 0
+
+
+def test_a_page_that_arrived_rounded_never_goes_to_host_memory():
+    driver = Driver(fake_engine(num_pages=4, num_host_pages=9))
+    engine = driver.engine
+    engine.reserve(request("a", prompt(128), greedy(9)))
+    engine.imported("a", 7, exact=False)
+    engine.cache.pages.zero_()
+    engine.abort("a")
+    for index in range(3):
+        driver.serve(request(f"r{index}", prompt(128, 500 + 100 * index), greedy(1)))
+    assert not driver.host_blocks & set(map(name_of, key_chain(root_hash(engine.model.fingerprint, ""), prompt(128))))
+
+
+class TieredMachine(AheadMachine):
+    """The same with host memory, whose copies end when they like."""
+
+    def __init__(self):
+        super().__init__()
+        tiered = Tiered(num_pages=9, num_host_pages=7, max_running=3, max_batch_tokens=100)
+        self.host, self.engine = tiered.host, tiered.engine
+        self.is_over = False
+        self.num_brought = 0
+
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def launch(self):
+        if self.is_over:
+            self.end_copy(True)
+            self.end_copy(False)
+            self.advance(0)
+        super().launch()
+
+    @rule(is_down=st.booleans())
+    def end_copy(self, is_down):
+        self.host.end(is_down=is_down)
+
+    @rule(num_computed=st.integers(0, 2))
+    def advance(self, num_computed):
+        self.engine.advance(num_computed)
+
+    @rule(length=st.sampled_from([65, 130, 200]), first=st.sampled_from([0, 1]))
+    def bring(self, length, first):
+        names = list(map(name_of, keys(length, first)))
+        self.num_brought += 1
+
+        def over():
+            self.num_brought -= 1
+            self.loans.append(self.engine.lend(names))
+
+        self.engine.bring(names, over)
+
+    def teardown(self):
+        self.is_over = True
+        while self.host.lanes[False]:
+            self.end_copy(False)
+            self.engine.advance()
+        assert self.num_brought == 0
+        super().teardown()
+
+
+TestTiered = TieredMachine.TestCase
+TestTiered.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
