@@ -37,7 +37,7 @@ from shared.wire.to_stream_out import (
     Open,
     View,
 )
-from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, KvTicket, PrefillWork, Stop
+from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, KvTicket, LocalWork, PrefillWork, Stop
 from shared.wire.topics import DECODE, INGEST, INGEST_RESUME, PREFILL, RESULTS, STREAM_OUT
 from tests.flow.system import MODEL
 from tests.fuzz.bodies import BODIES, SPECIAL_BODIES
@@ -205,6 +205,11 @@ def to_workers(live) -> tuple[list[dict], list[dict]]:
             DecodeWork(assignment(4, prompt_len=-1), ids, decode, ticket(source=Incarnation(""))),
             DecodeWork(assignment(5, deadline_s=1e308), token_ids([5] * 3000), decode, ticket()),
             DecodeWork(assignment(6), token_ids([]), decode, ticket(key="")),
+            LocalWork(assignment(7), ids, decode),
+            LocalWork(assignment(8, prompt_len=-1, stop_strings=("", "x")), wild, decode),
+            LocalWork(assignment(9, sampling=SamplingParams(max_tokens=-5)), token_ids([]), decode),
+            LocalWork(assignment(10, prompt_len=1, sampling=SamplingParams(max_tokens=2)), ids, decode),
+            LocalWork(assignment(11), ids, stranger),
             FirstToken(PlacementId("forged-placement-1"), decode, -1),
             FirstToken(PlacementId("forged-placement-2"), decode, 2**40),
             FirstToken(PlacementId("forged-placement-3"), decode, 7),
