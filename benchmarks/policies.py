@@ -246,7 +246,7 @@ def find_splits(cases: Sequence[Case], bench: Bench, crew: Crew) -> dict[Case, i
     bases = {case._replace(num_workers=BASE_WORKERS) for case in cases}
     tasks = [
         Search(base, num_prefill, policy, (0,), bench.first_speed(base, num_prefill))
-        for base in sorted(bases)
+        for base in sorted(bases, key=lambda base: base.name)
         for num_prefill in range(1, BASE_WORKERS)
         for policy in SPLIT_POLICIES
     ]

@@ -3,8 +3,8 @@
     due ──(parent answered?)──> sent ──> backlog ──policy──> prefill ──┬──> decode ──> answered
                                              └──────────────────────> decode (computes the prompt itself)
 
-The backlog, the views and the credits are those of `services/ingest`: first come first served, the first in line waits
-until there is room for it, credits are exact, news of blocks come late. A policy is asked as ingest asks it.
+The backlog, the views and the credits are those of `services/ingest`: its line, whose first waits until there is room,
+exact credits, and news of blocks that come late. A policy is asked as ingest asks it.
 """
 
 from collections import deque
@@ -22,14 +22,18 @@ from loadgen.simulator.prefill import PrefillWorker
 from loadgen.simulator.worker import Counts, Worker
 from loadgen.simulator.workload import SimRow, Workload
 from shared.blocks import PAGE_TOKENS
+from shared.policy.line import Claim, Entry, Line
 from shared.policy.placement import Chosen, NeverFits, NoRoomNow
 from shared.policy.profile import LinkRate
 from shared.policy.views import ClusterView, RequestView, WorkerView
-from shared.request import Incarnation, RequestId, WorkerRef
+from shared.request import Incarnation, Priority, RequestId, WorkerRef
 
 MODEL = "simulated"
 ROOM_POLL_S = 0.02
 """As services/ingest: how often the first in line looks for room."""
+
+DEADLINE_S = 600.0
+"""Of requests after their arrival, by which the line orders them; it ends none."""
 
 BEAT_S = 0.5
 """How often a worker says how it is, where placements go by that alone."""
@@ -112,7 +116,7 @@ class Simulation:
         self._agenda = Agenda()
         self._jobs: dict[int, Job] = {}
         self._children: dict[int, list[SimRow]] = {}
-        self._backlog: deque[Job] = deque()
+        self._line = Line[Job]()
         self._is_blocked = False
         self._num_placed = 0
         self._num_held_back = 0
@@ -157,7 +161,7 @@ class Simulation:
 
     def check_empty(self) -> None:
         """Raise AssertionError unless every page and every credit is back."""
-        assert not self._backlog, "somebody waits for ever"
+        assert not len(self._line), "somebody waits for ever"
         for ref, worker in self._workers.items():
             worker.pool.check(())
             assert worker.num_seats_free == worker.kind.max_running, f"{ref}: a seat is taken"
@@ -190,35 +194,44 @@ class Simulation:
     # Ingest.
 
     def _stand_in_line(self, job: Job) -> None:
-        self._backlog.append(job)
-        if len(self._backlog) == 1:
+        expected, _ = self._lengths.predict(job.row, self._asked(job.row))
+        patience_s = DEADLINE_S if self._setup.max_wait_s is None else self._setup.max_wait_s
+        deadline_s = job.arrived_s + patience_s
+        self._line.add(job, Claim(Priority.STANDARD, job.row.source, deadline_s, job.row.num_input + expected))
+        if not self._is_blocked:
             self._place_all()
 
     def _place_all(self) -> None:
+        """Place whom there is room for; others wait until something is given back."""
         self._is_blocked = False
-        while self._backlog:
-            job = self._backlog[0]
-            max_wait_s = self._setup.max_wait_s
-            if max_wait_s is not None and self._agenda.now_s - job.arrived_s > max_wait_s:
-                self._backlog.popleft()
-                self._refuse(job, "waited too long")
-                continue
-            decision = self._policy.decide(
-                self._request_view(job), self._cluster_view(), self._holders, tie_break=self._num_placed
-            )
-            match decision:
-                case NoRoomNow():
-                    self._num_no_room += 1
-                    self._is_blocked = True
-                    if self._setup.gauges:
-                        self._agenda.at(self._gauges_read_s + BEAT_S, self._room_changed)
-                    return
-                case NeverFits():
-                    self._backlog.popleft()
-                    self._refuse(job, f"it can have {decision.limit_tokens} tokens")
-                case Chosen():
-                    self._backlog.popleft()
-                    self._dispatch(job, decision)
+        while (first := self._line.first()) is not None:
+            late = None if self._setup.max_wait_s is None else self._line.late(self._agenda.now_s)
+            if late is not None:
+                self._line.leave(late)
+                self._refuse(late.item, "waited too long")
+            elif not self._settle(first) and not any(self._settle(entry) for entry in self._line.overtakers()):
+                self._num_no_room += 1
+                self._is_blocked = True
+                if self._setup.gauges:
+                    self._agenda.at(self._gauges_read_s + BEAT_S, self._room_changed)
+                return
+
+    def _settle(self, entry: Entry[Job]) -> bool:
+        """Place it, or refuse what can never be; False: there is no room for it now."""
+        job = entry.item
+        decision = self._policy.decide(
+            self._request_view(job), self._cluster_view(), self._holders, tie_break=self._num_placed
+        )
+        match decision:
+            case NoRoomNow():
+                return False
+            case NeverFits():
+                self._line.leave(entry)
+                self._refuse(job, f"it can have {decision.limit_tokens} tokens")
+            case Chosen():
+                self._line.place(entry)
+                self._dispatch(job, decision)
+        return True
 
     def _refuse(self, job: Job, reason: str) -> None:
         job.refusal = reason

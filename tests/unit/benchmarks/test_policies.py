@@ -56,7 +56,7 @@ def test_a_case_is_searched_and_looked_at_and_told():
 
 
 def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most():
-    case = Case("conv", TIGHT, 16)
+    case, other = Case("conv", TIGHT, 16), Case("conv", LOOSE, 4)
 
     class Crew(OneProcess):
         def run(self, tasks):
@@ -72,8 +72,8 @@ def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most():
         def __init__(self, per_gpu_s):
             self.per_gpu_s = per_gpu_s
 
-    bench = bench_of([case, case._replace(num_workers=8)], 40)
-    assert find_splits([case], bench, Crew(bench)) == {case: 10}
+    bench = bench_of([case._replace(num_workers=8), other._replace(num_workers=8)], 40)
+    assert find_splits([case, other], bench, Crew(bench)) == {case: 10, other: 2}
 
 
 def report_of(ours, other, *, hit=0.2, attainments=(0.9, 0.9)):
