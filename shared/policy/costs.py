@@ -11,13 +11,15 @@ and the cost of a placement is the loss of the request plus what it adds to the 
   before it when it came (level crossing: each size of the queue is passed upwards as often as downwards), and each of
   them waits for its whole computation;
 - the rows of the decode worker, each of whose steps reads its context too;
-- the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer.
+- the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer;
+- those who wait for room in decode, for rows that are held up leave later.
 
 The sum times the goal for the first token is the cost in seconds: what a wait of so long would cost alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import erfc, exp, pi, sqrt
 
 from shared.policy.profile import LinkRate, SpeedProfile, num_pairs
 from shared.policy.views import WorkerView
@@ -25,6 +27,9 @@ from shared.policy.views import WorkerView
 SPREAD_EXPONENT = 6.0
 """How sure a prediction is, as the shape of a log-logistic distribution of actual over predicted time (median 1):
 pi / sqrt(3) / 6 = 0.3 is the standard deviation of its logarithm."""
+
+FAR_FROM_FULL = 8.0
+"""Square roots of the number of rows; that many places are never all taken by chance."""
 
 UNMEASURED = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
 """Stands for a worker's speeds while no worker of its role has measured any: an 8B model on an H200."""
@@ -49,7 +54,7 @@ class Cost:
         own_s: cost of its own times.
         behind_s: cost to those who queue behind it.
         rows_s: cost to the decode worker's rows, of its row among them.
-        stall_s: cost to these rows, of its prompt's chunks among them.
+        stall_s: cost to these rows, and to those who wait for room there, of its prompt's chunks among them.
     """
 
     queue_s: float
@@ -112,12 +117,11 @@ def local_chunk(max_batch_tokens: int, num_rows: int) -> int:
     return max(max_batch_tokens - num_rows, 1)
 
 
-def local_stall_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_tokens: int, num_rows: int) -> float:
+def local_stall_s(profile: SpeedProfile, num_new: int, num_before: int, chunk: int) -> float:
     """By how much longer the steps with chunks of a prompt take than as many of the rows alone.
 
     Prompt tokens are free as long as they take no longer than the step reads weights anyway.
     """
-    chunk = local_chunk(max_batch_tokens, num_rows)
     return prefill_s(profile, num_new, num_before, chunk) - -(-num_new // chunk) * profile.base_s
 
 
@@ -145,11 +149,33 @@ def price_of_work(prefill: Sequence[WorkerView], goal_s: float) -> float:
     return num_in_line * (1 + miss_slope(ttft_s / goal_s)) / goal_s
 
 
-def added_loss(num_rows: int, now_s: float, added_s: float, goal_s: float) -> float:
-    """Of so many rows whose tokens take `added_s` longer than `now_s`."""
-    if num_rows == 0 or added_s <= 0:
+def added_loss(num_rows: int, before: float, after: float) -> float:
+    """Of so many rows whose time for a token was one share of its goal and becomes another."""
+    return num_rows * (loss(after) - loss(before)) if num_rows and after > before else 0.0
+
+
+def price_of_stall(decode: Sequence[WorkerView], num_pages: int, goal_s: float) -> float:
+    """Loss that a second in which a decode worker's rows stand still causes to those who wait for room.
+
+    Rows come and go at random while they are about as many as now, with room for some more of `num_pages` each. Of
+    such a system it is known how many wait (Halfin and Whitt 1981, "Heavy-traffic limits for queues with many
+    exponential servers"): with spare room for b square roots of the number of rows, somebody waits with probability
+    1 / (1 + b Phi(b) / phi(b)), and if so then one for each row and free place on average.
+    """
+    if not decode:
         return 0.0
-    return num_rows * (loss((now_s + added_s) / goal_s) - loss(now_s / goal_s))
+    num_rows = num_free = 0
+    for worker in decode:
+        num_rows += worker.num_credits
+        by_pages = (worker.num_pages - worker.num_credit_pages) // num_pages
+        num_free += max(0, min(by_pages, worker.max_running - worker.num_credits))
+    spare = max(num_free, 1) / sqrt(max(num_rows, 1))
+    if spare > FAR_FROM_FULL:
+        return 0.0
+    density = exp(-spare * spare / 2) / sqrt(2 * pi)
+    below = erfc(-spare / sqrt(2)) / 2
+    num_waiting = num_rows / max(num_free, 1) / (1 + spare * below / density)
+    return num_waiting / len(decode) / goal_s
 
 
 def mean_profile(workers: Sequence[WorkerView]) -> SpeedProfile:

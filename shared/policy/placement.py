@@ -1,13 +1,13 @@
 """Where a choice runs: filter (who has room) → score (what each way is predicted to cost) → pick (the least).
 
-All decode workers are scored alone; the best few are tried with all prefill workers, and every one as its own. What a
-way costs is `costs`' matter. Each thing that depends on one worker is computed once for it, so that a pair costs a
-few additions: 64 workers are decided on in a fraction of a millisecond (`python -m benchmarks.placement`).
+All decode workers are scored alone; the best few are tried with all prefill workers, and every one with itself. What a
+way costs is `costs`' matter. What depends on one worker is computed once for it, and a pair is not looked at closer
+once five are known that beat it whatever its transfer takes.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
 from typing import NamedTuple
 
 from shared.blocks import PAGE_TOKENS, pages_for
@@ -15,11 +15,8 @@ from shared.policy import costs
 from shared.policy.holders import Holders
 from shared.policy.profile import SpeedProfile
 from shared.policy.views import ClusterView, RequestView, WorkerView
-from shared.request import Incarnation, WorkerRef
+from shared.request import NUM_SLOTS, Incarnation, RequestId, WorkerRef
 from shared.wire.explanation import MAX_CANDIDATES, Candidate, Explanation
-
-NUM_SOURCES = 3
-"""Of the workers that hold most of a prompt, so many are tried as sources of a fetch."""
 
 Matches = Mapping[Incarnation, tuple[int, int]]
 NOTHING_HELD = (0, 0)
@@ -100,22 +97,43 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: R
     most_tokens = request.num_tokens + request.max_new_tokens
     prefill = _with_room(cluster.prefill, request.model, num_prefill_pages, most_tokens)
     decode = _with_room(cluster.decode, request.model, num_decode_pages, most_tokens)
-    # The last token of a prompt is always computed.
-    matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
-    scoring = _Scoring(request, cluster, rules, matches)
-    ranked = scoring.rank(prefill, decode, tie_break)
+    if not decode:
+        return NoRoomNow()
+    scoring = _Scoring(request, cluster, holders, rules, tie_break)
+    ranked = scoring.rank(prefill, decode)
     if not ranked:
         return NoRoomNow()
     way, seat = ranked[0].way, ranked[0].seat
     return Chosen(
         way.worker.ref,
         seat.worker.ref,
-        0 if way.worker is seat.worker else num_prefill_pages,
+        0 if ranked[0].is_local else num_prefill_pages,
         num_decode_pages,
         way.compute_s,
         None if way.source is None else Fetch(way.source.ref, way.num_cached + way.num_fetched),
         scoring.explain(ranked),
     )
+
+
+def local_threshold_tokens(prefill: WorkerView, decode: WorkerView, rules: Rules, *, expected_new_tokens: float) -> int:
+    """Below how many uncached prompt tokens `decode` had better compute a prompt itself than leave it to `prefill`.
+
+    By the loads and speeds of these two as they are; at most what `decode` can hold. No room is asked for.
+    """
+
+    def is_local(num_tokens: int) -> bool:
+        num_new = round(expected_new_tokens)
+        request = RequestView(RequestId(""), 0, decode.model, num_tokens, num_new, expected_new_tokens, num_new, ())
+        scoring = _Scoring(request, ClusterView((prefill,), (decode,)), Holders(), rules, 0)
+        return scoring.rank([prefill], [decode])[0].is_local
+
+    limit = _capacity_tokens(decode)
+    above = 1
+    while is_local(above):
+        if above == limit:
+            return limit
+        above = min(2 * above, limit)
+    return bisect_left(range(above), True, lo=above // 2, key=lambda num_tokens: not is_local(num_tokens))
 
 
 def capacity_tokens(model: str, cluster: ClusterView) -> int | None:
@@ -156,39 +174,44 @@ class _Way(NamedTuple):
 
     Attributes:
         compute_s: its work.
-        before_last_s: part of it before the last chunk.
         ttft_s: from now until the first token.
+        loss: of that time, and of what the work costs those who queue behind it.
         num_cached: pages of the prompt that it has.
         num_fetched: pages that it gets from `source`.
     """
 
+    loss: float
+    tie: int
     worker: WorkerView
+    profile: SpeedProfile
     queue_s: float
     fetch_s: float
     compute_s: float
-    before_last_s: float
     ttft_s: float
     num_cached: int
     num_fetched: int
     source: WorkerView | None
+
+    @property
+    def num_found_tokens(self) -> int:
+        return (self.num_cached + self.num_fetched) * PAGE_TOKENS
 
 
 class _Seat(NamedTuple):
     """What it means for one decode worker to run the request, whoever computes the prompt.
 
     Attributes:
-        joined_s: of each token of a row there, with this request's row and with what stalls them already.
-        tpot_s: of each token of this request.
-        own_loss: of that time.
-        rows_loss: that its row adds to the others'.
+        loss: of the request's time per token, and what its row adds to the others'.
+        tpot_s: of each token of a row there, with this request's row and with what stalls them already.
+        rows_loss: of `loss`, the others' part.
         num_held: pages of the prompt that the worker has.
     """
 
+    loss: float
+    tie: int
     worker: WorkerView
     profile: SpeedProfile
-    joined_s: float
     tpot_s: float
-    own_loss: float
     rows_loss: float
     num_held: int
 
@@ -201,201 +224,206 @@ class _Ranked(NamedTuple):
     way: _Way
     seat: _Seat
 
+    @property
+    def is_local(self) -> bool:
+        return self.way.worker is self.seat.worker
+
 
 class _Scoring:
     """One decision's constants, and what follows from them for a worker and for a pair."""
 
-    def __init__(self, request: RequestView, cluster: ClusterView, rules: Rules, matches: Matches) -> None:
+    def __init__(
+        self, request: RequestView, cluster: ClusterView, holders: Holders, rules: Rules, tie_break: int
+    ) -> None:
         self._rules = rules
-        self._matches = matches
+        self._tie_break = tie_break
         self._num_tokens = request.num_tokens
         self._num_pages = pages_for(request.num_tokens)
         self._num_later = max(request.expected_new_tokens, 1.0)
         self._num_context = request.num_tokens + round(request.expected_new_tokens / 2)
+        # The last token of a prompt is always computed.
+        self._matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
         prefill = [worker for worker in cluster.prefill if worker.model == request.model]
         decode = [worker for worker in cluster.decode if worker.model == request.model]
-        self._price = costs.price_of_work(prefill, rules.ttft_goal_s)
-        self._sources = self._find_sources(prefill + decode) if rules.fetch and matches else []
+        num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
+        self._work_price = costs.price_of_work(prefill, rules.ttft_goal_s)
+        self._stall_price = costs.price_of_stall(decode, num_decode_pages, rules.ttft_goal_s)
+        self._sources = self._find_sources((*prefill, *decode)) if rules.fetch and self._matches else []
         self._assumed = _assumed_profiles(prefill) | _assumed_profiles(decode)
         self._num_ways = 0
 
-    def rank(self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView], tie_break: int) -> list[_Ranked]:
+    def rank(self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> list[_Ranked]:
         """The best ways, best first."""
-        num_decode, num_prefill = max(len(decode), 1), max(len(prefill), 1)
-        ranked: list[_Ranked] = []
-        seats: list[tuple[float, int, _Seat]] = []
-        for index, worker in enumerate(decode):
-            seat = self._seat(worker)
-            tie = (index + tie_break) % num_decode
-            seats.append((seat.own_loss + seat.rows_loss, tie, seat))
-            if self._rules.local_prefill:
-                way = self._local_way(seat)
-                ranked.append(_Ranked(self._local_loss(way, seat), tie, way, seat))
-        ways = [self._remote_way(worker) for worker in prefill] if seats else []
-        for _, tie, seat in self._best_seats(seats):
-            layout = seat.worker.layout_fingerprint
-            first_tie = num_decode + tie * num_prefill
-            for index, way in enumerate(ways):
-                if way.worker.layout_fingerprint == layout:
-                    pair_tie = first_tie + (index + tie_break) % num_prefill
-                    ranked.append(_Ranked(self._remote_loss(way, seat), pair_tie, way, seat))
-        self._num_ways = len(ranked)
-        return nsmallest(MAX_CANDIDATES, ranked)
-
-    def _best_seats(self, seats: list[tuple[float, int, _Seat]]) -> list[tuple[float, int, _Seat]]:
-        """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
+        seats = [self._seat(worker, (index + self._tie_break) % len(decode)) for index, worker in enumerate(decode)]
         seats.sort(key=_loss_and_tie)
-        best = seats[: self._rules.num_decode_candidates]
-        nearest = max(seats, key=_num_held, default=None)
-        if nearest is not None and nearest[2].num_held and nearest not in best:
-            best[-1] = nearest
+        best: list[_Ranked] = []
+        self._try_remote(prefill, self._best_seats(seats), best)
+        if self._rules.local_prefill:
+            self._try_local(seats, best)
         return best
 
-    def _seat(self, worker: WorkerView) -> _Seat:
+    def _try_remote(self, prefill: Sequence[WorkerView], seats: Sequence[_Seat], best: list[_Ranked]) -> None:
+        ways = [self._remote_way(worker, (i + self._tie_break) % len(prefill)) for i, worker in enumerate(prefill)]
+        ways.sort(key=_loss_and_tie)
+        for seat in seats:
+            layout = seat.worker.layout_fingerprint
+            equal = [way for way in ways if way.worker.layout_fingerprint == layout]
+            self._num_ways += len(equal)
+            for way in equal:
+                if len(best) == MAX_CANDIDATES and way.loss + seat.loss > best[-1].loss:
+                    break
+                # Local ways come before all others that are as good, and one seat's before the next one's.
+                tie = (seat.tie + 1) * NUM_SLOTS + way.tie
+                _keep(best, _Ranked(self._remote_loss(way, seat), tie, way, seat))
+
+    def _try_local(self, seats: Sequence[_Seat], best: list[_Ranked]) -> None:
+        self._num_ways += len(seats)
+        for seat in seats:
+            if len(best) == MAX_CANDIDATES and seat.loss > best[-1].loss:
+                break
+            way = self._local_way(seat)
+            _keep(best, _Ranked(way.loss + seat.loss, seat.tie, way, seat))
+
+    def _best_seats(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
+        """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
+        best = list(seats[: self._rules.num_decode_candidates])
+        if self._matches:
+            nearest = max(seats, key=_num_held)
+            if nearest.num_held and nearest not in best:
+                best[-1] = nearest
+        return best
+
+    def _seat(self, worker: WorkerView, tie: int) -> _Seat:
         profile = worker.profile or self._assumed[worker.ref.slot]
         goal_s, num_rows = self._rules.tpot_goal_s, worker.num_credits
         stalled_s = worker.queued_prefill_s / self._num_later
         now_s = profile.decode_step_s(num_rows, worker.num_context_tokens) + stalled_s
-        joined_s = now_s + profile.decode_step_s(1, self._num_context) - profile.base_s
-        return _Seat(
-            worker=worker,
-            profile=profile,
-            joined_s=joined_s,
-            tpot_s=joined_s,
-            own_loss=costs.loss(joined_s / goal_s),
-            rows_loss=costs.added_loss(num_rows, now_s, joined_s - now_s, goal_s),
-            num_held=self._matches.get(worker.ref.incarnation, NOTHING_HELD)[1],
-        )
+        tpot_s = now_s + profile.row_s + profile.context_s * self._num_context
+        own_loss = costs.loss(tpot_s / goal_s)
+        rows_loss = num_rows * (own_loss - costs.loss(now_s / goal_s)) if num_rows else 0.0
+        num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)[1]
+        return _Seat(own_loss + rows_loss, tie, worker, profile, tpot_s, rows_loss, num_held)
 
-    def _remote_way(self, worker: WorkerView) -> _Way:
+    def _remote_way(self, worker: WorkerView, tie: int) -> _Way:
         profile = worker.profile or self._assumed[worker.ref.slot]
-        num_cached, num_found, found_s, source = self._find_beginning(worker, profile)
-        num_before, chunk = num_found * PAGE_TOKENS, worker.max_batch_tokens
-        num_new = self._num_tokens - num_before
-        compute_s = costs.prefill_s(profile, num_new, num_before, chunk)
+        num_cached, num_found, found_s, compute_s, source = self._beginning(worker, profile)
         queue_s = worker.queued_prefill_s
-        fetch_s = max(0.0, found_s - queue_s)
+        start_s = max(queue_s, found_s)
+        ttft_s = start_s + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._work_price * compute_s
+        num_fetched = num_found - num_cached
         return _Way(
-            worker=worker,
-            queue_s=queue_s,
-            fetch_s=fetch_s,
-            compute_s=compute_s,
-            before_last_s=costs.prefill_s(profile, num_new - chunk, num_before, chunk),
-            ttft_s=queue_s + fetch_s + compute_s,
-            num_cached=num_cached,
-            num_fetched=num_found - num_cached,
-            source=source,
+            loss, tie, worker, profile, queue_s, start_s - queue_s, compute_s, ttft_s, num_cached, num_fetched, source
         )
 
     def _local_way(self, seat: _Seat) -> _Way:
         worker, profile = seat.worker, seat.profile
-        num_cached, num_found, found_s, source = self._find_beginning(worker, profile)
-        num_before = num_found * PAGE_TOKENS
+        num_cached, num_found, found_s, _, source = self._beginning(worker, profile)
+        num_before, num_rows = num_found * PAGE_TOKENS, worker.num_credits
         num_new = self._num_tokens - num_before
-        num_rows, num_context = worker.num_credits, worker.num_context_tokens
         chunk = costs.local_chunk(worker.max_batch_tokens, num_rows)
-        rows_s = profile.decode_step_s(num_rows, num_context) - profile.base_s
-        compute_s = costs.prefill_s(profile, num_new, num_before, chunk) + -(-num_new // chunk) * rows_s
+        stall_s = costs.local_stall_s(profile, num_new, num_before, chunk)
         queue_s = worker.queued_prefill_s
-        fetch_s = max(0.0, found_s - queue_s)
+        start_s = max(queue_s, found_s)
+        compute_s = stall_s + -(-num_new // chunk) * profile.decode_step_s(num_rows, worker.num_context_tokens)
+        ttft_s = start_s + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._stall_loss(seat, stall_s)
+        num_fetched = num_found - num_cached
         return _Way(
-            worker=worker,
-            queue_s=queue_s,
-            fetch_s=fetch_s,
-            compute_s=compute_s,
-            before_last_s=0.0,
-            ttft_s=queue_s + fetch_s + compute_s,
-            num_cached=num_cached,
-            num_fetched=num_found - num_cached,
-            source=source,
+            loss, 0, worker, profile, queue_s, start_s - queue_s, compute_s, ttft_s, num_cached, num_fetched, source
         )
 
-    def _find_beginning(self, worker: WorkerView, profile: SpeedProfile) -> tuple[int, int, float, WorkerView | None]:
-        """Pages of the prompt at the worker, those and the ones it may fetch, the time until they are on its GPU, and
-        from where: whichever leaves least to do."""
-        on_gpu, held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
-        load_s = costs.HOST_LINK.pull_s((held - on_gpu) * worker.page_bytes)
-        best = (held, held, load_s, None)
-        if not self._sources:
-            return best
-        least_s = load_s + self._work_s(worker, profile, held)
-        for source, source_on_gpu, source_held in self._sources:
-            if source_held <= held or source.layout_fingerprint != worker.layout_fingerprint:
-                continue
-            link = worker.links.get(source.ref.incarnation)
-            if link is None:
-                continue
-            num_from_host = max(0, source_held - max(source_on_gpu, held))
-            fetch_s = link.pull_s((source_held - held) * worker.page_bytes)
-            found_s = load_s + fetch_s + costs.HOST_LINK.pull_s(num_from_host * worker.page_bytes)
-            work_s = found_s + self._work_s(worker, profile, source_held)
-            if work_s < least_s:
-                least_s = work_s
-                best = (held, source_held, found_s, source)
-        return best
+    def _stall_loss(self, seat: _Seat, stall_s: float) -> float:
+        """What a prompt's chunks take from the rows beside them, each of which makes about as many tokens as this
+        request will, and from those who wait for one of them to leave."""
+        goal_s = self._rules.tpot_goal_s
+        after = (seat.tpot_s + stall_s / self._num_later) / goal_s
+        rows_loss = costs.added_loss(seat.worker.num_credits, seat.tpot_s / goal_s, after)
+        return rows_loss + self._stall_price * stall_s
 
-    def _work_s(self, worker: WorkerView, profile: SpeedProfile, num_found: int) -> float:
+    def _beginning(self, worker: WorkerView, profile: SpeedProfile) -> tuple[int, int, float, float, WorkerView | None]:
+        """Pages of the prompt that the worker has; those and what it fetches; when they are on its GPU; what it takes
+        to compute the rest; and the source, if fetching is worth it."""
+        num_on_gpu, num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
+        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes)
+        rest_s = self._rest_s(worker, profile, num_held)
+        for source, num_on_its_gpu, num_there in self._sources:
+            if num_there <= num_held:
+                break
+            link = worker.links.get(source.ref.incarnation)
+            if link is None or source.layout_fingerprint != worker.layout_fingerprint:
+                continue
+            num_on_its_host = max(0, num_there - max(num_on_its_gpu, num_held))
+            fetch_s = link.pull_s((num_there - num_held) * worker.page_bytes)
+            found_s = load_s + fetch_s + costs.HOST_LINK.pull_s(num_on_its_host * worker.page_bytes)
+            fetched_rest_s = self._rest_s(worker, profile, num_there)
+            if found_s + fetched_rest_s < load_s + rest_s:
+                return num_held, num_there, found_s, fetched_rest_s, source
+            break
+        return num_held, num_held, load_s, rest_s, None
+
+    def _rest_s(self, worker: WorkerView, profile: SpeedProfile, num_found: int) -> float:
         num_before = num_found * PAGE_TOKENS
         return costs.prefill_s(profile, self._num_tokens - num_before, num_before, worker.max_batch_tokens)
 
     def _find_sources(self, workers: Iterable[WorkerView]) -> list[tuple[WorkerView, int, int]]:
-        """Who holds most of the prompt, on the GPU before elsewhere; with the pages there and at all."""
-        matches = self._matches
-        holding = [worker for worker in workers if worker.takes_work and worker.ref.incarnation in matches]
-        holding.sort(
-            key=lambda worker: (*(-count for count in reversed(matches[worker.ref.incarnation])), worker.ref.slot)
-        )
-        return [(worker, *matches[worker.ref.incarnation]) for worker in holding[:NUM_SOURCES]]
+        """Who has any of the prompt, with the pages on its GPU and in all; most first, on the GPU before elsewhere."""
+        sources = [(worker, *self._matches[worker.ref.incarnation]) for worker in workers if self._may_lend(worker)]
+        turn = self._tie_break
+        sources.sort(key=lambda source: (-source[2], -source[1], (source[0].ref.slot + turn) % NUM_SLOTS))
+        return sources
 
-    def _transfer_s(self, way: _Way, seat: _Seat) -> float:
-        worker = seat.worker
-        link = worker.links.get(way.worker.ref.incarnation, costs.UNMEASURED_LINK)
-        num_bytes = (self._num_pages - seat.num_held) * worker.page_bytes
-        num_last_bytes = pages_for(way.worker.max_batch_tokens) * worker.page_bytes
-        return costs.transfer_s(link, num_bytes, num_last_bytes, way.before_last_s)
+    def _may_lend(self, worker: WorkerView) -> bool:
+        return worker.takes_work and worker.ref.incarnation in self._matches
 
     def _remote_loss(self, way: _Way, seat: _Seat) -> float:
         """Decode's wait for KV counts as one for the first token: behind it stands the second."""
-        own_loss = costs.loss((way.ttft_s + self._transfer_s(way, seat)) / self._rules.ttft_goal_s)
-        return own_loss + self._price * way.compute_s + seat.own_loss + seat.rows_loss
-
-    def _local_loss(self, way: _Way, seat: _Seat) -> float:
-        own_loss = costs.loss(way.ttft_s / self._rules.ttft_goal_s)
-        return own_loss + self._stall_loss(way, seat) + seat.own_loss + seat.rows_loss
-
-    def _stall_loss(self, way: _Way, seat: _Seat) -> float:
-        worker = seat.worker
-        num_before = (way.num_cached + way.num_fetched) * PAGE_TOKENS
-        stall_s = costs.local_stall_s(
-            seat.profile, self._num_tokens - num_before, num_before, worker.max_batch_tokens, worker.num_credits
-        )
-        goal_s = self._rules.tpot_goal_s
-        return costs.added_loss(worker.num_credits, seat.joined_s, stall_s / self._num_later, goal_s)
-
-    def cost_of(self, way: _Way, seat: _Seat) -> costs.Cost:
-        """The parts of a ranked pair's loss, in seconds."""
+        wait_s = self._transfer_s(way, seat)
+        if not wait_s:
+            return way.loss + seat.loss
         goal_s = self._rules.ttft_goal_s
-        is_local = way.worker is seat.worker
-        wait_s = 0.0 if is_local else self._transfer_s(way, seat)
+        waited_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
+        return waited_loss + self._work_price * way.compute_s + seat.loss
+
+    def _transfer_s(self, way: _Way, seat: _Seat) -> float:
+        worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.num_found_tokens
+        link = worker.links.get(way.worker.ref.incarnation, costs.UNMEASURED_LINK)
+        num_bytes = (self._num_pages - seat.num_held) * worker.page_bytes
+        before_last_s = costs.prefill_s(way.profile, self._num_tokens - num_before - chunk, num_before, chunk)
+        return costs.transfer_s(link, num_bytes, pages_for(chunk) * worker.page_bytes, before_last_s)
+
+    def explain(self, ranked: Sequence[_Ranked]) -> Explanation:
+        """Why the first of `ranked` was chosen."""
+        shown = [(each, self.cost_of(each)) for each in ranked]
+        reason = _reason([cost for _, cost in shown])
+        if self._assumed:
+            reason += f"; speeds assumed of slots {', '.join(map(str, sorted(self._assumed)))}"
+        return Explanation(reason, self._num_ways, tuple(_candidate(each, cost) for each, cost in shown))
+
+    def cost_of(self, ranked: _Ranked) -> costs.Cost:
+        """The parts of a pair's loss, in seconds."""
+        way, seat, goal_s = ranked.way, ranked.seat, self._rules.ttft_goal_s
+        wait_s = 0.0 if ranked.is_local else self._transfer_s(way, seat)
+        first_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
+        behind = 0.0 if ranked.is_local else self._work_price * way.compute_s
         return costs.Cost(
             queue_s=way.queue_s,
             fetch_s=way.fetch_s,
             compute_s=way.compute_s,
             transfer_s=wait_s,
             tpot_s=seat.tpot_s,
-            own_s=goal_s * (costs.loss((way.ttft_s + wait_s) / goal_s) + seat.own_loss),
-            behind_s=0.0 if is_local else goal_s * self._price * way.compute_s,
+            own_s=goal_s * (first_loss + seat.loss - seat.rows_loss),
+            behind_s=goal_s * behind,
             rows_s=goal_s * seat.rows_loss,
-            stall_s=goal_s * self._stall_loss(way, seat) if is_local else 0.0,
+            stall_s=goal_s * (way.loss - first_loss) if ranked.is_local else 0.0,
         )
 
-    def explain(self, ranked: Sequence[_Ranked]) -> Explanation:
-        """Why the first of `ranked` was chosen."""
-        shown = [(each, self.cost_of(each.way, each.seat)) for each in ranked]
-        reason = _reason([cost for _, cost in shown])
-        if self._assumed:
-            reason += f"; speeds assumed of slots {', '.join(map(str, sorted(self._assumed)))}"
-        return Explanation(reason, self._num_ways, tuple(_candidate(each, cost) for each, cost in shown))
+
+def _keep(best: list[_Ranked], ranked: _Ranked) -> None:
+    """Among the best so far, if it is one of them."""
+    insort(best, ranked)
+    if len(best) > MAX_CANDIDATES:
+        best.pop()
 
 
 def _assumed_profiles(pool: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
@@ -435,7 +463,7 @@ def _candidate(ranked: _Ranked, cost: costs.Cost) -> Candidate:
         fetched_pages=way.num_fetched,
         queue_s=_rounded(cost.queue_s),
         transfer_s=_rounded(cost.transfer_s),
-        is_local=way.worker is seat.worker,
+        is_local=ranked.is_local,
     )
 
 
@@ -443,9 +471,9 @@ def _rounded(number: float) -> float:
     return float(f"{number:.3g}")
 
 
-def _loss_and_tie(seat: tuple[float, int, _Seat]) -> tuple[float, int]:
-    return seat[:2]
+def _loss_and_tie(each: _Way | _Seat) -> tuple[float, int]:
+    return each[:2]
 
 
-def _num_held(seat: tuple[float, int, _Seat]) -> int:
-    return seat[2].num_held
+def _num_held(seat: _Seat) -> int:
+    return seat.num_held
