@@ -62,6 +62,7 @@ class EnginePlan:
         num_pages: KV pages; None, on a GPU only, takes as many as fit.
         gpu_memory_share: of the GPU's memory, what this process may take in all.
         reserved_bytes: of the GPU's memory, what this process will allocate itself once the engine stands.
+        host_cache_bytes: of the host's memory, for pages that go from the cache; 0: none.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class EnginePlan:
     reserved_bytes: int
     max_running: int
     max_batch_tokens: int
+    host_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def start_engine(plan: EnginePlan, report: Report, clock_s: Callable[[], float])
             num_pages=num_pages,
             max_running=plan.max_running,
             max_batch_tokens=plan.max_batch_tokens,
+            num_host_pages=_num_host_pages(plan, checkpoint.layout.page_bytes),
         ),
     )
     measured_steps = measure_steps(runner, engine.limits, budget_s=MEASURE_S[plan.device.type], clock_s=clock_s)
@@ -241,6 +244,15 @@ def _num_pages(plan: EnginePlan, checkpoint: Checkpoint, memory: DeviceMemory | 
         share=plan.gpu_memory_share,
         reserved_bytes=plan.reserved_bytes + (GRAPH_BYTES if plan.kernels == "triton" else 0),
     )
+
+
+def _num_host_pages(plan: EnginePlan, page_bytes: int) -> int:
+    num_pages = plan.host_cache_bytes // page_bytes
+    if plan.host_cache_bytes and not num_pages:
+        raise StartupError(
+            f"a host cache (BATON_HOST_CACHE_GB) of {plan.host_cache_bytes} bytes holds no page, which takes {page_bytes}"
+        )
+    return num_pages
 
 
 def _runner(plan: EnginePlan, checkpoint: Checkpoint, num_pages: int) -> "TorchRunner | TritonRunner":

@@ -136,6 +136,13 @@ class WorkerMetrics:
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated")
         self.free_pages = gauge("baton_kv_pages_free", "KV pages that a new request could take")
         self.total_pages = gauge("baton_kv_pages", "KV pages of the worker")
+        self.host_pages = gauge("baton_host_cache_pages", "KV pages that have a copy in host memory")
+        self.host_hits = counter("baton_host_cache_hits", "Tokens whose KV was brought back from host memory")
+        self.saved_bytes = counter("baton_host_cache_saved_bytes", "KV bytes copied to host memory")
+        self.restored_bytes = counter("baton_host_cache_restored_bytes", "KV bytes copied back from host memory")
+        self.lost_blocks = counter(
+            "baton_kv_lost_blocks", "Cached blocks whose page was given to another and that are not in host memory"
+        )
         self.held_requests = gauge("baton_kv_held_requests", "Requests whose KV waits for its decode worker")
         # Set by the engine's runner when asked. Each must stay 0: all running requests wait for such work.
         self.late_compiles = gauge("baton_late_compiles", "Kernels compiled since the worker was ready; must stay 0")

@@ -246,7 +246,7 @@ class Worker:
             max_running=engine.limits.max_running,
             max_batch_tokens=engine.limits.max_batch_tokens,
             page_bytes=engine.model.layout.page_bytes,
-            num_host_pages=0,
+            num_host_pages=engine.limits.num_host_pages,
             transfer_address=self._parts.transfer.address,
             layout_fingerprint=engine.model.layout.fingerprint,
         )
@@ -399,6 +399,10 @@ class Worker:
             num_prefix_hits=0,
             num_prompt_tokens=0,
             num_generated_tokens=0,
+            num_host_hits=0,
+            num_lost_blocks=0,
+            num_saved_bytes=0,
+            num_restored_bytes=0,
         )
         metrics.num_running.set(stats.num_running)
         metrics.num_waiting.set(stats.num_waiting)
@@ -409,6 +413,11 @@ class Worker:
         metrics.preemptions.inc(stats.num_preemptions - last.num_preemptions)
         metrics.prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
         metrics.prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
+        metrics.host_pages.set(stats.num_host_pages)
+        metrics.host_hits.inc(stats.num_host_hits - last.num_host_hits)
+        metrics.lost_blocks.inc(stats.num_lost_blocks - last.num_lost_blocks)
+        metrics.saved_bytes.inc(stats.num_saved_bytes - last.num_saved_bytes)
+        metrics.restored_bytes.inc(stats.num_restored_bytes - last.num_restored_bytes)
         metrics.prompt_tokens.inc(stats.num_prompt_tokens - last.num_prompt_tokens)
         metrics.generation_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
         self._publish_speeds()

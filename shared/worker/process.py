@@ -89,6 +89,7 @@ def start(settings: WorkerSettings, logger: Logger) -> StartedEngine:
         reserved_bytes=staging_bytes(settings.device),
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
+        host_cache_bytes=int(settings.host_cache_gb * 1e9),
     )
     started = start_engine(plan, ReadingLog(logger, time.monotonic), time.monotonic)
     limits = started.engine.limits
@@ -103,6 +104,7 @@ def start(settings: WorkerSettings, logger: Logger) -> StartedEngine:
         max_batch_tokens=limits.max_batch_tokens,
         weights_gb=_gb(started.weight_bytes),
         kv_gb=_gb(started.kv_bytes),
+        host_cache_gb=_gb(limits.num_host_pages * started.engine.model.layout.page_bytes),
         peak_gb=None if started.peak_bytes is None else _gb(started.peak_bytes),
         load_s=round(started.load_s, 2),
         warm_up_s=round(started.warm_up_s, 2),

@@ -19,6 +19,7 @@ class WorkerSettings(ServiceSettings):
         kernels: "triton" (on a GPU) or "torch", the slow and plain reference.
         num_pages: KV pages (64 tokens each) to allocate; None, on a GPU only, takes as many as fit.
         gpu_memory_share: of the GPU's memory, what this worker may take in all; read where num_pages is None.
+        host_cache_gb: of the host's memory, in 10^9 bytes, taken at the start for pages that go from the cache; 0: none.
         max_running: requests in the running batch.
         max_batch_tokens: token rows of one step; longer prompts are prefilled in chunks.
         transfer_host: address on which peers pull KV.
@@ -46,6 +47,7 @@ class WorkerSettings(ServiceSettings):
     kernels: Literal["triton", "torch"] = "torch"
     num_pages: int | None = Field(default=256, ge=2)
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
+    host_cache_gb: float = Field(default=0, ge=0)
     max_running: int = Field(default=32, ge=1)
     max_batch_tokens: int = Field(default=512, ge=64)
     transfer_host: str = "127.0.0.1"

@@ -76,6 +76,22 @@ def test_measured_steps_leave_no_trace_in_an_engine(tiny_checkpoints):
     engine.check()
 
 
+def test_host_memory_holds_as_many_pages_as_it_has_room_for(tiny_checkpoints):
+    folder = tiny_checkpoints.get(TinyCheckpoint())
+    clock = count()
+
+    def started(num_bytes):
+        wanted = plan(folder, host_cache_bytes=num_bytes)
+        return start_engine(wanted, lambda *_: None, lambda: float(next(clock))).engine
+
+    engine = started(0)
+    page_bytes = engine.model.layout.page_bytes
+    assert engine.limits.num_host_pages == 0
+    assert started(3 * page_bytes + 1).limits.num_host_pages == 3
+    with pytest.raises(StartupError, match="BATON_HOST_CACHE_GB"):
+        started(page_bytes - 1)
+
+
 def test_a_cpu_is_not_asked_how_many_pages_fit(tiny_checkpoints):
     with pytest.raises(StartupError, match="num_pages"):
         start_engine(plan(tiny_checkpoints.get(TinyCheckpoint()), num_pages=None), lambda _read, _all: None, float)

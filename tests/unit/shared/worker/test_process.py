@@ -57,10 +57,13 @@ def test_the_reading_of_weights_is_told_once_a_second_and_at_its_end():
 def test_an_engine_that_is_ready_says_what_runs(tiny_checkpoints):
     told = Told()
     folder = tiny_checkpoints.get(TinyCheckpoint())
-    start(WorkerSettings(model=folder, model_name="m", dtype="float32", num_pages=8), told)
+    settings = WorkerSettings(model=folder, model_name="m", dtype="float32", num_pages=8, host_cache_gb=0.02)
+    engine = start(settings, told).engine
     event, fields = told.lines[-1]
     assert event == "engine ready"
     assert (fields["model"], fields["device"], fields["runs"], fields["pages"]) == ("m", "cpu", "PyTorch alone", 8)
+    assert engine.limits.num_host_pages == int(0.02e9) // engine.model.layout.page_bytes
+    assert fields["host_cache_gb"] == 0.02
 
 
 def test_a_missing_gpu_is_named(tmp_path, monkeypatch):

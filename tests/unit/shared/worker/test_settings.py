@@ -60,6 +60,7 @@ def test_an_empty_variable_counts_as_not_set(read):
         ({"gpu_memory_share": "1.5"}, "BATON_GPU_MEMORY_SHARE"),
         ({"max_running": "600"}, "BATON_MAX_BATCH_TOKENS, 512.*BATON_MAX_RUNNING, 600"),
         ({"num_pages": "1"}, "BATON_NUM_PAGES"),
+        ({"host_cache_gb": "-1"}, "BATON_HOST_CACHE_GB"),
         ({"transfer_floor_gb_per_s": "0"}, "BATON_TRANSFER_FLOOR_GB_PER_S"),
         ({"transfer_floor_action": "warn"}, "BATON_TRANSFER_FLOOR_ACTION"),
     ],
