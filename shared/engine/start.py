@@ -250,7 +250,7 @@ def _num_host_pages(plan: EnginePlan, page_bytes: int) -> int:
     num_pages = plan.host_cache_bytes // page_bytes
     if plan.host_cache_bytes and not num_pages:
         raise StartupError(
-            f"a host cache (BATON_HOST_CACHE_GB) of {plan.host_cache_bytes} bytes holds no page, which takes {page_bytes}"
+            f"a host cache (BATON_HOST_CACHE_GB) of {plan.host_cache_bytes} bytes holds no page ({page_bytes})"
         )
     return num_pages
 

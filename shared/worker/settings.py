@@ -19,7 +19,7 @@ class WorkerSettings(ServiceSettings):
         kernels: "triton" (on a GPU) or "torch", the slow and plain reference.
         num_pages: KV pages (64 tokens each) to allocate; None, on a GPU only, takes as many as fit.
         gpu_memory_share: of the GPU's memory, what this worker may take in all; read where num_pages is None.
-        host_cache_gb: of the host's memory, in 10^9 bytes, taken at the start for pages that go from the cache; 0: none.
+        host_cache_gb: memory of the host, in 10^9 bytes, taken at the start for pages that go from the cache; 0: none.
         max_running: requests in the running batch.
         max_batch_tokens: token rows of one step; longer prompts are prefilled in chunks.
         transfer_host: address on which peers pull KV.
