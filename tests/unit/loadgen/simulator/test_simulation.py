@@ -5,8 +5,11 @@ from hypothesis import strategies as st
 from loadgen.simulator.lengths import PlainLengths
 from loadgen.simulator.policies import Contender, policy_names
 from shared.policy.placement import Chosen, Fetch
+from shared.policy.profile import LinkRate
 from shared.wire.explanation import Explanation
 from tests.unit.loadgen.simulator.small import HOPS, INSTANTLY, PAGE_BYTES, PULL, SPEEDS, hardware, kind, run, workload
+
+INSTANT_LINK = LinkRate(latency_s=0.0, bytes_per_s=1e15)
 
 
 def close(value):
@@ -88,6 +91,41 @@ def test_a_row_joins_behind_the_step_that_runs_when_it_is_ready():
     for step in range(num_done):
         now_s += SPEEDS.decode_step_s(1, 513 + 19 - num_done + step)
     assert second.last_token_s - HOPS.frame_s == close(now_s)
+
+
+def ends_step_by_step(ready: list[tuple[float, int, int]]) -> list[float]:
+    """When each answer ends that joins when it is ready (ready_s, context, tokens left), one step after another."""
+    waiting = sorted((ready_s, place, context, left) for place, (ready_s, context, left) in enumerate(ready))
+    rows, ends, now_s = {}, [0.0] * len(ready), 0.0
+    while waiting or rows:
+        if not rows:
+            now_s = max(now_s, waiting[0][0])
+        while waiting and waiting[0][0] <= now_s + 1e-9:
+            _, place, context, left = waiting.pop(0)
+            rows[place] = [context, left]
+        now_s += SPEEDS.decode_step_s(len(rows), sum(context for context, _ in rows.values()))
+        for place, row in list(rows.items()):
+            row[0] += 1
+            row[1] -= 1
+            if not row[1]:
+                ends[place] = now_s
+                del rows[place]
+    return ends
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 600), st.integers(2, 120)), min_size=1, max_size=12),
+)
+def test_jumping_from_change_to_change_ends_answers_when_steps_one_by_one_do(requests):
+    load = workload(*((at_s * INSTANTLY, num_input, num_output) for at_s, num_input, num_output in sorted(requests)))
+    instant = hardware(decode=kind(max_running=64)).model_copy(update={"page_bytes": 1, "peer_link": INSTANT_LINK})
+    jobs = run(load, hardware=instant, speed=INSTANTLY).jobs
+    ready = [
+        (job.first_token_s - HOPS.frame_s + HOPS.token_s, job.row.num_input + 1, job.row.num_output - 1) for job in jobs
+    ]
+    for job, end_s in zip(jobs, ends_step_by_step(ready), strict=True):
+        assert job.last_token_s == pytest.approx(end_s + HOPS.frame_s, abs=1e-6)
 
 
 def test_the_second_of_equal_prompts_finds_the_first_ones_pages():
