@@ -68,6 +68,7 @@ class BenchPlan:
         dtype: "bfloat16" or "float32".
         runner: one of RUNNERS.
         num_pages: pages at most; a GPU with less memory gets fewer.
+        num_host_pages: pages of host memory for what goes from those.
     """
 
     device: str
@@ -76,6 +77,7 @@ class BenchPlan:
     num_pages: int
     max_running: int
     max_batch_tokens: int
+    num_host_pages: int = 0
 
 
 def random_checkpoint(shape: Mapping[str, Any], dtype: str, device: torch.device, weights: Weights) -> Checkpoint:
@@ -122,6 +124,7 @@ def engine_over(checkpoint: Checkpoint, plan: BenchPlan) -> BuiltEngine:
         num_pages=num_pages,
         max_running=plan.max_running,
         max_batch_tokens=plan.max_batch_tokens,
+        num_host_pages=plan.num_host_pages,
     )
     if plan.runner == "torch":
         return BuiltEngine(PagedEngine(TorchRunner(checkpoint, num_pages), model, limits), "PyTorch alone", dict)
