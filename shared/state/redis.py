@@ -15,6 +15,7 @@ from hashlib import sha1
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from struct import Struct
 from typing import Any, TypeVar
 
 import orjson
@@ -80,7 +81,7 @@ WORKER_ROW = 8
 
 VERSION_BYTES = 8
 
-BLOCK_HASH_BYTES = 16
+HASHES = Struct("16s")
 
 REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLError)
 """Another try does not mend it; whoever gives out the rights must."""
@@ -478,6 +479,4 @@ def _feed_entry(incarnation: Incarnation, entry_id: bytes, fields: Mapping[bytes
 
 
 def _hashes(joined: bytes) -> tuple[BlockHash, ...]:
-    return tuple(
-        BlockHash(joined[start : start + BLOCK_HASH_BYTES]) for start in range(0, len(joined), BLOCK_HASH_BYTES)
-    )
+    return tuple(block for (block,) in HASHES.iter_unpack(joined))
