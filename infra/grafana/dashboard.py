@@ -512,6 +512,30 @@ KV = Row(
             most=1,
         ),
         Panel(
+            title="Cached blocks that left the GPU",
+            description="Tokens brought back from host memory, which nobody had to compute again, and cached tokens "
+            "that are gone: their page was given to others, and host memory has no copy.",
+            queries=[
+                Query(rate("baton_host_cache_hits_total", "role"), "brought back, {{role}}"),
+                Query(f"64 * {rate('baton_kv_lost_blocks_total', 'role')}", "gone, {{role}}"),
+            ],
+            unit=Unit.PER_S,
+        ),
+        Panel(
+            title="Host memory",
+            description="KV pages that have a copy in host memory, by worker (BATON_HOST_CACHE_GB).",
+            queries=[Query("baton_host_cache_pages", WORKER)],
+        ),
+        Panel(
+            title="Copies to and from host memory",
+            description="They run beside the steps, over PCIe, which carries about 55 GB/s each way.",
+            queries=[
+                Query(rate("baton_host_cache_saved_bytes_total", "role"), "to the host, {{role}}"),
+                Query(rate("baton_host_cache_restored_bytes_total", "role"), "from the host, {{role}}"),
+            ],
+            unit=Unit.BYTES_PER_S,
+        ),
+        Panel(
             title="Held for decode",
             description="Requests whose KV waits on its prefill worker to be pulled. If it only grows, nobody pulls.",
             queries=[Query('baton_kv_held_requests{role="prefill"}', WORKER)],
