@@ -33,7 +33,7 @@ STATE_RETRY_S = 0.1
 NUM_HASHED = 16
 """Prompts whose blocks' hashes are kept: those that are tried again and again."""
 
-RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False, fetch=False)
+RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False, fetch=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,11 @@ class Backlog:
             self.pace.join()
         self._metrics.backlog.set(len(self._line))
         self._grew.set()
+
+    @property
+    def num_batch(self) -> int:
+        """Choices of batch jobs in line."""
+        return self._line.num_batch
 
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""

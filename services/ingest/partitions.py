@@ -1,6 +1,8 @@
 """The partitions of one topic group that this process leases: where reading begins, and what may be committed."""
 
-from services.ingest.low_water import LowWater
+from collections.abc import Callable
+
+from services.ingest.low_water import LowWater, read_note
 from services.ingest.work import InHand
 from shared.bus.port import BusUnavailable, Committed, Reader, Record, Start
 from shared.observe.log import Logger
@@ -17,15 +19,25 @@ class Partitions:
 
     Args:
         readers: by topic.
+        clock_s: unix seconds.
     """
 
-    def __init__(self, state: State, member: Incarnation, readers: dict[str, Reader], log: Logger) -> None:
+    def __init__(
+        self,
+        state: State,
+        member: Incarnation,
+        readers: dict[str, Reader],
+        log: Logger,
+        clock_s: Callable[[], float],
+    ) -> None:
         self._state = state
         self._member = member
         self._readers = readers
         self._log = log
+        self._clock_s = clock_s
         self._low_water: dict[tuple[str, int], LowWater] = {}
-        self._committed: dict[tuple[str, int], int] = {}
+        self._committed: dict[tuple[str, int], Committed] = {}
+        self._left: list[InHand] = []
         self.owned: frozenset[int] = frozenset()
 
     async def renew(self) -> None:
@@ -56,8 +68,13 @@ class Partitions:
         """Take a record in hand; None: its partition is no longer ours."""
         if record.partition not in self.owned:
             return None
-        self._low_water[record.topic, record.partition].begin(record.offset)
-        return InHand(record.topic, LogPosition(record.partition, record.offset))
+        self._low_water[record.topic, record.partition].begin(record.offset, self._clock_s())
+        return InHand(record.topic, LogPosition(record.partition, record.offset), len(record.value))
+
+    def take_left(self) -> list[InHand]:
+        """Records that whoever had the partitions before did not deal with, and that will not be read: once."""
+        left, self._left = self._left, []
+        return left
 
     def end(self, in_hand: InHand) -> None:
         """The record is dealt with."""
@@ -72,11 +89,12 @@ class Partitions:
     async def commit(self) -> None:
         """Commit for each partition that all below an offset is dealt with, where that changed."""
         for topic, reader in self._readers.items():
-            offsets = {partition: self._low_water[topic, partition].offset for partition in self.owned}
+            now_s = self._clock_s()
+            statements = {partition: self._low_water[topic, partition].statement(now_s) for partition in self.owned}
             due = {
-                partition: Committed(offset)
-                for partition, offset in offsets.items()
-                if self._committed.get((topic, partition)) != offset
+                partition: statement
+                for partition, statement in statements.items()
+                if self._committed.get((topic, partition)) != statement
             }
             if not due:
                 continue
@@ -85,7 +103,7 @@ class Partitions:
             except BusUnavailable as error:
                 self._log.warning("not committed; a successor would read more again", error=str(error))
             else:
-                self._committed |= {(topic, partition): offsets[partition] for partition in due}
+                self._committed |= {(topic, partition): statement for partition, statement in due.items()}
 
     async def _take(self, owned: frozenset[int]) -> None:
         gained = owned - self.owned
@@ -94,14 +112,18 @@ class Partitions:
             self.owned &= owned
             await self._assign({})
         starts: dict[tuple[str, int], int | Start] = {}
+        all_left: list[InHand] = []
         for topic, reader in self._readers.items():
             for partition in gained:
                 committed = await reader.committed(partition)
-                starts[topic, partition] = committed.offset if committed else Start.BEGINNING
-                offset = self._committed[topic, partition] = committed.offset if committed else 0
-                self._low_water[topic, partition] = LowWater(offset)
+                begins, left = (0, list[int]()) if committed is None else read_note(committed)
+                starts[topic, partition] = Start.BEGINNING if committed is None else begins
+                self._committed[topic, partition] = committed or Committed(0)
+                self._low_water[topic, partition] = LowWater(begins, left)
+                all_left.extend(InHand(topic, LogPosition(partition, offset)) for offset in left)
         # Owned before it is read: a record of a partition that is not owned is passed over.
         self.owned = owned
+        self._left.extend(all_left)
         await self._assign(starts)
         self._log.info("partitions", owned=sorted(owned))
 

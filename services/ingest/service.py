@@ -16,8 +16,10 @@ from dataclasses import replace
 from services.ingest.admission import Admission, Admitted
 from services.ingest.backlog import Backlog, Expired, Settled
 from services.ingest.cluster import Cluster
+from services.ingest.hands import Hands
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.lengths import Lengths
+from services.ingest.parked import Parked
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
@@ -28,11 +30,11 @@ from shared.errors import ContextTooLong, RequestError, RequestFailed
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import NeverFits, capacity_tokens
-from shared.request import FinishReason, Incarnation, PlacementId
+from shared.request import FinishReason, Incarnation, PlacementId, Priority
 from shared.state import keys
 from shared.state.port import State, StateUnavailable
 from shared.wire.codec import UndecodableMessage
-from shared.wire.to_ingest import RESUME_DECODER, Resume
+from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume
 from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
@@ -48,9 +50,18 @@ LEAVE_TIMEOUT_S = 5.0
 MAX_ADMITTED_HERE_BYTES = 8192
 """A larger body is tokenised in a thread; for a smaller one going there and back takes longer than the work."""
 
-MAX_IN_HAND = 1024
+MAX_IN_HAND = 16_384
+MAX_IN_HAND_BYTES = 256 * 2**20
 """Records of a topic that are dealt with at a time; beyond it the log is the buffer. Choices that lost their workers
 have hands of their own: they must not wait behind jobs that wait for room."""
+
+MAX_BATCH_IN_LINE = 1024
+"""Choices of batch jobs. The records of further ones are put down: they must not fill the hands before others."""
+
+PARKED_INTERVAL_S = 0.05
+
+NUM_TAKEN_UP = 16
+"""Records that were put down are looked up so many at a time."""
 
 Take = Callable[[Record, InHand], Awaitable[None]]
 """Deals with one record."""
@@ -101,7 +112,9 @@ class IngestService:
         )
         self._sees_workers = True
         self._num_unread = 0
-        self._rooms = {topic.name: asyncio.Semaphore(MAX_IN_HAND) for topic in (INGEST, INGEST_RESUME)}
+        self._rooms = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}
+        self._parked = Parked()
+        self._num_taken_up = 0
         self._partitions: Partitions | None = None
         self._hands: set[asyncio.Task[None]] = set()
 
@@ -121,7 +134,9 @@ class IngestService:
             resumes = await stack.enter_async_context(self._bus.reader(INGEST_RESUME.name, group=GROUP))
             self._story = StoryWriter(producer, self._state, self._wire_loss, self._clock_s, self._log)
             readers = {INGEST.name: jobs, INGEST_RESUME.name: resumes}
-            partitions = self._partitions = Partitions(self._state, self._incarnation, readers, self._log)
+            partitions = self._partitions = Partitions(
+                self._state, self._incarnation, readers, self._log, self._clock_s
+            )
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
             loops = [
                 _every(keys.BEAT_INTERVAL_S, partitions.renew),
@@ -132,6 +147,7 @@ class IngestService:
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
                 self._lengths.follow(self._bus),
+                _every(PARKED_INTERVAL_S, self._take_parked),
                 self._place_for_ever(),
             ]
             running = [self._tasks.create_task(loop) for loop in loops]
@@ -161,7 +177,9 @@ class IngestService:
             begun = [(record, in_hand) for record in records if (in_hand := partitions.begin(record)) is not None]
             self._backlog.pace.join(len(begun))
             for record, in_hand in begun:
-                await self._rooms[record.topic].acquire()
+                if record.topic == INGEST.name:
+                    self._metrics.jobs.inc()
+                await self._rooms[record.topic].take(in_hand)
                 self._take_in_hand(self._take_counted(take, record, in_hand))
 
     async def _take_counted(self, take: Take, record: Record, in_hand: InHand) -> None:
@@ -175,7 +193,7 @@ class IngestService:
         """Tell edges how long the line is; all that stands in the log is in hand, unless the hands are full."""
         assert self._partitions is not None
         try:
-            if self._rooms[INGEST.name].locked():
+            if self._rooms[INGEST.name].full:
                 self._num_unread = await self._partitions.num_unread(INGEST.name)
             else:
                 self._num_unread = 0
@@ -206,11 +224,14 @@ class IngestService:
     # Admitting
 
     async def _take_job(self, record: Record, in_hand: InHand) -> None:
-        self._metrics.jobs.inc()
         try:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
+            return
+        if job.priority is Priority.BATCH and self._must_park(job):
+            self._rooms[in_hand.topic].give_back(in_hand)
+            self._parked.add(in_hand, job.deadline_s)
             return
         try:
             admitted = await self._admit(job, self._capacity())
@@ -224,6 +245,36 @@ class IngestService:
         no_ids = admitted.prompt_ids[:0]
         for choice in range(admitted.spec.n):
             self._backlog.add(Waiting(in_hand, admitted, choice, 1, no_ids, self._clock_s()))
+
+    def _must_park(self, job: Job) -> bool:
+        return self._backlog.num_batch >= MAX_BATCH_IN_LINE and self._clock_s() < job.deadline_s
+
+    async def _take_parked(self) -> None:
+        """Take up whose turn it is of the records that were put down, here or by whoever had the partitions."""
+        assert self._partitions is not None
+        for in_hand in self._partitions.take_left():
+            self._parked.add(in_hand, 0.0)
+        self._metrics.parked.set(len(self._parked))
+        while self._num_taken_up < NUM_TAKEN_UP:
+            room = self._backlog.num_batch + self._num_taken_up < MAX_BATCH_IN_LINE
+            in_hand = self._parked.take(self._clock_s(), room=room)
+            if in_hand is None:
+                break
+            self._num_taken_up += 1
+            self._take_in_hand(self._take_up(in_hand))
+
+    async def _take_up(self, in_hand: InHand) -> None:
+        try:
+            record = await self._read_again(in_hand.topic, in_hand.position)
+            self._rooms[in_hand.topic].add(in_hand)
+            if record is None:
+                self._log.error("record gone from the log", topic=in_hand.topic, position=in_hand.position)
+                self._done(in_hand)
+                return
+            take = self._take_job if in_hand.topic == INGEST.name else self._take_resume
+            await take(record, in_hand)
+        finally:
+            self._num_taken_up -= 1
 
     def _capacity(self) -> int | None:
         return capacity_tokens(self._admission.model_name, self._cluster.view)
@@ -259,18 +310,20 @@ class IngestService:
     async def _look_up(self, resume: Resume) -> Record:
         """The record of the job, from its place in the log. Raises RequestFailed if it is not there."""
         wanted = resume.job
-        while True:
-            try:
-                record = await record_at(self._bus, INGEST.name, wanted.partition, wanted.offset, group=GROUP)
-            except BusUnavailable as error:
-                self._log.warning("looking up a job waits for the log", error=str(error))
-            else:
-                break
+        record = await self._read_again(INGEST.name, wanted)
         if record is None or request_id_of(record) != resume.request_id:
             raise RequestFailed(
                 f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}"
             )
         return record
+
+    async def _read_again(self, topic: str, position: LogPosition) -> Record | None:
+        """The record that stands there; None: it is gone."""
+        while True:
+            try:
+                return await record_at(self._bus, topic, position.partition, position.offset, group=GROUP)
+            except BusUnavailable as error:
+                self._log.warning("looking up a record waits for the log", error=str(error))
 
     async def _admit(self, job: Job, capacity: int | None) -> Admitted:
         """Raises RequestError, for a defect of ours too: it ends one job, or the service would fail on it for ever."""
@@ -316,7 +369,7 @@ class IngestService:
         in_hand.num_open_choices -= 1
         if in_hand.num_open_choices <= 0:
             self._partitions.end(in_hand)
-            self._rooms[in_hand.topic].release()
+            self._rooms[in_hand.topic].give_back(in_hand)
 
 
 async def _every(interval_s: float, do: Callable[[], Awaitable[None]]) -> None:

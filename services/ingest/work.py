@@ -15,11 +15,13 @@ class InHand:
     """A record that is being dealt with.
 
     Attributes:
+        num_bytes: of its value.
         num_open_choices: neither dispatched nor refused yet; at 0 the record is dealt with.
     """
 
     topic: str
     position: LogPosition
+    num_bytes: int = 0
     num_open_choices: int = 1
 
 

@@ -84,6 +84,11 @@ class IngestMetrics:
         )
         self.placed = Counter("baton_placements_total", "Placements made", registry=registry)
         self.backlog = Gauge("baton_backlog_requests", "Choices admitted and not placed yet", registry=registry)
+        self.parked = Gauge(
+            "baton_batch_jobs_parked",
+            "Batch jobs beyond those in the backlog, known by their place in the log only",
+            registry=registry,
+        )
         self.overtaken = Counter(
             "baton_backlog_overtakings_total",
             "Placements that went before the first in line, for which there was no room",

@@ -3,8 +3,9 @@
 import asyncio
 
 from shared.bus.memory import MemoryBus
+from shared.bus.port import Committed
 from shared.engine.fake import fake_engine
-from shared.request import NUM_REQUEST_PARTITIONS, FinishReason, Incarnation, RequestId, partition_of
+from shared.request import NUM_REQUEST_PARTITIONS, Event, FinishReason, Incarnation, RequestId, partition_of
 from shared.state import keys
 from shared.state.memory import Answer, MemoryState
 from shared.state.port import Role
@@ -182,9 +183,58 @@ async def test_who_lost_its_workers_does_not_wait_behind_jobs_that_fill_all_hand
         await until(lambda: (state := system.folded(running)) is not None and len(state.choice(0).ids) > 5)
         service = system.ingests[0].service
         others = [await system.submit(a_body(num_new=600)) for _ in range(4)]
-        await until(lambda: len(service._backlog._line) >= 1 and service._rooms["ingest"].locked())
+        await until(lambda: len(service._backlog._line) >= 1 and service._rooms["ingest"].full)
         await system.workers[-1].leave()
         await until(lambda: service._backlog._line.first().item.is_resumed)
         await system.start_worker(Role.DECODE)
         for job in (running, *others):
             assert answer(await system.ended(job)) == expected(PROMPT, 600)
+
+
+BATCH = ("priority", b"batch")
+
+
+async def test_batch_waits_in_the_log_and_in_nobodys_way(monkeypatch):
+    """More of it than are kept at hand, and no worker yet: who comes behind is served before."""
+    monkeypatch.setattr("services.ingest.service.MAX_BATCH_IN_LINE", 2)
+    monkeypatch.setattr("services.ingest.service.MAX_IN_HAND", 4)
+    async with a_system(prefills=0, decodes=0) as system:
+        service = system.ingests[0].service
+        batch = [await system.submit(a_body(), headers=[BATCH]) for _ in range(12)]
+        await until(lambda: len(service._parked) == 10)
+        hasty = ("deadline-unix-ms", str(int((system.clock_s() + 0.2) * 1000)).encode())
+        late = await system.submit(a_body(), headers=[BATCH, hasty])
+        urgent = [await system.submit(a_body()) for _ in range(3)]
+        assert (await system.result(late)).status == "expired"
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        for job in (*urgent, *batch):
+            assert answer(await system.ended(job)) == expected(PROMPT, 20)
+        placed_s = {job: system.folded(job).choice(0).stamps[Event.PLACED] for job in (*urgent, *batch)}
+        in_turn = sorted((*urgent, *batch), key=lambda job: placed_s[job])
+        assert set(urgent) <= set(in_turn[:6]), "their records are written at about the same time"
+
+
+async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_waits(monkeypatch):
+    """A batch job waits for longer than ends are remembered, and is what the successor takes up, and nothing else."""
+    monkeypatch.setattr("services.ingest.low_water.NAMED_AFTER_S", 0.1)
+    async with a_system(drain_s=0.0) as system:
+        service = system.ingests[0].service
+        monkeypatch.setattr("services.ingest.backlog.leaves_others_alone", lambda *_, **__: False)
+        partition = 3
+        first, *others, last = ids_of_one_partition(partition, 6)
+        await system.submit(a_body(), request_id=first, headers=[BATCH])
+        for job in others:
+            await system.submit(a_body(), request_id=job)
+            await system.ended(job)
+        commits = lambda: system.log.committed("ingest", "ingest", partition)  # noqa: E731
+        await until(lambda: commits() is not None and commits().note == "5:0")
+        assert service._backlog.num_batch == 1
+        await system.ingests[0].leave()
+        monkeypatch.undo()
+        successor = await system.start_ingest()
+        await system.submit(a_body(), request_id=last)
+        for job in (first, last):
+            assert answer(await system.ended(job)) == expected(PROMPT, 20)
+        assert successor.service._metrics.jobs._value.get() == 1
+        await until(lambda: commits() == Committed(6))

@@ -1,16 +1,17 @@
 """Only what lies below everything unfinished is committed."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.low_water import LowWater
+from services.ingest.low_water import NAMED_AFTER_S, LowWater, read_note
+from shared.bus.port import MAX_NOTE_BYTES, Committed
 
 
 def test_it_waits_for_the_oldest():
     low_water = LowWater(5)
     assert low_water.offset == 5
     for offset in (5, 6, 8):
-        low_water.begin(offset)
+        low_water.begin(offset, 0.0)
     low_water.end(6)
     assert low_water.offset == 5
     low_water.end(5)
@@ -23,9 +24,45 @@ def test_it_waits_for_the_oldest():
 def test_any_order_of_ends_gives_the_lowest_unfinished(order):
     low_water = LowWater(0)
     for offset in range(20):
-        low_water.begin(offset)
+        low_water.begin(offset, 0.0)
     unfinished = set(range(20))
     for offset in order:
         low_water.end(offset)
         unfinished.discard(offset)
         assert low_water.offset == min(unfinished, default=20)
+
+
+def test_a_successor_reads_neither_what_ended_behind_one_that_waits_long_nor_misses_any():
+    low_water = LowWater(100)
+    for offset in range(100, 200):
+        low_water.begin(offset, now_s=offset / 10)
+    for offset in set(range(100, 200)) - {103, 150, 198}:
+        low_water.end(offset)
+    statement = low_water.statement(NAMED_AFTER_S + 15.1)
+    assert statement == Committed(103, "95:0,47")
+    assert read_note(statement) == (198, [103, 150]), "the last one came a moment ago"
+    begins, left = read_note(statement)
+    successor = LowWater(begins, left)
+    assert successor.statement(0.0) == Committed(103, "95:0,47"), "and its successor's too"
+    successor.end(103)
+    successor.begin(198, 30.0)
+    successor.end(198)
+    assert successor.statement(31.0) == Committed(150, "49:0")
+    successor.end(150)
+    assert successor.statement(31.0) == Committed(199)
+    assert read_note(Committed(199)) == (199, [])
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(0, 4000)), st.integers(0, 4000), st.integers(0, 2**60))
+def test_whatever_is_named_nothing_that_waits_is_passed_over_and_the_note_fits(waiting, num_old, base):
+    low_water = LowWater(base)
+    for offset in range(4001):
+        low_water.begin(base + offset, 0.0 if offset < num_old else 100.0)
+    for offset in set(range(4001)) - waiting:
+        low_water.end(base + offset)
+    statement = low_water.statement(100.0)
+    assert len(statement.note.encode()) <= MAX_NOTE_BYTES
+    begins, left = read_note(statement)
+    assert {base + offset for offset in waiting} <= {*left, *range(begins, base + 4001)}
+    assert all(offset < begins for offset in left)

@@ -45,7 +45,7 @@ class World:
     async def reading(self):
         async with AsyncExitStack() as stack:
             readers = {topic: await stack.enter_async_context(self.bus.reader(topic, group="g")) for topic in TOPICS}
-            partitions = Partitions(self.state, Incarnation("me"), readers, SILENT)
+            partitions = Partitions(self.state, Incarnation("me"), readers, SILENT, asyncio.get_running_loop().time)
             tasks = [asyncio.create_task(self._read(partitions, reader)) for reader in readers.values()]
             try:
                 yield partitions
