@@ -311,8 +311,23 @@ QUEUES = Row(
         Panel(
             title="Backlog",
             description="Choices that ingest has admitted and could not place yet, as no worker has room. If it "
-            "grows, requests come faster than they are served.",
-            queries=[Query("baton_backlog_requests", WORKER)],
+            "grows, requests come faster than they are served. Batch jobs wait there until workers are idle; those "
+            "beyond the first thousand are parked in the log.",
+            queries=[
+                Query("baton_backlog_requests", WORKER),
+                Query("baton_batch_jobs_parked", f"parked, {WORKER}"),
+            ],
+        ),
+        Panel(
+            title="Line",
+            description="Choices placed before the first in line, for which there was no room; answers whose lengths "
+            "ingest learnt from, and results that told it of none.",
+            queries=[
+                Query(rate("baton_backlog_overtakings_total"), "overtakings"),
+                Query(rate("baton_answers_learnt_total"), "answers learnt"),
+                Query(rate("baton_results_passed_over_total"), "results passed over"),
+            ],
+            unit=Unit.PER_S,
         ),
         Panel(
             title="Time to place",
