@@ -17,6 +17,9 @@ LAST_WORDS_S = 10.0
 MAX_LINE_BYTES = 2**26
 """Thousands of tickets are one line."""
 
+OWN_STDOUT = {"UCX_LOG_FILE": "stderr"}
+"""A child's stdout is for answers, from its start on."""
+
 Command = Callable[..., Awaitable[object]]
 
 
@@ -77,7 +80,7 @@ async def children(module: str, jobs: Sequence[object], gpus: Sequence[str] | No
                 *(sys.executable, "-m", module, json.dumps(job)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env=os.environ | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index]}),
+                env=os.environ | OWN_STDOUT | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index]}),
                 cwd=ROOT,
                 limit=MAX_LINE_BYTES,
             )
