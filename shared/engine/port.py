@@ -66,7 +66,8 @@ class Reservation:
 
     Attributes:
         pages: page numbers of positions [0, len(ids)) in order, cached ones first.
-        num_cached_pages: how many of them hold the right KV already and must not be written.
+        num_cached_pages: how many of them hold the right KV already, or will before the request runs, from host memory;
+            they must not be written.
     """
 
     pages: tuple[int, ...]

@@ -19,8 +19,9 @@ budget allows. A decode row is the case where one token is missing, a prefill ch
   from host memory. A fill has pages of its own from its start, found as any others once they are written; who waits for
   them has none, so that a fill that fails leaves nothing behind, and what it brought serves every sequence alike. It
   takes no page that the head of the line needs, and none that nobody gives back: it must end by itself.
-- From host memory blocks come for those alone who could be admitted now, and for peers: the scheduler begins such a
-  fill when it meets them in the line, and ends it when the copies have ended (`advance`).
+- From host memory blocks come for those alone who could be admitted now, for imports and for peers: the scheduler
+  begins such a fill when it meets them, and ends it when the copies have ended (`advance`). An import shares the fill's
+  pages from the beginning, and runs when both have ended, the copies and what its peer sends.
 """
 
 from bisect import insort
@@ -108,6 +109,7 @@ class Scheduler:
         self._active: list[Sequence] = []  # prefilling and running, by arrival
         self._held: dict[str, Sequence] = {}
         self._importing: dict[str, Sequence] = {}
+        self._landing: dict[Sequence, tuple[int, bool] | None] = {}  # wait for the host; what came meanwhile
         self._coming: dict[BlockKey, Sequence | Fill] = {}  # blocks on their way, and who brings them
         self._fills: set[Fill] = set()
         self._restores: dict[
@@ -190,22 +192,40 @@ class Scheduler:
         num_new = pages_for(len(sequence.ids)) - len(found)
         if self._pool.cost(found, num_new) > pages:
             return None
+        copied = self._copied(sequence.keys[len(found) : sequence.num_findable])
+        if copied:
+            found += self._restore(copied, found, lambda: self._landed(sequence)).pages
+            self._landing[sequence] = None
         self._sequences[request.key] = sequence
-        sequence.pages = self._acquire(found, num_new)
+        sequence.pages = self._acquire(found, num_new - len(copied))
         self._take_seat(sequence)
         self._count_found(sequence, len(found))
         self._importing[request.key] = sequence
         return Reservation(pages=sequence.pages, num_cached_pages=len(found))
 
     def imported(self, key: str, token_id: int, *, exact: bool) -> None:
-        """The import's KV is complete, and `token_id` follows. Raises KeyError for a request that is not importing."""
-        sequence = self._importing.pop(key)
+        """The KV that was to be imported is there, and `token_id` follows. Raises KeyError for a request that is not
+        importing, or of which that was said before."""
+        sequence = self._importing[key]
+        if sequence in self._landing:
+            if self._landing[sequence] is not None:
+                raise KeyError(key)
+            self._landing[sequence] = token_id, exact
+            return
+        del self._importing[key]
         sequence.move(SequenceState.RUNNING)
         insort(self._active, sequence, key=arrival_of)
         sequence.num_launched = len(sequence.ids)
         sequence.ids.append(token_id)
         sequence.is_exact = exact
         self.publish(sequence, sequence.num_launched)
+
+    def _landed(self, sequence: Sequence) -> None:
+        """What came from host memory for an import is there."""
+        arrived = self._landing.pop(sequence, None)
+        if arrived is not None:
+            token_id, exact = arrived
+            self.imported(sequence.request.key, token_id, exact=exact)
 
     def fill(self, request: EngineRequest, num_pages: int) -> Fill | None:
         """See `Engine.fill`."""
@@ -386,6 +406,7 @@ class Scheduler:
                 del self._held[key]
             case SequenceState.IMPORTING:
                 del self._importing[key]
+                self._landing.pop(sequence, None)
             case SequenceState.ENDED:
                 raise AssertionError("no sequence ends twice")
         del self._sequences[key]
@@ -451,6 +472,7 @@ class Scheduler:
             assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
         if self._tier is not None:
             self._tier.check()
+            assert self._landing.keys() <= set(self._importing.values()), "a request lands that is not importing"
             assert self._tier.is_restoring == bool(self._restores), "blocks are awaited from the host that do not come"
         assert all(fill in self._fills for fill, _ in self._restores.values()), "a fill from the host is over before it"
         for bringer in self._coming.values():
@@ -610,13 +632,14 @@ class Scheduler:
 
     def _restore(
         self, keys: tuple[BlockKey, ...], found: tuple[int, ...], over: Callable[[], None] | None = None
-    ) -> None:
+    ) -> Fill:
         """Begin to bring blocks from host memory that follow those found; there must be pages free."""
         if self._tier is None:
             raise AssertionError("blocks are brought from nowhere")
         fill = self._set_aside(keys, found)
         self._restores[self._tier.restore(keys, fill.pages)] = fill, over
         self._num_host_hits += len(keys) * PAGE_TOKENS
+        return fill
 
     def _take_seat(self, sequence: Sequence) -> None:
         sequence.seat = self._free_seats.pop()

@@ -145,6 +145,39 @@ def test_a_peer_gets_what_host_memory_has(gone):
     assert gone.engine.pool.num_free == 4
 
 
+@pytest.mark.parametrize("is_first", ["peer", "host"])
+def test_an_import_takes_from_host_memory_what_it_has_and_runs_when_all_is_there(gone, is_first):
+    engine = gone.engine
+    reservation = engine.reserve(request("import", prompt(190), greedy(9)))
+    assert reservation.num_cached_pages == 2
+    assert engine.num_importing == 1
+    if is_first == "peer":
+        engine.imported("import", 7, exact=True)
+        with pytest.raises(KeyError):
+            engine.imported("import", 7, exact=True)
+        assert (run(engine), engine.num_importing) == ([], 1)
+        gone.advance()
+    else:
+        gone.advance()
+        engine.imported("import", 7, exact=True)
+    assert run(engine) == [("import", 190, 191)]
+    assert engine.num_prefix_hits == engine.num_host_hits + PAGE_TOKENS == 128
+    assert len(engine.pool.find(keys(190))) == 2
+
+
+def test_an_import_that_is_given_up_does_not_touch_the_next_of_its_name(gone):
+    engine = gone.engine
+    engine.reserve(request("import", prompt(190), greedy(9)))
+    engine.imported("import", 7, exact=True)
+    engine.abort("import")
+    engine.check()
+    assert engine.reserve(request("import", prompt(100, 700), greedy(9))) is not None
+    gone.advance()
+    assert run(engine) == []
+    engine.imported("import", 8, exact=True)
+    assert run(engine) == [("import", 100, 101)]
+
+
 def test_nothing_is_brought_for_a_peer_into_pages_that_the_line_needs(gone):
     engine = gone.engine
     engine.add(request("held", prompt(190, 700), greedy(1), hold_kv=True))
