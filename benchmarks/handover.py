@@ -29,7 +29,7 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.lone_engine import Task
-from infra.local.composition import Composition
+from infra.local.composition import HAND_OVER_ALWAYS, Composition
 from infra.local.model import smollm2_folder
 from infra.local.stack import Stack, local_stack
 from shared.observe.metrics import LocalPrefill
@@ -177,6 +177,7 @@ async def serve(plan: Plan, run_dir: Path, prompts: Sequence[Sequence[int]], ids
         gpus=plan.gpus,
         num_pages=plan.num_pages,
         max_restarts=0,
+        env=HAND_OVER_ALWAYS,
         kafka_port=None,
         redis_port=None,
     )

@@ -34,7 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.handover import ROOT, TEXTS, cut_prompts, machine
 from infra.kafka.create_topics import create_topics
-from infra.local.composition import HOST, SERVICES, Composition, service_spec
+from infra.local.composition import HAND_OVER_ALWAYS, HOST, SERVICES, Composition, service_spec
 from infra.local.kafka import kafka_ready, kafka_spec
 from infra.local.model import smollm2_folder
 from infra.local.ports import PortPicker
@@ -212,6 +212,7 @@ class Serving:
             env={
                 "BATON_TENANT_MAX_WIRE_LOSS": json.dumps({name: name for name in TENANTS}),
                 "BATON_DRAIN_S": "0.3",
+                **HAND_OVER_ALWAYS,
                 # Native KV over the slowest link takes longer than a request should.
                 "BATON_PULL_TIMEOUT_S": str(REQUEST_TIMEOUT_S),
                 "BATON_HOLD_S": str(REQUEST_TIMEOUT_S),

@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infra.local.composition import Composition
+from infra.local.composition import HAND_OVER_ALWAYS, Composition
 from infra.local.kafka import kafka_jars
 from infra.local.model import MODEL_NAME, smollm2_folder
 from infra.local.process import kill_group
@@ -90,7 +90,7 @@ async def demo(model: Path) -> list[str]:
         kafka_port=None,
         redis_port=None,
         max_restarts=0,
-        env={"BATON_MAX_BATCH_TOKENS": str(CHUNK_TOKENS), "BATON_DRAIN_S": str(DRAIN_S)},
+        env={"BATON_MAX_BATCH_TOKENS": str(CHUNK_TOKENS), "BATON_DRAIN_S": str(DRAIN_S), **HAND_OVER_ALWAYS},
     )
     began_s = time.monotonic()
     _head("1. Start the stack")

@@ -21,7 +21,7 @@ from benchmarks.control_plane.log_cost import end_offsets, per_token, raw_hop, v
 from benchmarks.control_plane.machine import cpu_shares, cpu_times
 from benchmarks.control_plane.profiler import profiled
 from benchmarks.control_plane.samples import Sample, hops, served_itl_mean_ms, summary
-from infra.local.composition import SERVICES, Composition, Service
+from infra.local.composition import HAND_OVER_ALWAYS, SERVICES, Composition, Service
 from infra.local.kafka import MAX_COPIES
 from infra.local.stack import Report, Stack, local_stack
 from shared.bus.kafka import KafkaBus
@@ -83,6 +83,7 @@ async def measure_path(
         env={
             "BATON_MAX_RUNNING": str(setup.max_running),
             "BATON_MAX_BATCH_TOKENS": str(setup.max_batch_tokens),
+            **HAND_OVER_ALWAYS,
             **options.env,
         },
         kafka_port=None,

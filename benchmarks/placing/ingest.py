@@ -27,6 +27,7 @@ from services.ingest.service import FEED_INTERVAL_S, VIEW_INTERVAL_S
 from services.ingest.work import InHand, Placed, Waiting
 from shared.blocks import token_ids
 from shared.observe.metrics import IngestMetrics
+from shared.policy.placement import Rules
 from shared.request import PlacementId, RequestId, SamplingParams
 from shared.state.redis import redis_state
 from shared.wire.openai import GenerationSpec
@@ -51,6 +52,7 @@ async def place_for(
             state,
             cluster,
             Lengths(metrics, log),
+            Rules(ttft_goal_s=2.0, tpot_goal_s=0.1),
             clock_s=time.time,
             new_placement_id=lambda: PlacementId(uuid4().hex),
             metrics=metrics,

@@ -15,6 +15,9 @@ CPU_PAGES = 512
 GPU_MEMORY_SHARE = 0.9
 """Of a GPU's memory, for all workers on it together."""
 
+HAND_OVER_ALWAYS = {"BATON_LOCAL_PREFILL": "false"}
+"""Settings of a stack in which every prompt goes from a prefill to a decode worker, as what looks at that wants it."""
+
 WORKERS = ("prefill", "decode")
 
 

@@ -45,6 +45,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
             ),
             incarnation=incarnation,
             default_deadline_s=settings.default_deadline_s,
+            rules=settings.rules,
             wire_loss=settings.wire_loss,
             metrics=IngestMetrics(registry),
             log=logger,

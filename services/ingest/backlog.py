@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
 from services.ingest.lengths import Lengths
+from services.ingest.threshold import local_threshold
 from services.ingest.work import Placed, Waiting
 from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
@@ -32,8 +33,6 @@ STATE_RETRY_S = 0.1
 
 NUM_HASHED = 16
 """Prompts whose blocks' hashes are kept: those that are tried again and again."""
-
-RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False, fetch=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class Backlog:
         state: State,
         cluster: Cluster,
         lengths: Lengths,
+        rules: Rules,
         *,
         clock_s: Callable[[], float],
         new_placement_id: Callable[[], PlacementId],
@@ -66,6 +66,7 @@ class Backlog:
         self._state = state
         self._cluster = cluster
         self._lengths = lengths
+        self._rules = rules
         self._clock_s = clock_s
         self._new_placement_id = new_placement_id
         self._metrics = metrics
@@ -111,6 +112,12 @@ class Backlog:
             oldest_batch_wait_s=now_s - oldest_s[True],
             outlook=None if self._usual is None else Outlook.of(self._cluster.view, self._usual),
         )
+
+    def local_threshold(self) -> int | None:
+        """See `threshold`, for choices such as those placed lately; None before there were any."""
+        if self._usual is None:
+            return None
+        return local_threshold(self._cluster.view, self._rules, self._usual.num_new_tokens)
 
     async def next(self) -> tuple[Waiting, Settled]:
         """One and what becomes of it: the first in line as soon as there is room for it, one that may overtake it, or
@@ -221,10 +228,12 @@ class Backlog:
         return self._decide_by(await self._cluster.refresh(), waiting)
 
     def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision:
-        decision = place(self._request_view(waiting), view, self._cluster.holders, RULES, tie_break=self._num_placed)
+        decision = place(
+            self._request_view(waiting), view, self._cluster.holders, self._rules, tie_break=self._num_placed
+        )
         if _is_batch(waiting) and isinstance(decision, Chosen):
             quiet_s = self._clock_s() - self._urgent_s
-            return decision if leaves_others_alone(decision, view, RULES, quiet_s=quiet_s) else NoRoomNow()
+            return decision if leaves_others_alone(decision, view, self._rules, quiet_s=quiet_s) else NoRoomNow()
         return decision
 
     def _request_view(self, waiting: Waiting) -> RequestView:

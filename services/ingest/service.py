@@ -29,7 +29,7 @@ from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import ContextTooLong, RequestError, RequestFailed
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
-from shared.policy.placement import NeverFits, capacity_tokens
+from shared.policy.placement import NeverFits, Rules, capacity_tokens
 from shared.request import FinishReason, Incarnation, PlacementId, Priority
 from shared.state import keys
 from shared.state.port import State, StateUnavailable
@@ -40,6 +40,8 @@ from shared.wire.topics import INGEST, INGEST_RESUME
 READ_TIMEOUT_S = 1.0
 COMMIT_INTERVAL_S = 1.0
 FEED_INTERVAL_S = 0.25
+
+THRESHOLD_INTERVAL_S = 5.0
 
 VIEW_INTERVAL_S = 0.1
 """The workers are looked at so often, so that a placement need not wait for it."""
@@ -72,6 +74,7 @@ class IngestService:
 
     Args:
         default_deadline_s: for jobs that name none.
+        rules: what placements aim at.
         wire_loss: how lossy whose KV may travel.
         clock_s: unix seconds.
     """
@@ -84,6 +87,7 @@ class IngestService:
         admission: Admission,
         incarnation: Incarnation,
         default_deadline_s: float,
+        rules: Rules,
         wire_loss: WireLoss,
         metrics: IngestMetrics,
         log: Logger,
@@ -105,6 +109,7 @@ class IngestService:
             state,
             self._cluster,
             self._lengths,
+            rules,
             clock_s=clock_s,
             new_placement_id=new_placement_id,
             metrics=metrics,
@@ -144,6 +149,7 @@ class IngestService:
                 _every(keys.BEAT_INTERVAL_S, self._report_backlog),
                 _every(VIEW_INTERVAL_S, self._look_at_workers),
                 _every(FEED_INTERVAL_S, self._follow_feeds),
+                _every(THRESHOLD_INTERVAL_S, self._tell_threshold),
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
                 self._lengths.follow(self._bus),
@@ -214,6 +220,11 @@ class IngestService:
             self._sees_workers = False
         else:
             self._sees_workers = True
+
+    async def _tell_threshold(self) -> None:
+        threshold = self._backlog.local_threshold()
+        if threshold is not None:
+            self._metrics.local_threshold.set(threshold)
 
     async def _follow_feeds(self) -> None:
         try:

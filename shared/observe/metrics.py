@@ -108,6 +108,11 @@ class IngestMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self.local_threshold = Gauge(
+            "baton_local_prefill_threshold_tokens",
+            "Uncached prompt tokens below which the least loaded decode worker had better compute a prompt itself",
+            registry=registry,
+        )
         self.feed_gaps = Counter(
             "baton_block_feed_gaps_total", "Gaps in workers' block feeds; their overlap is forgotten", registry=registry
         )

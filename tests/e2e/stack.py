@@ -13,7 +13,7 @@ import httpx
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from infra.local.composition import SERVICES, Composition
+from infra.local.composition import HAND_OVER_ALWAYS, SERVICES, Composition
 from infra.local.ports import PORTS
 from infra.local.stack import Stack, local_stack
 from shared.request import NUM_REQUEST_PARTITIONS, partition_of
@@ -44,6 +44,7 @@ COMPOSITION = {
         "BATON_MAX_BATCH_TOKENS": str(CHUNK_TOKENS),
         "BATON_DRAIN_S": "0.3",
         "BATON_GRACE_S": str(GRACE_S),
+        **HAND_OVER_ALWAYS,
     },
 }
 

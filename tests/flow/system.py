@@ -30,6 +30,7 @@ from shared.engine.fake import FAKE_VOCAB_SIZE, fake_engine
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics, LocalPrefill, WorkerMetrics
 from shared.policy.fold import PartitionFold, RequestState
+from shared.policy.placement import Rules
 from shared.request import Incarnation, PlacementId, RequestId, partition_of
 from shared.runtime.run import health_routes, serve_http
 from shared.state import keys
@@ -46,6 +47,8 @@ from shared.worker.peers import LinkFloor
 from tests.fake_tokeniser import fake_tokeniser
 
 MODEL = "fake"
+
+HAND_OVER_ALWAYS = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False)
 
 SLOWDOWN = 5
 """The services' clock runs this much slower than the loop's: a busy machine that stalls the loop costs no lease."""
@@ -103,6 +106,7 @@ class System:
     wire_loss: WireLoss = field(default_factory=WireLoss)
     floor: LinkFloor | None = None
     cache_salt: CacheSalt = NAMES_ALONE
+    rules: Rules = HAND_OVER_ALWAYS
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,6 +132,7 @@ class System:
             admission=Admission(self.tokeniser, self.facts, self.cache_salt),
             incarnation=incarnation,
             default_deadline_s=60.0,
+            rules=self.rules,
             wire_loss=self.wire_loss,
             metrics=metrics,
             log=log,

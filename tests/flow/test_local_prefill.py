@@ -11,7 +11,7 @@ from services.ingest import backlog
 from shared.blocks import token_ids
 from shared.engine.fake import END_AT, fake_answer, fake_engine
 from shared.observe.metrics import LocalPrefill
-from shared.policy.placement import Chosen
+from shared.policy.placement import Chosen, Rules
 from shared.request import Event, FinishReason, SamplingParams
 from shared.state.port import Role
 from shared.wire.to_worker import LocalWork
@@ -197,3 +197,17 @@ async def test_beside_prompts_that_are_handed_over_with_few_pages(chooses_local)
         assert 0 < system.num_local_prefills(LocalPrefill.CHOSEN) < len(jobs)
         await system.quiet()
         await all_credits_are_back(system)
+
+
+async def test_where_nothing_runs_a_decode_worker_computes_prompts_itself_and_people_are_told_up_to_which_length():
+    async with a_system(rules=Rules(ttft_goal_s=2.0, tpot_goal_s=0.1), decodes=1) as system:
+        service = system.ingests[0].service
+        assert service._backlog.local_threshold() is None, "nobody knows how long answers are"
+        state = await system.ended(await system.submit(a_body(PROMPT, NUM_NEW)))
+        assert answer(state) == expected()
+        assert state.choice(0).placement.prefill == state.choice(0).placement.decode
+        await all_credits_are_back(system)
+        await service._cluster.refresh()
+        await service._tell_threshold()
+        assert service._metrics.local_threshold._value.get() == 64 * 64, "as much as its pages hold"
+        await system.quiet()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import uvloop
 
 from infra.kafka.create_topics import create_topics
+from infra.local.composition import HAND_OVER_ALWAYS
 from infra.local.kafka import Listener, Quorum, kafka_spec
 from infra.local.ports import PortPicker
 from infra.local.probes import http_ready
@@ -192,6 +193,7 @@ async def running_cluster(folder, shape=Shape()):
                     "BATON_MODEL": str(model_folder),
                     "BATON_MODEL_NAME": MODEL,
                     "BATON_HTTP_PORT": str(ports.pick()),
+                    **HAND_OVER_ALWAYS,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONUNBUFFERED": "1",
                 }

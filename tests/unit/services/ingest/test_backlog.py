@@ -16,7 +16,7 @@ from services.ingest.lengths import Lengths
 from services.ingest.work import Placed, Waiting
 from shared.observe.metrics import IngestMetrics
 from shared.policy.lengths import LengthKey
-from shared.policy.placement import NeverFits
+from shared.policy.placement import NeverFits, Rules
 from shared.request import PlacementId, Priority, SamplingParams
 from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
@@ -52,6 +52,7 @@ class World:
             self.state,
             self.cluster,
             Lengths(metrics, SILENT),
+            Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False),
             clock_s=lambda: self.now_s,
             new_placement_id=lambda: PlacementId(f"p{next(ids)}"),
             metrics=metrics,
