@@ -7,14 +7,12 @@ counted in shares of its goal, and a goal that is likely missed as one share mor
 
 and the cost of a placement is the loss of the request plus what it adds to the losses of others:
 
-- those who queue behind its prefill. In steady state as many stand behind a request when it leaves a queue as stood
-  before it when it came (level crossing: each size of the queue is passed upwards as often as downwards), and each of
-  them waits for its whole computation;
 - the rows of the decode worker, each of whose steps reads its context too;
 - the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer;
 - those who wait for room in decode, for rows that are held up leave later.
 
-The sum times the goal for the first token is the cost in seconds: what a wait of so long would cost alone.
+The sum times the goal for the first token is the cost in seconds. What a prefill costs those who come behind it is no
+part: they go where the line is short by then, and a price on it was worth nothing on any trace.
 """
 
 from collections.abc import Sequence
@@ -52,7 +50,6 @@ class Cost:
         transfer_s: of its KV to the decode worker, as far as decode waits for it.
         tpot_s: each later token.
         own_s: cost of its own times.
-        behind_s: cost to those who queue behind it.
         rows_s: cost to the decode worker's rows, of its row among them.
         stall_s: cost to these rows, and to those who wait for room there, of its prompt's chunks among them.
     """
@@ -63,7 +60,6 @@ class Cost:
     transfer_s: float
     tpot_s: float
     own_s: float
-    behind_s: float
     rows_s: float
     stall_s: float
 
@@ -75,7 +71,7 @@ class Cost:
     @property
     def cost_s(self) -> float:
         """What the decision makes smallest."""
-        return self.own_s + self.behind_s + self.rows_s + self.stall_s
+        return self.own_s + self.rows_s + self.stall_s
 
 
 def miss(share: float) -> float:
@@ -91,12 +87,20 @@ def loss(share: float) -> float:
     return share + miss(share)
 
 
-def miss_slope(share: float) -> float:
-    """Derivative of `miss`."""
-    if share <= 0:
-        return 0.0
-    missed = miss(share)
-    return SPREAD_EXPONENT * missed * (1 - missed) / share
+def strain(share: float) -> float:
+    """`loss` as it counts for others, on whom a placement puts more: from where it rises steepest it goes on as steep.
+
+    Who is far beyond the goal now may come back as requests leave; a worker is never given up to those it has.
+    """
+    return loss(share) if share < STEEPEST else STEEPEST_LOSS + (share - STEEPEST) * STEEPEST_SLOPE
+
+
+STEEPEST = ((SPREAD_EXPONENT - 1) / (SPREAD_EXPONENT + 1)) ** (1 / SPREAD_EXPONENT)
+"""Share of the goal at which `miss` rises steepest, 0.95."""
+
+STEEPEST_LOSS = loss(STEEPEST)
+STEEPEST_SLOPE = 1 + (SPREAD_EXPONENT**2 - 1) / (4 * SPREAD_EXPONENT * STEEPEST)
+"""Of `loss` there: its odds are (e - 1) / (e + 1) for the exponent e, so miss (1 - miss) is (e^2 - 1) / (4 e^2)."""
 
 
 def prefill_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_tokens: int) -> float:
@@ -134,24 +138,9 @@ def transfer_s(link: LinkRate, num_bytes: int, num_last_bytes: int, before_last_
     return max(link.pull_s(min(num_last_bytes, num_bytes)), link.pull_s(num_bytes) - before_last_s)
 
 
-def price_of_work(prefill: Sequence[WorkerView], goal_s: float) -> float:
-    """Loss that a second of prefill work causes to those behind it, by how many stand in line and how long now.
-
-    The mean over all workers, for whoever comes later goes where the line is short.
-    """
-    if not prefill:
-        return 0.0
-    num_in_line = sum(worker.num_credits for worker in prefill) / len(prefill)
-    if num_in_line == 0:
-        return 0.0
-    wait_s = sum(worker.queued_prefill_s for worker in prefill) / len(prefill)
-    ttft_s = wait_s + wait_s / num_in_line
-    return num_in_line * (1 + miss_slope(ttft_s / goal_s)) / goal_s
-
-
 def added_loss(num_rows: int, before: float, after: float) -> float:
     """Of so many rows whose time for a token was one share of its goal and becomes another."""
-    return num_rows * (loss(after) - loss(before)) if num_rows and after > before else 0.0
+    return num_rows * (strain(after) - strain(before)) if num_rows and after > before else 0.0
 
 
 def price_of_stall(decode: Sequence[WorkerView], num_pages: int, goal_s: float) -> float:

@@ -175,7 +175,7 @@ class _Way(NamedTuple):
     Attributes:
         compute_s: its work.
         ttft_s: from now until the first token.
-        loss: of that time, and of what the work costs those who queue behind it.
+        loss: of that time; if the worker decodes, too, also what its rows lose by the work.
         num_cached: pages of the prompt that it has.
         num_fetched: pages that it gets from `source`.
     """
@@ -246,7 +246,6 @@ class _Scoring:
         prefill = [worker for worker in cluster.prefill if worker.model == request.model]
         decode = [worker for worker in cluster.decode if worker.model == request.model]
         num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
-        self._work_price = costs.price_of_work(prefill, rules.ttft_goal_s)
         self._stall_price = costs.price_of_stall(decode, num_decode_pages, rules.ttft_goal_s)
         self._sources = self._find_sources((*prefill, *decode)) if rules.fetch and self._matches else []
         self._assumed = _assumed_profiles(prefill) | _assumed_profiles(decode)
@@ -300,7 +299,7 @@ class _Scoring:
         now_s = profile.decode_step_s(num_rows, worker.num_context_tokens) + stalled_s
         tpot_s = now_s + profile.row_s + profile.context_s * self._num_context
         own_loss = costs.loss(tpot_s / goal_s)
-        rows_loss = num_rows * (own_loss - costs.loss(now_s / goal_s)) if num_rows else 0.0
+        rows_loss = costs.added_loss(num_rows, now_s / goal_s, tpot_s / goal_s)
         num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)[1]
         return _Seat(own_loss + rows_loss, tie, worker, profile, tpot_s, rows_loss, num_held)
 
@@ -310,7 +309,7 @@ class _Scoring:
         queue_s = worker.queued_prefill_s
         start_s = max(queue_s, found_s)
         ttft_s = start_s + compute_s
-        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._work_price * compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s)
         num_fetched = num_found - num_cached
         return _Way(
             loss, tie, worker, profile, queue_s, start_s - queue_s, compute_s, ttft_s, num_cached, num_fetched, source
@@ -381,9 +380,7 @@ class _Scoring:
         wait_s = self._transfer_s(way, seat)
         if not wait_s:
             return way.loss + seat.loss
-        goal_s = self._rules.ttft_goal_s
-        waited_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
-        return waited_loss + self._work_price * way.compute_s + seat.loss
+        return costs.loss((way.ttft_s + wait_s) / self._rules.ttft_goal_s) + seat.loss
 
     def _transfer_s(self, way: _Way, seat: _Seat) -> float:
         worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.num_found_tokens
@@ -405,7 +402,6 @@ class _Scoring:
         way, seat, goal_s = ranked.way, ranked.seat, self._rules.ttft_goal_s
         wait_s = 0.0 if ranked.is_local else self._transfer_s(way, seat)
         first_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
-        behind = 0.0 if ranked.is_local else self._work_price * way.compute_s
         return costs.Cost(
             queue_s=way.queue_s,
             fetch_s=way.fetch_s,
@@ -413,7 +409,6 @@ class _Scoring:
             transfer_s=wait_s,
             tpot_s=seat.tpot_s,
             own_s=goal_s * (first_loss + seat.loss - seat.rows_loss),
-            behind_s=goal_s * behind,
             rows_s=goal_s * seat.rows_loss,
             stall_s=goal_s * (way.loss - first_loss) if ranked.is_local else 0.0,
         )
@@ -440,7 +435,6 @@ def _reason(ranked: Sequence[costs.Cost]) -> str:
     best, other = ranked[:2]
     saved = {
         "its own times": other.own_s - best.own_s,
-        "those behind it": other.behind_s - best.behind_s,
         "rows it joins": other.rows_s - best.rows_s,
         "rows it stalls": other.stall_s - best.stall_s,
     }
