@@ -83,25 +83,35 @@ class Finished:
 class _Credits:
     """What placements took of a worker and have not given back, and its view made of that."""
 
-    __slots__ = ("num", "num_pages", "view", "work_s")
+    __slots__ = ("_is_decode", "_is_stale", "_view", "num", "num_pages", "work_s")
 
-    def __init__(self, view: WorkerView) -> None:
-        self.view = view
+    def __init__(self, view: WorkerView, *, is_decode: bool) -> None:
+        self._view = view
+        self._is_decode = is_decode
+        self._is_stale = False
         self.num = 0
         self.num_pages = 0
         self.work_s = 0.0
 
-    def change(self, num: int, num_pages: int, work_s: float, *, is_decode: bool) -> None:
+    def change(self, num: int, num_pages: int, work_s: float) -> None:
         self.num += num
         self.num_pages += num_pages
         self.work_s = max(0.0, self.work_s + work_s)
-        self.view = replace(
-            self.view,
-            num_credits=self.num,
-            num_credit_pages=self.num_pages,
-            queued_prefill_s=self.work_s,
-            num_context_tokens=self.num_pages * PAGE_TOKENS if is_decode else 0,
-        )
+        self._is_stale = True
+
+    @property
+    def view(self) -> WorkerView:
+        """The worker as decisions see it."""
+        if self._is_stale:
+            self._view = replace(
+                self._view,
+                num_credits=self.num,
+                num_credit_pages=self.num_pages,
+                queued_prefill_s=self.work_s,
+                num_context_tokens=self.num_pages * PAGE_TOKENS if self._is_decode else 0,
+            )
+            self._is_stale = False
+        return self._view
 
 
 class Simulation:
@@ -136,7 +146,9 @@ class Simulation:
         ]
         self._workers: dict[WorkerRef, Worker] = {worker.ref: worker for worker in (*self._prefill, *self._decode)}
         self._credits = {
-            worker.ref: _Credits(_first_view(worker.ref, worker.kind, hardware, links))
+            worker.ref: _Credits(
+                _first_view(worker.ref, worker.kind, hardware, links), is_decode=isinstance(worker, DecodeWorker)
+            )
             for worker in self._workers.values()
         }
         self._gauges: ClusterView | None = None
@@ -300,9 +312,9 @@ class Simulation:
         job.chosen = chosen
         job.is_local = chosen.prefill == chosen.decode
         if not job.is_local:
-            self._credits[chosen.prefill].change(1, chosen.num_prefill_pages, chosen.prefill_s, is_decode=False)
+            self._credits[chosen.prefill].change(1, chosen.num_prefill_pages, chosen.prefill_s)
         work_s = chosen.prefill_s if job.is_local else 0.0
-        self._credits[chosen.decode].change(1, chosen.num_decode_pages, work_s, is_decode=True)
+        self._credits[chosen.decode].change(1, chosen.num_decode_pages, work_s)
         source = None if chosen.fetch is None else self._workers[chosen.fetch.source]
         num_pages = 0 if chosen.fetch is None else chosen.fetch.num_pages
         worker = self._workers[chosen.prefill]
@@ -317,7 +329,7 @@ class Simulation:
     def computed(self, job: Job) -> None:
         """The work of its prompt is done."""
         assert job.chosen is not None
-        self._credits[job.chosen.prefill].change(0, 0, -job.chosen.prefill_s, is_decode=job.is_local)
+        self._credits[job.chosen.prefill].change(0, 0, -job.chosen.prefill_s)
 
     def first_token(self, job: Job) -> None:
         assert job.chosen is not None
@@ -330,13 +342,13 @@ class Simulation:
     def pulled(self, job: Job) -> None:
         """Its prefill worker has no part in it any more."""
         assert job.chosen is not None
-        self._credits[job.chosen.prefill].change(-1, -job.chosen.num_prefill_pages, 0.0, is_decode=False)
+        self._credits[job.chosen.prefill].change(-1, -job.chosen.num_prefill_pages, 0.0)
         self._room_changed()
 
     def finished(self, job: Job, at_s: float) -> None:
         assert job.chosen is not None
         job.last_token_s = at_s + self._hops.frame_s
-        self._credits[job.chosen.decode].change(-1, -job.chosen.num_decode_pages, 0.0, is_decode=True)
+        self._credits[job.chosen.decode].change(-1, -job.chosen.num_decode_pages, 0.0)
         self._lengths.learn(job.row, self._asked(job.row))
         self._room_changed()
         self._agenda.at(job.last_token_s, self._ended, job)
