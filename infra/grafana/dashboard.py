@@ -302,6 +302,34 @@ POOLS = Row(
             queries=[Query(rate("vllm:num_preemptions_total", "role", "instance"), WORKER)],
             unit=Unit.PER_S,
         ),
+        Panel(
+            title="A step, as measured",
+            description="What a worker's step takes at the least, and what a hundred prompt tokens and a hundred rows "
+            "add, learnt from its own steps. Placements go by these speeds.",
+            queries=[
+                Query("baton_speed_base_seconds", f"{WORKER}: any step"),
+                Query("100 * baton_speed_token_seconds", f"{WORKER}: 100 prompt tokens"),
+                Query("100 * baton_speed_row_seconds", f"{WORKER}: 100 rows"),
+            ],
+            unit=Unit.SECONDS,
+        ),
+        Panel(
+            title="Attention, as measured",
+            description="What 100,000 positions add to a step that rows read, and a million pairs of a prompt token "
+            "and a position before it.",
+            queries=[
+                Query("100000 * baton_speed_context_seconds", f"{WORKER}: 100,000 positions"),
+                Query("1000000 * baton_speed_pair_seconds", f"{WORKER}: a million pairs"),
+            ],
+            unit=Unit.SECONDS,
+        ),
+        Panel(
+            title="Error of the speeds",
+            description="How far off the measured speeds are for the middle one of all sizes of steps that the worker "
+            "has had. Much above 0.2: do not expect much of predicted times.",
+            queries=[Query("baton_speed_error_ratio", WORKER)],
+            unit=Unit.SHARE,
+        ),
     ],
 )
 
@@ -492,6 +520,12 @@ KV = Row(
             queries=[Query(rate('baton_local_prefills_total{role="decode"}', "cause"), "{{cause}}")],
             unit=Unit.PER_S,
             stacked=True,
+        ),
+        Panel(
+            title="Computed there up to",
+            description="Uncached prompt tokens below which the least loaded decode worker had better compute a prompt "
+            "itself than leave it to the least loaded prefill worker. Each placement weighs its own.",
+            queries=[Query("baton_local_prefill_threshold_tokens", "{{instance}}")],
         ),
         Panel(
             title="Pages in use now",
