@@ -14,6 +14,7 @@ With a runner that is not ahead (`num_ahead` 0) each step launches one batch and
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Names
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,7 @@ class PagedEngine:
         host = host_pages(runner.cache, limits.num_host_pages) if limits.num_host_pages else None
         self._scheduler = Scheduler(limits, model.fingerprint, host)
         self._num_pages_computed = 0
+        self._while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -148,10 +150,14 @@ class PagedEngine:
                 tier.wait()  # there is nothing else to do
             return StepOutput()
         oldest = self._in_flight.popleft()
-        results = oldest.launched.wait()
+        with self._while_waiting():
+            results = oldest.launched.wait()
         if oldest.layers is not None:
             oldest.layers.done()
         return self._collect(oldest.batch, results, started)
+
+    def let_in(self, while_waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        self._while_waiting = while_waiting
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()

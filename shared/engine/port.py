@@ -17,6 +17,7 @@ line is passed over until they are there; what did not come is computed as any o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -295,6 +296,11 @@ class Engine(Protocol):
         An empty output if there is nothing to do. A batch may stay in flight between two steps (one, or none: it
         depends on the runner); its tokens, published blocks and free pages come with the next step.
         """
+        ...
+
+    def let_in(self, while_waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        """From now on each wait of a step for a batch is inside a context that `while_waiting` makes: there others may
+        `bring`, `lend` and `give_back`, one at a time and on any thread."""
         ...
 
     def has_work(self) -> bool:

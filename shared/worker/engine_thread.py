@@ -59,6 +59,8 @@ class EngineThread:
         self.stats: EngineStats = engine.stats()
         self.step_started_s: float | None = None
         self.is_given_up = False
+        self._turn = threading.Lock()  # of whoever uses the engine; nobody does while a step waits for its batch
+        engine.let_in(self._others_turn)
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -95,6 +97,25 @@ class EngineThread:
         self._commands.put(run)
         return future
 
+    async def call_beside(self, command: Callable[[Engine], T]) -> T:
+        """Run `command`, which only calls what `Engine.let_in` allows, on a thread of its own: between two steps, or
+        while a step waits for its batch. Cancelled, it may run all the same."""
+        result = await asyncio.to_thread(self._run_in_turn, command)
+        self._commands.put(_look_again)  # there may be work now
+        return result
+
+    def _run_in_turn(self, command: Callable[[Engine], T]) -> T:
+        with self._turn:
+            return command(self._engine)
+
+    @contextmanager
+    def _others_turn(self) -> Generator[None]:
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+
     def handled(self) -> None:
         """One step has been dealt with."""
         self._commands.put(self._count_handled)
@@ -108,7 +129,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                may_step = self._num_unhandled < MAX_UNHANDLED_STEPS and self._engine.has_work()
+                may_step = self._num_unhandled < MAX_UNHANDLED_STEPS and self._run_in_turn(_has_work)
                 self._run_commands(wait=not may_step)
                 if may_step and not self._stopping:
                     self._step()
@@ -122,17 +143,28 @@ class EngineThread:
     def _run_commands(self, *, wait: bool) -> None:
         try:
             while True:
-                self._commands.get(block=wait)(self._engine)
+                command = self._commands.get(block=wait)
                 wait = False
-                self.stats = self._engine.stats()
+                with self._turn:
+                    command(self._engine)
+                    self.stats = self._engine.stats()
         except Empty:
             return
 
     def _step(self) -> None:
         started_s = self.step_started_s = self._clock_s()
-        output = self._engine.step()
-        self.step_started_s = None
-        step = Step(output, started_s, self._clock_s())
-        self.stats = self._engine.stats()
+        with self._turn:
+            output = self._engine.step()
+            self.step_started_s = None
+            step = Step(output, started_s, self._clock_s())
+            self.stats = self._engine.stats()
         self._num_unhandled += 1
         self._loop.call_soon_threadsafe(self.steps.put_nowait, step)
+
+
+def _has_work(engine: Engine) -> bool:
+    return engine.has_work()
+
+
+def _look_again(_: Engine) -> None:
+    """Wakes the thread."""

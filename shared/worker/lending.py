@@ -13,7 +13,7 @@ from shared.worker.engine_thread import EngineThread
 class EngineLender:
     """`shared.transfer.port.Lender` over an engine on its thread; used on one event loop.
 
-    A step that runs is waited for, and so is what comes back from host memory first.
+    A batch that is computed is not waited for; what comes back from host memory first is.
     """
 
     def __init__(self, engine: EngineThread, metrics: WorkerMetrics) -> None:
@@ -31,11 +31,11 @@ class EngineLender:
 
             engine.bring(names, over)
 
-        begun = self._engine.call(begin)
-        begun.add_done_callback(lambda _: _pass_error(begun, lent))
         try:
+            await self._engine.call_beside(begin)
             loan = await lent
         except asyncio.CancelledError:
+            lent.cancel()
             if lent.done() and not lent.cancelled():
                 self.give_back(lent.result())
             raise
@@ -51,9 +51,3 @@ class EngineLender:
             self.give_back(loan)  # who asked for it is gone
         else:
             lent.set_result(loan)
-
-
-def _pass_error(begun: asyncio.Future[None], lent: asyncio.Future[Loan]) -> None:
-    error = None if begun.cancelled() else begun.exception()
-    if error is not None and not lent.done():
-        lent.set_exception(error)

@@ -47,6 +47,9 @@ class LoopEngine(EngineThread):
         self._submit(run)
         return future
 
+    async def call_beside(self, command: Callable[[Engine], T]) -> T:
+        return await self.call(command)
+
     def handled(self) -> None:
         self._submit(self._count_handled)
 

@@ -49,6 +49,9 @@ class SteppedEngine:
         self._commands.append((asyncio.get_running_loop().time() + self.extra_s, command, future))
         return future
 
+    async def call_beside(self, command):
+        return await self.call(command)
+
     async def _run(self):
         while True:
             await asyncio.sleep(STEP_S)
