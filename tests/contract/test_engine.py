@@ -9,7 +9,7 @@ from typing import Protocol
 import pytest
 import torch
 
-from shared.blocks import PAGE_TOKENS, TokenIds, token_ids
+from shared.blocks import PAGE_TOKENS, TokenIds, name_of, token_ids
 from shared.engine.batch import Runner
 from shared.engine.engine import PagedEngine
 from shared.engine.fake import fake_answer, fake_engine
@@ -391,6 +391,47 @@ def test_handed_over_into_a_batch_and_preempted_there(kind):
     assert_right(kind, target, local)
 
 
+def fill_from(source: Driver, target: Driver, wanted: EngineRequest, num_pages: int) -> int:
+    """Bring the prompt's first pages, as far as the source has them, and add the request; how many came."""
+    fill = target.engine.fill(wanted, num_pages)
+    assert fill is not None
+    target.add(wanted)
+    target.run()
+    assert wanted.key not in target.started
+    loan = source.engine.lend([name_of(key) for key in fill.keys])
+    num_arrived = len(loan.pages)
+    assert loan.keys == fill.keys[:num_arrived]
+    target.engine.cache.pages[list(fill.pages[:num_arrived])] = source.engine.cache.pages[list(loan.pages)]
+    source.engine.give_back(loan)
+    target.engine.filled(fill, num_arrived)
+    return num_arrived
+
+
+@pytest.mark.parametrize("hold_kv", [False, True])
+@pytest.mark.parametrize("num_pages", [1, 3, 9])
+def test_what_a_fill_brought_is_not_computed(kind, num_pages, hold_kv):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    source.serve(request("before", prompt(kind, 200), greedy(1)))
+    wanted = request("r", token_ids([*prompt(kind, 200), 5, 6]), greedy(kind.num_new), hold_kv=hold_kv)
+    num_arrived = fill_from(source, target, wanted, num_pages)
+    assert num_arrived == min(num_pages, 3)
+    target.run()
+    assert target.tokens("r") == kind.answer(request("r", wanted.ids, wanted.sampling))[: 1 if hold_kv else None]
+    assert target.num_cached_tokens("r") == num_arrived * PAGE_TOKENS
+    target.abort("r")
+    source.assert_all_free()
+    target.assert_all_free()
+
+
+def test_what_a_fill_did_not_bring_is_computed(kind):
+    source, target = Driver(kind.make()), Driver(kind.make())
+    wanted = request("r", prompt(kind, 200), greedy(kind.num_new))
+    assert fill_from(source, target, wanted, 3) == 0
+    target.run()
+    assert target.tokens("r") == kind.answer(wanted)
+    target.assert_all_free()
+
+
 def test_imported_pages_are_a_prefix_for_others(kind):
     source, target = Driver(kind.make()), Driver(kind.make())
     wanted = request("r", prompt(kind, 150), greedy(5))
@@ -595,6 +636,8 @@ def test_conversations_go_on_where_their_history_went_to_the_host(kind):
 @pytest.mark.parametrize("num_host_pages", [0, 8])
 def test_random_operations_end_with_all_pages_free(kind, num_host_pages):
     """Two engines that hand over to each other, short of pages; every answer is right, and whole unless given up."""
+    if num_host_pages and isinstance(kind, InterpretedKind):
+        pytest.skip("a runner knows nothing of host memory, and this one is slow")
     both = HandOverPair(kind, Random(7), num_host_pages)
     for _ in range(kind.random_operations):
         both.do_something()
