@@ -2,7 +2,8 @@
 
 For each trace, pair of goals and number of workers:
 
-1. the split into prefill and decode workers at which the better of least-loaded and prefix-affinity bears most;
+1. the split into prefill and decode workers at which the better of least-loaded and prefix-affinity bears most, and
+   that at which ours does; all rows but one have the first;
 2. for each policy and seed the load at which the wanted share of requests keeps both goals, by search over the speed of
    the trace's clock: goodput is the requests a second of that load for each GPU;
 3. what users feel at fixed loads, as shares of what least-loaded bears: the same requests at the same times for all.
@@ -65,6 +66,9 @@ LOADS = (0.7, 0.9, 1.1)
 
 SPLIT_POLICIES = ("least-loaded", "prefix-affinity")
 
+OWN_SPLIT = "ours, own split"
+"""Ours with the split at which it bears most, of as many workers."""
+
 
 class Case(NamedTuple):
     """A trace, what its users want, and how many workers there are."""
@@ -83,12 +87,22 @@ class Case(NamedTuple):
         return self.trace, self.goals == TIGHT, max(1, self.num_workers // BASE_WORKERS)
 
 
+class Split(NamedTuple):
+    """Prefill workers of a case: the simple policies' best, and ours."""
+
+    num_prefill: int
+    own_num_prefill: int
+
+    def of(self, row: str) -> int:
+        return self.own_num_prefill if row == OWN_SPLIT else self.num_prefill
+
+
 class Search(NamedTuple):
-    """Find what a policy bears with each of the seeds."""
+    """Find what the policy of a row bears with each of the seeds."""
 
     case: Case
     num_prefill: int
-    policy: str
+    row: str
     seeds: tuple[int, ...]
     first_speed: float
 
@@ -98,7 +112,7 @@ class Look(NamedTuple):
 
     case: Case
     num_prefill: int
-    policy: str
+    row: str
     seed: int
     speed: float
 
@@ -166,7 +180,7 @@ class Bench:
 
     def _simulate(self, task: Search | Look, seed: int, speed: float) -> Outcome:
         case = task.case
-        chosen = contender(task.policy, case.goals, seed)
+        chosen = contender(OURS if task.row == OWN_SPLIT else task.row, case.goals, seed)
         setup = Setup(
             self.hardware,
             task.num_prefill,
@@ -241,30 +255,32 @@ def workloads_of(
     return workloads
 
 
-def find_splits(cases: Sequence[Case], bench: Bench, crew: Crew) -> dict[Case, int]:
-    """Prefill workers of each case."""
+def find_splits(cases: Sequence[Case], bench: Bench, crew: Crew) -> dict[Case, Split]:
+    """The best splits of each case, found with one seed."""
     bases = {case._replace(num_workers=BASE_WORKERS) for case in cases}
     tasks = [
-        Search(base, num_prefill, policy, (0,), bench.first_speed(base, num_prefill))
+        Search(base, num_prefill, row, (0,), bench.first_speed(base, num_prefill))
         for base in sorted(bases, key=lambda base: base.name)
         for num_prefill in range(1, BASE_WORKERS)
-        for policy in SPLIT_POLICIES
+        for row in (*SPLIT_POLICIES, OURS)
     ]
     borne = crew.run(tasks)
-    best = {
-        base: max((borne[task][0].per_gpu_s, task.num_prefill) for task in tasks if task.case == base)[1]
-        for base in bases
-    }
-    return {case: _scaled(best[case._replace(num_workers=BASE_WORKERS)], case.num_workers) for case in cases}
+
+    def best(base: Case, rows: Sequence[str]) -> int:
+        of_rows = [task for task in tasks if task.case == base and task.row in rows]
+        return max((borne[task][0].per_gpu_s, task.num_prefill) for task in of_rows)[1]
+
+    found = {base: Split(best(base, SPLIT_POLICIES), best(base, (OURS,))) for base in bases}
+    return {case: _scaled(found[case._replace(num_workers=BASE_WORKERS)], case.num_workers) for case in cases}
 
 
-def _scaled(num_prefill: int, num_workers: int) -> int:
-    return min(max(round(num_prefill * num_workers / BASE_WORKERS), 1), num_workers - 1)
+def _scaled(split: Split, num_workers: int) -> Split:
+    return Split(*(min(max(round(num * num_workers / BASE_WORKERS), 1), num_workers - 1) for num in split))
 
 
 def report_case(
     case: Case,
-    num_prefill: int,
+    split: Split,
     policies: Sequence[str],
     borne: Mapping[str, Sequence[Borne]],
     looks: Mapping[tuple[str, float], Sequence[Outcome]],
@@ -277,6 +293,7 @@ def report_case(
     for name in policies:
         ratios = [mine.per_gpu_s / others.per_gpu_s for mine, others in zip(borne[name], borne[best], strict=True)]
         rows[name] = {
+            "num_prefill": split.of(name),
             "goodput_per_gpu_s": asdict(interval([each.per_gpu_s for each in borne[name]])),
             "to_best_simple": asdict(interval(ratios)),
             "all_bracketed": all(each.is_bracketed for each in borne[name]),
@@ -290,8 +307,8 @@ def report_case(
         "case": case.name,
         "trace": case.trace,
         "goals": asdict(case.goals),
-        "num_prefill": num_prefill,
-        "num_decode": case.num_workers - num_prefill,
+        "num_workers": case.num_workers,
+        "num_prefill": split.num_prefill,
         "copies": case.stream[2],
         "lru_hit_rate": lru_rate,
         "best_simple": best,
@@ -324,8 +341,8 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
     """Latencies at a load, or at what each policy bears (None)."""
     at = "at what each bears" if load is None else f"at {load:g} of what least-loaded bears"
     table = Table(
-        title=f"{report['case']} ({report['num_prefill']} prefill + {report['num_decode']} decode), {at}; "
-        f"one LRU hits {report['lru_hit_rate']:.1%}"
+        title=f"{report['case']} ({report['num_prefill']} of them prefill), {at}; "
+        f"one LRU of these hits {report['lru_hit_rate']:.1%}"
     )
     table.add_column("policy", no_wrap=True)
     columns = (
@@ -346,9 +363,10 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
             continue
         hit = fmean(run["hit_rate"] for run in runs)
         rate = Interval(**row["goodput_per_gpu_s"])
-        workers = report["num_prefill"] + report["num_decode"]
+        workers = report["num_workers"]
+        shown = name if row["num_prefill"] == report["num_prefill"] else f"{name} ({row['num_prefill']} prefill)"
         table.add_row(
-            name,
+            shown,
             str(rate) if load is None else f"{fmean(run['rate_per_s'] for run in runs) / workers:.3g}",
             str(Interval(**row["to_best_simple"])) if load is None else "",
             percent(interval([run["attainment"] for run in runs])),
@@ -374,41 +392,41 @@ def run_cases(
     seeds: Sequence[int],
     bench: Bench,
     crew: Crew,
-    splits: Mapping[Case, int],
+    splits: Mapping[Case, Split],
 ) -> list[dict[str, Any]]:
     """Search, then look at the loads."""
     searches = [
-        Search(case, splits[case], policy, tuple(seeds), bench.first_speed(case, splits[case]))
+        Search(case, splits[case].of(row), row, tuple(seeds), bench.first_speed(case, splits[case].of(row)))
         for case in sorted(cases, key=lambda case: -case.num_workers)
-        for policy in reversed(policies_of[case])
+        for row in reversed(policies_of[case])
     ]
     borne = crew.run(searches)
     base_speeds = {
-        task.case: fmean(each.speed for each in borne[task]) for task in searches if task.policy == "least-loaded"
+        task.case: fmean(each.speed for each in borne[task]) for task in searches if task.row == "least-loaded"
     }
     looks = [
-        Look(task.case, task.num_prefill, task.policy, seed, base_speeds[task.case] * load)
+        Look(task.case, task.num_prefill, task.row, seed, base_speeds[task.case] * load)
         for task in searches
         for load in LOADS
         for seed in seeds
-        if task.policy not in ABLATIONS
+        if task.row not in ABLATIONS
     ]
     seen = crew.run(looks)
     reports: list[dict[str, Any]] = []
     for case in cases:
-        found = {task.policy: borne[task] for task in searches if task.case == case}
+        found = {task.row: borne[task] for task in searches if task.case == case}
         by_policy = {policy: found[policy] for policy in policies_of[case]}
         by_load = {
             (policy, load): [
                 seen[look]
                 for look in looks
-                if look.case == case and look.policy == policy and look.speed == base_speeds[case] * load
+                if look.case == case and look.row == policy and look.speed == base_speeds[case] * load
             ]
             for policy in policies_of[case]
             if policy not in ABLATIONS
             for load in LOADS
         }
-        num_pages = splits[case] * bench.hardware.prefill.num_pages
+        num_pages = splits[case].num_prefill * bench.hardware.prefill.num_pages
         lru_rate = lru_hit_rate(bench.workloads[case.stream], num_pages)
         reports.append(report_case(case, splits[case], policies_of[case], by_policy, by_load, lru_rate))
     return reports
@@ -424,7 +442,9 @@ def main(
     rows: Annotated[int, typer.Option(min=0, help="At most so many rows of each trace; 0: all.")] = 0,
     profile: Annotated[str, typer.Option(help="As for loadgen simulate.")] = "h200-8b",
     attainment: Annotated[float, typer.Option(min=0.01, max=0.9999)] = 0.9,
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers of 8; 0: found for each case.")] = 0,
+    prefill: Annotated[
+        str, typer.Option(help="Prefill workers of 8, for all but ours and for ours, as 6,5; without it found.")
+    ] = "",
     policies: Annotated[str, typer.Option(help="These alone, and least-loaded.")] = "",
     processes: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
     out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
@@ -435,7 +455,7 @@ def main(
         raise typer.BadParameter(f"--only {only}: no case has it in its name")
     with_parts = {int(size) for size in ablation_sizes.split(",") if size}
     policies_of = {
-        case: _chosen(policies) or [*BASELINES, OURS, *(ABLATIONS if case.num_workers in with_parts else ())]
+        case: _chosen(policies) or [*BASELINES, OURS, OWN_SPLIT, *(ABLATIONS if case.num_workers in with_parts else ())]
         for case in cases
     }
     began_s = time.monotonic()
@@ -444,7 +464,8 @@ def main(
     bench = Bench(workloads, Hardware.read(profile), attainment)
     crew = Crew(bench, processes)
     if prefill:
-        splits = {case: _scaled(prefill, case.num_workers) for case in cases}
+        given = Split(*(int(num) for num in prefill.split(",")))
+        splits = {case: _scaled(given, case.num_workers) for case in cases}
     else:
         splits = find_splits(cases, bench, crew)
     reports = run_cases(cases, policies_of, range(seeds), bench, crew, splits)

@@ -4,11 +4,13 @@ from benchmarks.policies import (
     BASE_WORKERS,
     LOADS,
     LOOSE,
+    OWN_SPLIT,
     TIGHT,
     Bench,
     Case,
     Look,
     Search,
+    Split,
     cases_of,
     find_splits,
     problems_of,
@@ -38,12 +40,12 @@ def bench_of(cases, num_rows):
 def test_a_case_is_searched_and_looked_at_and_told():
     case = Case("mooncake", LOOSE, 4)
     bench = bench_of([case], 40)
-    policies = ["least-loaded", "prefix-affinity", "ours", "no-fetch"]
+    policies = ["least-loaded", "prefix-affinity", "ours", OWN_SPLIT, "no-fetch"]
     crew = OneProcess(bench)
-    (report,) = run_cases([case], {case: policies}, range(2), bench, crew, {case: 2})
-    assert (report["num_prefill"], report["num_decode"]) == (2, 2)
+    (report,) = run_cases([case], {case: policies}, range(2), bench, crew, {case: Split(2, 1)})
+    assert (report["num_prefill"], report["policies"][OWN_SPLIT]["num_prefill"]) == (2, 1)
     assert report["best_simple"] in policies[:2]
-    assert [len(report["policies"][name]["seeds"]) for name in policies] == [2, 2, 2, 2]
+    assert [len(report["policies"][name]["seeds"]) for name in policies] == [2, 2, 2, 2, 2]
     assert all(row["goodput_per_gpu_s"]["mean"] > 0 for row in report["policies"].values())
     assert set(report["policies"]["ours"]["loads"]) == set(map(str, LOADS))
     assert not report["policies"]["no-fetch"]["loads"], "parts taken away are searched alone"
@@ -64,7 +66,7 @@ def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most():
             results = {}
             for task in tasks:
                 assert isinstance(task, Search)
-                best = 3 if task.policy == "least-loaded" else 5
+                best = {"least-loaded": 3, "prefix-affinity": 5, "ours": 2}[task.row]
                 results[task] = [Borne(10 - abs(task.num_prefill - best) + (best == 5))]
             return results
 
@@ -73,7 +75,7 @@ def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most():
             self.per_gpu_s = per_gpu_s
 
     bench = bench_of([case._replace(num_workers=8), other._replace(num_workers=8)], 40)
-    assert find_splits([case, other], bench, Crew(bench)) == {case: 10, other: 2}
+    assert find_splits([case, other], bench, Crew(bench)) == {case: Split(10, 4), other: Split(2, 1)}
 
 
 def report_of(ours, other, *, hit=0.2, attainments=(0.9, 0.9)):
