@@ -66,7 +66,7 @@ LOADS = (0.7, 0.9, 1.1)
 
 SPLIT_POLICIES = ("least-loaded", "prefix-affinity")
 
-OWN_SPLIT = "ours, own split"
+OWN_SPLIT = "ours-own-split"
 """Ours with the split at which it bears most, of as many workers."""
 
 
