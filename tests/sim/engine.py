@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from shared.engine.port import Engine
+from shared.engine.port import Engine, StepOutput
 from shared.worker.engine_thread import MAX_UNHANDLED_STEPS, Command, EngineThread, Step, T
 
 
@@ -61,7 +61,7 @@ class LoopEngine(EngineThread):
         try:
             while True:
                 while self._queue:
-                    self._queue.popleft()(self._engine)
+                    self._run_in_turn(self._queue.popleft())
                     self.stats = self._engine.stats()
                 if self._num_unhandled < MAX_UNHANDLED_STEPS and self._engine.has_work():
                     await self._step_in_loop()
@@ -73,9 +73,13 @@ class LoopEngine(EngineThread):
 
     async def _step_in_loop(self) -> None:
         started_s = self.step_started_s = self._clock_s()
-        output = self._engine.step()
+        output = self._run_in_turn(_step)
         await asyncio.sleep(self._step_s())
         self.step_started_s = None
         self.stats = self._engine.stats()
         self._num_unhandled += 1
         self.steps.put_nowait(Step(output, started_s, self._clock_s()))
+
+
+def _step(engine: Engine) -> StepOutput:
+    return engine.step()
