@@ -10,9 +10,10 @@ from random import Random
 from shared.bus.memory import Append, Fate
 from shared.bus.port import BusUnavailable
 from shared.errors import LeaseLost
-from shared.request import RequestId
+from shared.request import Priority, RequestId
 from shared.state.port import Role
 from shared.wire import topics
+from shared.wire.to_ingest import HEADER_PRIORITY
 from tests.flow.system import MODEL
 from tests.sim.checks import Asked, accepted, at_rest, findings
 from tests.sim.clients import Client, Manners
@@ -158,8 +159,9 @@ class Schedule:
         way = rng.random()
         if way < 0.5:
             request_id = RequestId(self.world.name("job"))
+            priority = list(Priority)[len(self.asked) % len(Priority)]
             self.asked[request_id] = asked
-            await self.world.submit(body, request_id=request_id)
+            await self.world.submit(body, request_id=request_id, headers=[(HEADER_PRIORITY, priority.encode())])
             return
         manners = Manners(
             key=self.world.name("key") if rng.random() < 0.5 else None,
