@@ -142,3 +142,22 @@ async def test_a_worker_whose_step_never_ends_gives_its_slot_up_and_waits_for_no
         assert ended.group_contains(StepHangs)
         assert len(await live_workers(system)) == 1
         let_go.set()
+
+
+async def test_a_worker_tells_how_fast_its_steps_are(monkeypatch):
+    monkeypatch.setattr("shared.worker.host.LEARN_INTERVAL_S", 0.05)
+    async with a_system(prefills=1, decodes=1) as system:
+        prefill, decode = system.workers
+        assert all(worker.load.profile is None for worker in await live_workers(system)), "nothing has run"
+        for _ in range(8):
+            await system.ended(await system.submit(a_body()))
+        async with asyncio.timeout(10):
+            while True:
+                told = {worker.card.incarnation: worker.load.profile for worker in await live_workers(system)}
+                if told[prefill.incarnation] is not None:
+                    break
+                await asyncio.sleep(0.01)
+        assert told[prefill.incarnation].prefill_s(289, 0) > 0
+        assert told[decode.incarnation] is None, "it has computed no prompt"
+        metrics = prefill.service._parts.metrics
+        assert metrics.speeds["token"]._value.get() + metrics.speeds["pair"]._value.get() > 0
