@@ -220,7 +220,9 @@ def test_a_worker_dies_in_any_phase(phase, victims):
         result = await world.result(job, 60)
         assert result.response["choices"] == undisturbed("sampled")
         reasons = [cut.reason for cut in cuts(world, job)]
-        assert reasons == (["worker lost"] if needed else [])
+        # Leases of two that die at once end one after the other: between, a choice may be placed on the second.
+        assert set(reasons) == ({"worker lost"} if needed else set())
+        assert len(reasons) <= len(victims)
         if needed:
             assert world.clock_s() - killed_s < LEASE_S + 1 + 2 * NUM_NEW * 0.05
         await quiet(world)
