@@ -115,7 +115,16 @@ CONTENT_TYPES = [
 ]
 header_texts = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=20)
 header_names = st.sampled_from(
-    ["Authorization", "Idempotency-Key", "Last-Event-ID", "x-baton-tenant", "traceparent", "Content-Encoding", "Accept"]
+    [
+        "Authorization",
+        "Idempotency-Key",
+        "Last-Event-ID",
+        "x-baton-tenant",
+        "x-baton-priority",
+        "traceparent",
+        "Content-Encoding",
+        "Accept",
+    ]
 )
 header_lists = st.lists(st.tuples(header_names, header_texts.map(lambda text: text.strip())), max_size=4)
 paths = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/completions?x=%00", "//v1/completions"])
