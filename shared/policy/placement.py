@@ -29,7 +29,8 @@ class Rules:
     Attributes:
         ttft_goal_s: time to the first token within which a request counts as served well.
         tpot_goal_s: mean time of each later token, likewise.
-        num_decode_candidates: the best so many decode workers are tried with all prefill workers.
+        num_decode_candidates: the best so many decode workers are tried with all prefill workers, and if another holds
+            more of the prompt that one too.
         local_prefill: a decode worker may compute a prompt itself.
         fetch: a worker may get a prompt's beginning from another that holds it.
     """
@@ -159,7 +160,7 @@ def _with_room(pool: Iterable[WorkerView], model: str, num_pages: int, most_toke
         and worker.takes_work
         and worker.num_credits < worker.max_running
         and worker.num_credit_pages + num_pages <= worker.num_pages
-        and _capacity_tokens(worker) >= most_tokens
+        and worker.max_context >= most_tokens <= worker.num_pages * PAGE_TOKENS
     ]
     roomy.sort(key=_slot)
     return roomy
@@ -170,7 +171,7 @@ def _slot(worker: WorkerView) -> int:
 
 
 class _Way(NamedTuple):
-    """How one worker would compute the prompt.
+    """How one worker would compute the prompt. No two have the same `tie`, which settles equal losses.
 
     Attributes:
         compute_s: its work.
@@ -198,7 +199,7 @@ class _Way(NamedTuple):
 
 
 class _Seat(NamedTuple):
-    """What it means for one decode worker to run the request, whoever computes the prompt.
+    """What it means for one decode worker to run the request, whoever computes the prompt. `tie` as for a way.
 
     Attributes:
         loss: of the request's time per token, and what its row adds to the others'.
@@ -254,7 +255,7 @@ class _Scoring:
     def rank(self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> list[_Ranked]:
         """The best ways, best first."""
         seats = [self._seat(worker, (index + self._tie_break) % len(decode)) for index, worker in enumerate(decode)]
-        seats.sort(key=_loss_and_tie)
+        seats.sort()
         best: list[_Ranked] = []
         self._try_remote(prefill, self._best_seats(seats), best)
         if self._rules.local_prefill:
@@ -263,7 +264,7 @@ class _Scoring:
 
     def _try_remote(self, prefill: Sequence[WorkerView], seats: Sequence[_Seat], best: list[_Ranked]) -> None:
         ways = [self._remote_way(worker, (i + self._tie_break) % len(prefill)) for i, worker in enumerate(prefill)]
-        ways.sort(key=_loss_and_tie)
+        ways.sort()
         for seat in seats:
             layout = seat.worker.layout_fingerprint
             equal = [way for way in ways if way.worker.layout_fingerprint == layout]
@@ -285,11 +286,12 @@ class _Scoring:
 
     def _best_seats(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
         """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
-        best = list(seats[: self._rules.num_decode_candidates])
-        if self._matches:
-            nearest = max(seats, key=_num_held)
-            if nearest.num_held and nearest not in best:
-                best[-1] = nearest
+        num_best = self._rules.num_decode_candidates
+        best = list(seats[:num_best])
+        if self._matches and num_best < len(seats):
+            nearest = max(seats[num_best:], key=_num_held)
+            if nearest.num_held > max(map(_num_held, best)):
+                best.append(nearest)
         return best
 
     def _seat(self, worker: WorkerView, tie: int) -> _Seat:
@@ -344,7 +346,7 @@ class _Scoring:
         """Pages of the prompt that the worker has; those and what it fetches; when they are on its GPU; what it takes
         to compute the rest; and the source, if fetching is worth it."""
         num_on_gpu, num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
-        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes)
+        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes) if num_held > num_on_gpu else 0.0
         rest_s = self._rest_s(worker, profile, num_held)
         for source, num_on_its_gpu, num_there in self._sources:
             if num_there <= num_held:
@@ -463,10 +465,6 @@ def _candidate(ranked: _Ranked, cost: costs.Cost) -> Candidate:
 
 def _rounded(number: float) -> float:
     return float(f"{number:.3g}")
-
-
-def _loss_and_tie(each: _Way | _Seat) -> tuple[float, int]:
-    return each[:2]
 
 
 def _num_held(seat: _Seat) -> int:
