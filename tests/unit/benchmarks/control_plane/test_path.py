@@ -49,7 +49,12 @@ async def test_the_stack_gets_the_engine_settings_and_a_failure_is_told(monkeypa
     assert told == [measured["error"]]
     (composition,) = compositions
     assert composition.gpus == {"prefill": "0", "decode": "1"}
-    assert composition.env == {"BATON_MAX_RUNNING": "8", "BATON_MAX_BATCH_TOKENS": "256", "BATON_X": "1"}
+    assert composition.env == {
+        "BATON_MAX_RUNNING": "8",
+        "BATON_MAX_BATCH_TOKENS": "256",
+        "BATON_LOCAL_PREFILL": "false",
+        "BATON_X": "1",
+    }
     assert composition.max_restarts == 0
 
 
