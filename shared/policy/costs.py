@@ -9,7 +9,8 @@ and the cost of a placement is the loss of the request plus what it adds to the 
 
 - the rows of the decode worker, each of whose steps reads its context too;
 - the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer;
-- those who wait for room in decode, for rows that are held up leave later.
+- those who wait for room in decode, for rows that are held up leave later;
+- those who would have found the pages that go where pages are kept which another worker has already.
 
 The sum times the goal for the first token is the cost in seconds. What a prefill costs those who come behind it is no
 part: they go where the line is short by then, and a price on it was worth nothing on any trace.
@@ -26,6 +27,10 @@ SPREAD_EXPONENT = 6.0
 """How sure a prediction is, as the shape of a log-logistic distribution of actual over predicted time (median 1):
 pi / sqrt(3) / 6 = 0.3 is the standard deviation of its logarithm. In the simulator it was 0.21 to 0.39 (times to the
 first token and between tokens, computed here or there; Mooncake and Azure conv near what eight workers bear)."""
+
+USES_OF_A_PAGE = 0.25
+"""How often a page is found before it goes, where caches save a fifth of all tokens, h: h / (1 - h). A second copy
+serves nobody whom the first would not, and takes the place of such a page. Between 0.1 and 0.5 it matters little."""
 
 FAR_FROM_FULL = 8.0
 """Square roots of the number of rows; that many places are never all taken by chance."""
@@ -53,6 +58,7 @@ class Cost:
         own_s: cost of its own times.
         rows_s: cost to the decode worker's rows, of its row among them.
         stall_s: cost to these rows, and to those who wait for room there, of its prompt's chunks among them.
+        copies_s: cost of keeping pages twice.
     """
 
     queue_s: float
@@ -63,6 +69,7 @@ class Cost:
     own_s: float
     rows_s: float
     stall_s: float
+    copies_s: float
 
     @property
     def ttft_s(self) -> float:
@@ -72,7 +79,7 @@ class Cost:
     @property
     def cost_s(self) -> float:
         """What the decision makes smallest."""
-        return self.own_s + self.rows_s + self.stall_s
+        return self.own_s + self.rows_s + self.stall_s + self.copies_s
 
 
 def miss(share: float) -> float:

@@ -105,13 +105,14 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: R
     if not ranked:
         return NoRoomNow()
     way, seat = ranked[0].way, ranked[0].seat
+    source = way.beginning.source
     return Chosen(
         way.worker.ref,
         seat.worker.ref,
         0 if ranked[0].is_local else num_prefill_pages,
         num_decode_pages,
         way.compute_s,
-        None if way.source is None else Fetch(way.source.ref, way.num_cached + way.num_fetched),
+        None if source is None else Fetch(source.ref, way.beginning.num_found),
         scoring.explain(ranked),
     )
 
@@ -170,32 +171,48 @@ def _slot(worker: WorkerView) -> int:
     return worker.ref.slot
 
 
+class _Beginning(NamedTuple):
+    """What of the prompt one worker need not compute.
+
+    Attributes:
+        num_held: pages that it has.
+        num_found: these, and those that it fetches from `source`.
+        found_s: until all of them are on its GPU.
+        rest_s: to compute what is behind them.
+        copied_s: to compute those that another worker has and this one will have, too.
+    """
+
+    num_held: int
+    num_found: int
+    found_s: float
+    rest_s: float
+    copied_s: float
+    source: WorkerView | None
+
+
 class _Way(NamedTuple):
     """How one worker would compute the prompt. No two have the same `tie`, which settles equal losses.
 
     Attributes:
+        loss: of the time to the first token, and of pages kept twice; if the worker decodes, too, also what its rows
+            lose by the work.
         compute_s: its work.
         ttft_s: from now until the first token.
-        loss: of that time; if the worker decodes, too, also what its rows lose by the work.
-        num_cached: pages of the prompt that it has.
-        num_fetched: pages that it gets from `source`.
     """
 
     loss: float
     tie: int
     worker: WorkerView
     profile: SpeedProfile
+    beginning: _Beginning
     queue_s: float
-    fetch_s: float
     compute_s: float
     ttft_s: float
-    num_cached: int
-    num_fetched: int
-    source: WorkerView | None
 
     @property
-    def num_found_tokens(self) -> int:
-        return (self.num_cached + self.num_fetched) * PAGE_TOKENS
+    def fetch_s(self) -> float:
+        """Until pages are there, beyond the queue."""
+        return max(0.0, self.beginning.found_s - self.queue_s)
 
 
 class _Seat(NamedTuple):
@@ -246,6 +263,7 @@ class _Scoring:
         self._matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
         prefill = [worker for worker in cluster.prefill if worker.model == request.model]
         decode = [worker for worker in cluster.decode if worker.model == request.model]
+        self._most_held = max((num_held for _, num_held in self._matches.values()), default=0)
         num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
         self._stall_price = costs.price_of_stall(decode, num_decode_pages, rules.ttft_goal_s)
         self._sources = self._find_sources((*prefill, *decode)) if rules.fetch and self._matches else []
@@ -307,32 +325,28 @@ class _Scoring:
 
     def _remote_way(self, worker: WorkerView, tie: int) -> _Way:
         profile = worker.profile or self._assumed[worker.ref.slot]
-        num_cached, num_found, found_s, compute_s, source = self._beginning(worker, profile)
-        queue_s = worker.queued_prefill_s
-        start_s = max(queue_s, found_s)
-        ttft_s = start_s + compute_s
-        loss = costs.loss(ttft_s / self._rules.ttft_goal_s)
-        num_fetched = num_found - num_cached
-        return _Way(
-            loss, tie, worker, profile, queue_s, start_s - queue_s, compute_s, ttft_s, num_cached, num_fetched, source
-        )
+        beginning = self._beginning(worker, profile)
+        queue_s, compute_s = worker.queued_prefill_s, beginning.rest_s
+        ttft_s = max(queue_s, beginning.found_s) + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
+        return _Way(loss, tie, worker, profile, beginning, queue_s, compute_s, ttft_s)
 
     def _local_way(self, seat: _Seat) -> _Way:
         worker, profile = seat.worker, seat.profile
-        num_cached, num_found, found_s, _, source = self._beginning(worker, profile)
-        num_before, num_rows = num_found * PAGE_TOKENS, worker.num_credits
+        beginning = self._beginning(worker, profile)
+        num_before, num_rows = beginning.num_found * PAGE_TOKENS, worker.num_credits
         num_new = self._num_tokens - num_before
         chunk = costs.local_chunk(worker.max_batch_tokens, num_rows)
         stall_s = costs.local_stall_s(profile, num_new, num_before, chunk)
         queue_s = worker.queued_prefill_s
-        start_s = max(queue_s, found_s)
         compute_s = stall_s + -(-num_new // chunk) * profile.decode_step_s(num_rows, worker.num_context_tokens)
-        ttft_s = start_s + compute_s
-        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._stall_loss(seat, stall_s)
-        num_fetched = num_found - num_cached
-        return _Way(
-            loss, 0, worker, profile, queue_s, start_s - queue_s, compute_s, ttft_s, num_cached, num_fetched, source
-        )
+        ttft_s = max(queue_s, beginning.found_s) + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
+        loss += self._stall_loss(seat, stall_s)
+        return _Way(loss, 0, worker, profile, beginning, queue_s, compute_s, ttft_s)
+
+    def _copies_loss(self, beginning: _Beginning) -> float:
+        return costs.USES_OF_A_PAGE * beginning.copied_s / self._rules.ttft_goal_s
 
     def _stall_loss(self, seat: _Seat, stall_s: float) -> float:
         """What a prompt's chunks take from the rows beside them, each of which makes about as many tokens as this
@@ -342,26 +356,26 @@ class _Scoring:
         rows_loss = costs.added_loss(seat.worker.num_credits, seat.tpot_s / goal_s, after)
         return rows_loss + self._stall_price * stall_s
 
-    def _beginning(self, worker: WorkerView, profile: SpeedProfile) -> tuple[int, int, float, float, WorkerView | None]:
-        """Pages of the prompt that the worker has; those and what it fetches; when they are on its GPU; what it takes
-        to compute the rest; and the source, if fetching is worth it."""
+    def _beginning(self, worker: WorkerView, profile: SpeedProfile) -> _Beginning:
+        """With a fetch, if that is worth it."""
         num_on_gpu, num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
-        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes) if num_held > num_on_gpu else 0.0
         rest_s = self._rest_s(worker, profile, num_held)
+        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes) if num_held > num_on_gpu else 0.0
+        if num_held >= self._most_held:
+            return _Beginning(num_held, num_held, load_s, rest_s, 0.0, None)
+        copied_s = rest_s - self._rest_s(worker, profile, self._most_held)
         for source, num_on_its_gpu, num_there in self._sources:
-            if num_there <= num_held:
-                break
             link = worker.links.get(source.ref.incarnation)
             if link is None or source.layout_fingerprint != worker.layout_fingerprint:
                 continue
             num_on_its_host = max(0, num_there - max(num_on_its_gpu, num_held))
-            fetch_s = link.pull_s((num_there - num_held) * worker.page_bytes)
-            found_s = load_s + fetch_s + costs.HOST_LINK.pull_s(num_on_its_host * worker.page_bytes)
+            found_s = load_s + link.pull_s((num_there - num_held) * worker.page_bytes)
+            found_s += costs.HOST_LINK.pull_s(num_on_its_host * worker.page_bytes)
             fetched_rest_s = self._rest_s(worker, profile, num_there)
             if found_s + fetched_rest_s < load_s + rest_s:
-                return num_held, num_there, found_s, fetched_rest_s, source
+                return _Beginning(num_held, num_there, found_s, fetched_rest_s, copied_s, source)
             break
-        return num_held, num_held, load_s, rest_s, None
+        return _Beginning(num_held, num_held, load_s, rest_s, copied_s, None)
 
     def _rest_s(self, worker: WorkerView, profile: SpeedProfile, num_found: int) -> float:
         num_before = num_found * PAGE_TOKENS
@@ -379,13 +393,11 @@ class _Scoring:
 
     def _remote_loss(self, way: _Way, seat: _Seat) -> float:
         """Decode's wait for KV counts as one for the first token: behind it stands the second."""
-        wait_s = self._transfer_s(way, seat)
-        if not wait_s:
-            return way.loss + seat.loss
-        return costs.loss((way.ttft_s + wait_s) / self._rules.ttft_goal_s) + seat.loss
+        waited_share = (way.ttft_s + self._transfer_s(way, seat)) / self._rules.ttft_goal_s
+        return costs.loss(waited_share) + self._copies_loss(way.beginning) + seat.loss
 
     def _transfer_s(self, way: _Way, seat: _Seat) -> float:
-        worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.num_found_tokens
+        worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.beginning.num_found * PAGE_TOKENS
         link = worker.links.get(way.worker.ref.incarnation, costs.UNMEASURED_LINK)
         num_bytes = (self._num_pages - seat.num_held) * worker.page_bytes
         before_last_s = costs.prefill_s(way.profile, self._num_tokens - num_before - chunk, num_before, chunk)
@@ -404,6 +416,7 @@ class _Scoring:
         way, seat, goal_s = ranked.way, ranked.seat, self._rules.ttft_goal_s
         wait_s = 0.0 if ranked.is_local else self._transfer_s(way, seat)
         first_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
+        copies_loss = self._copies_loss(way.beginning)
         return costs.Cost(
             queue_s=way.queue_s,
             fetch_s=way.fetch_s,
@@ -412,7 +425,8 @@ class _Scoring:
             tpot_s=seat.tpot_s,
             own_s=goal_s * (first_loss + seat.loss - seat.rows_loss),
             rows_s=goal_s * seat.rows_loss,
-            stall_s=goal_s * (way.loss - first_loss) if ranked.is_local else 0.0,
+            stall_s=goal_s * (way.loss - first_loss - copies_loss) if ranked.is_local else 0.0,
+            copies_s=goal_s * copies_loss,
         )
 
 
@@ -439,6 +453,7 @@ def _reason(ranked: Sequence[costs.Cost]) -> str:
         "its own times": other.own_s - best.own_s,
         "rows it joins": other.rows_s - best.rows_s,
         "rows it stalls": other.stall_s - best.stall_s,
+        "pages kept once": other.copies_s - best.copies_s,
     }
     if best.cost_s == other.cost_s:
         return "as good as the next"
@@ -455,8 +470,8 @@ def _candidate(ranked: _Ranked, cost: costs.Cost) -> Candidate:
         ttft_s=_rounded(cost.ttft_s),
         tpot_s=_rounded(cost.tpot_s),
         cost_s=_rounded(cost.cost_s),
-        cached_pages=way.num_cached,
-        fetched_pages=way.num_fetched,
+        cached_pages=way.beginning.num_held,
+        fetched_pages=way.beginning.num_found - way.beginning.num_held,
         queue_s=_rounded(cost.queue_s),
         transfer_s=_rounded(cost.transfer_s),
         is_local=ranked.is_local,
