@@ -17,7 +17,7 @@ from shared.policy.admission import (
 from shared.policy.profile import SpeedProfile
 from shared.policy.views import ClusterView
 from shared.request import Priority
-from tests.unit.shared.policy.test_placement import a_worker
+from tests.unit.shared.policy.views import a_worker
 
 INTERACTIVE, STANDARD, BATCH = Priority
 

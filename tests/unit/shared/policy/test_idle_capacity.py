@@ -7,7 +7,7 @@ from shared.policy.placement import Chosen, Rules
 from shared.policy.profile import SpeedProfile
 from shared.policy.views import ClusterView
 from shared.wire.explanation import Explanation
-from tests.unit.shared.policy.test_placement import a_worker
+from tests.unit.shared.policy.views import a_worker
 
 RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1)
 PROFILE = SpeedProfile(base_s=0.01, row_s=0.001, context_s=1e-6, token_s=1e-5, pair_s=0.0)
@@ -15,7 +15,7 @@ PROFILE = SpeedProfile(base_s=0.01, row_s=0.001, context_s=1e-6, token_s=1e-5, p
 
 def may_start(*, prefill_s=0.1, num_pages=10, quiet_s=0.0, local=False, queued_s=0.0, **decode):
     prefiller = a_worker(0, queued_prefill_s=queued_s)
-    decoder = a_worker(1, **{"profile": PROFILE, "max_running": 64, **decode})
+    decoder = a_worker(1, **{"profile": PROFILE, "max_running": 64, "num_pages": 100, **decode})
     if local:
         prefiller = decoder = dataclasses.replace(decoder, queued_prefill_s=queued_s)
     chosen = Chosen(prefiller.ref, decoder.ref, 0, num_pages, prefill_s, None, Explanation("", 0, ()))
