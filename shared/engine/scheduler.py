@@ -103,7 +103,8 @@ class Scheduler:
             slots = HostSlots(host.num_slots)
             self._pool = BlockPool(limits.num_pages, slots)
             num_ahead = max(2 * pages_for(limits.max_batch_tokens), int(limits.num_pages * SHARE_FREE_OF_LOSS))
-            self._tier = HostTier(self._pool, slots, host, num_ahead=num_ahead)
+            most = max(1, host.num_slots // 2)  # with more it would hold little else than what is not gone
+            self._tier = HostTier(self._pool, slots, host, num_ahead=min(num_ahead, most))
         self._sequences: dict[str, Sequence] = {}
         self._line: list[Sequence] = []  # waiting, by line_rank
         self._active: list[Sequence] = []  # prefilling and running, by arrival

@@ -1,6 +1,9 @@
 """Blocks that went to host memory, as the scheduler and the engine see them."""
 
+from collections import OrderedDict
 from functools import partial
+from itertools import takewhile
+from random import Random
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from shared.blocks import PAGE_TOKENS, key_chain, name_of, root_hash
+from shared.blocks import PAGE_TOKENS, key_chain, name_of, pages_for, root_hash, token_ids
 from shared.engine.fake import fake_answer, fake_engine, fake_model
 from shared.engine.port import EngineLimits
 from shared.engine.scheduler import Scheduler
@@ -37,12 +40,12 @@ class Tiered:
             run(self.engine)
         self.advance()
 
-    def advance(self):
+    def advance(self, num_computed=0):
         """All copies that are on their way end."""
         for is_down in (True, False):
             while self.host.lanes[is_down]:
                 self.host.end(is_down=is_down)
-        self.engine.advance()
+        self.engine.advance(num_computed)
         self.engine.check()
 
 
@@ -274,6 +277,51 @@ def test_bytes_are_counted_both_ways():
     assert stats.num_host_pages == len(driver.host_blocks) > 0
     assert stats.num_saved_bytes >= stats.num_host_pages * page_bytes
     assert stats.num_restored_bytes == stats.num_host_hits // PAGE_TOKENS * page_bytes > 0
+
+
+def conversations(num_requests):
+    """Prompts of which most go on with an earlier one, sooner rather than later."""
+    rng = Random(3)
+    open_talks = []
+    for _ in range(num_requests):
+        talk = token_ids([])
+        if open_talks and rng.random() < 0.8:
+            talk = open_talks.pop(max(0, len(open_talks) - 1 - int(rng.expovariate(1 / 20))))
+        talk = talk + token_ids(rng.randrange(900) for _ in range(PAGE_TOKENS * rng.randrange(1, 4)))
+        if len(talk) < 10 * PAGE_TOKENS:
+            open_talks.append(talk)
+        yield talk
+
+
+def hits_of_one_lru(prompts, num_pages):
+    """Blocks found by one cache, the last block of a prompt going before its first."""
+    cache = OrderedDict()
+    num_hits = 0
+    for ids in prompts:
+        blocks = key_chain(root_hash("model", ""), ids)
+        num_hits += sum(1 for _ in takewhile(cache.__contains__, blocks))
+        for block in reversed(blocks):
+            cache[block] = None
+            cache.move_to_end(block)
+        while len(cache) > num_pages:
+            cache.popitem(last=False)
+    return num_hits
+
+
+def test_both_tiers_together_find_almost_what_one_of_their_size_would():
+    prompts = list(conversations(500))
+    tiered = Tiered(num_pages=100, num_host_pages=100, max_batch_tokens=256)
+    engine = tiered.engine
+    for number, ids in enumerate(prompts):
+        engine.add(request(str(number), ids + token_ids([5]), greedy(1)))
+        while engine.has_work():
+            batch = engine.schedule()
+            tiered.advance(pages_for(batch.num_tokens))
+            if batch.rows:
+                take(engine, batch)
+    found = engine.num_prefix_hits // PAGE_TOKENS
+    assert found > 1.3 * hits_of_one_lru(prompts, 100)
+    assert found > 0.95 * hits_of_one_lru(prompts, 200)
 
 
 def test_what_a_failed_request_wrote_is_never_restored():
