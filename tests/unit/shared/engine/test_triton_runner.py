@@ -13,6 +13,7 @@ from shared.engine.engine import PagedEngine
 from shared.engine.late_work import LateWork
 from shared.engine.port import EngineLimits
 from shared.engine.sampling.torch_sampler import NOT_FINITE
+from shared.engine.step_times import measure_steps
 from shared.engine.torch_runner import TorchRunner
 from shared.engine.triton_runner import TritonRunner
 from shared.engine.weights import load_checkpoint
@@ -188,6 +189,21 @@ def test_warm_up_leaves_pages_and_answers_alone(checkpoint):
     assert (runner.cache.pages == 7.0).all()
     wanted = greedy_and_sampled([3, 66], max_tokens=3)
     driver = Driver(engine_of(checkpoint, lambda *_: runner, max_batch_tokens=64))
+    driver.serve(*wanted)
+    assert runner.late_work == LateWork(0, 0, 0)
+    assert_same_answers(checkpoint, driver, wanted)
+
+
+@pytest.mark.usefixtures("fast_layers")
+def test_steps_that_are_measured_find_all_they_need_and_leave_no_trace(checkpoint):
+    runner = triton(checkpoint, 6, 2, 16)
+    runner.warm_up()
+    engine = engine_of(checkpoint, lambda *_: runner, num_pages=6, max_running=2, max_batch_tokens=16)
+    measured = measure_steps(runner, engine.limits, budget_s=1.0, clock_s=lambda: 0.0)
+    assert {step.work.num_rows for step in measured} >= {0, 1, 2}
+    assert runner.late_work == LateWork(0, 0, 0)
+    wanted = [request(name, prompt(20, seed), greedy(3)) for seed, name in enumerate("ab")]
+    driver = Driver(engine)
     driver.serve(*wanted)
     assert runner.late_work == LateWork(0, 0, 0)
     assert_same_answers(checkpoint, driver, wanted)
