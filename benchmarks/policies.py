@@ -284,9 +284,13 @@ def report_case(
     policies: Sequence[str],
     borne: Mapping[str, Sequence[Borne]],
     looks: Mapping[tuple[str, float], Sequence[Outcome]],
-    lru_rate: float,
+    lru_rates: Mapping[int, float],
 ) -> dict[str, Any]:
-    """A case in numbers."""
+    """A case in numbers.
+
+    Args:
+        lru_rates: hit rate of one LRU of so many prefill workers' pages.
+    """
     simple = [name for name in policies if name in BASELINES]
     best = max(simple, key=lambda name: fmean(each.per_gpu_s for each in borne[name]))
     rows: dict[str, Any] = {}
@@ -294,6 +298,7 @@ def report_case(
         ratios = [mine.per_gpu_s / others.per_gpu_s for mine, others in zip(borne[name], borne[best], strict=True)]
         rows[name] = {
             "num_prefill": split.of(name),
+            "lru_hit_rate": lru_rates[split.of(name)],
             "goodput_per_gpu_s": asdict(interval([each.per_gpu_s for each in borne[name]])),
             "to_best_simple": asdict(interval(ratios)),
             "all_bracketed": all(each.is_bracketed for each in borne[name]),
@@ -310,7 +315,7 @@ def report_case(
         "num_workers": case.num_workers,
         "num_prefill": split.num_prefill,
         "copies": case.stream[2],
-        "lru_hit_rate": lru_rate,
+        "lru_hit_rate": lru_rates[split.num_prefill],
         "best_simple": best,
         "policies": rows,
     }
@@ -373,7 +378,7 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
             latencies([tuple(run["ttft_s"]) for run in runs], 1.0, 3),
             latencies([tuple(run["tpot_s"]) for run in runs], 1000.0, 1),
             f"{hit:.1%}",
-            f"{hit / report['lru_hit_rate']:.0%}" if report["lru_hit_rate"] else "",
+            f"{hit / row['lru_hit_rate']:.0%}" if row["lru_hit_rate"] else "",
             f"{fmean(run['num_local'] / run['num_requests'] for run in runs):.0%}",
             style="bold" if name == OURS else None,
         )
@@ -426,9 +431,9 @@ def run_cases(
             if policy not in ABLATIONS
             for load in LOADS
         }
-        num_pages = splits[case].num_prefill * bench.hardware.prefill.num_pages
-        lru_rate = lru_hit_rate(bench.workloads[case.stream], num_pages)
-        reports.append(report_case(case, splits[case], policies_of[case], by_policy, by_load, lru_rate))
+        workload, num_pages = bench.workloads[case.stream], bench.hardware.prefill.num_pages
+        lru_rates = {num_prefill: lru_hit_rate(workload, num_prefill * num_pages) for num_prefill in splits[case]}
+        reports.append(report_case(case, splits[case], policies_of[case], by_policy, by_load, lru_rates))
     return reports
 
 
