@@ -507,8 +507,9 @@ KV = Row(
         ),
         Panel(
             title="Pulls refused",
-            description="Pulls that a prefill worker did not serve, by reason. wrong_secret, wrong_puller, oversized "
-            "and protocol come from no worker of ours; the others follow expired or withdrawn offers.",
+            description="Pulls and fetches that a worker did not serve, by reason. wrong_secret, wrong_puller, "
+            "unproven_blocks, oversized and protocol come from no worker of ours; the others follow expired or "
+            "withdrawn offers.",
             queries=[Query(rate("baton_kv_refusals_total", "reason"), "{{reason}}")],
             unit=Unit.PER_S,
             stacked=True,
@@ -526,6 +527,30 @@ KV = Row(
             description="Uncached prompt tokens below which the least loaded decode worker had better compute a prompt "
             "itself than leave it to the least loaded prefill worker. Each placement weighs its own.",
             queries=[Query("baton_local_prefill_threshold_tokens", "{{instance}}")],
+        ),
+        Panel(
+            title="Prefixes to fetch",
+            description="Prompts whose first pages were to come from a peer, by what became of it. What did not come "
+            "was computed. gone and part: the peer had evicted them, and ingest had not heard of it.",
+            queries=[Query(rate("baton_prefix_fetches_total", "outcome"), "{{outcome}}")],
+            unit=Unit.PER_S,
+            stacked=True,
+        ),
+        Panel(
+            title="Fetch time",
+            description="From asking a peer for a prompt's first pages to having them or giving them up. Computing "
+            "them would have taken longer, or ingest was wrong about the link.",
+            queries=quantiles("baton_prefix_fetch_seconds"),
+            unit=Unit.SECONDS,
+        ),
+        Panel(
+            title="Prefixes fetched and lent",
+            description="Bytes of KV per second that workers fetched from peers, and pages that each kept for them "
+            "meanwhile.",
+            queries=[
+                Query(rate("baton_prefix_fetch_bytes_total", "role", "instance"), f"{WORKER} bytes"),
+                Query(rate("baton_kv_lent_pages_total", "role", "instance"), f"{WORKER} pages lent"),
+            ],
         ),
         Panel(
             title="Pages in use now",
