@@ -596,13 +596,16 @@ class AheadMachine(RuleBasedStateMachine):
                 assert sequence.pages[: len(row.pages)] == row.pages, "the batch's pages are not its sequence's"
                 assert sequence.seat == row.seat
 
-    def teardown(self):
+    def end_what_others_end(self):
         while self.importing:
             self.imported(True)
         while self.fills:
             self.engine.filled(self.fills.pop(), 0)
         while self.loans:
             self.engine.give_back(self.loans.pop())
+
+    def teardown(self):
+        self.end_what_others_end()
         while True:
             for key in [key for key, each in self.requests.items() if each.hold_kv and self.num_tokens[key]]:
                 self.engine.abort(key)
