@@ -24,10 +24,10 @@ async def test_each_worker_has_measured_its_links_to_all_others_and_says_by_what
 
 
 async def linked(serving, address, num_links):
-    """What a worker tells once it has so many links: those that only prefixes come by are made behind its start."""
+    """What a worker tells once it has measured so many links: those that only prefixes come by, behind its start."""
     async with asyncio.timeout(30):
         while True:
             told = (await serving.http.get(f"{address}/health")).json()
-            if len(told["links"]) == num_links:
+            if sum(link["gb_per_s"] is not None for link in told["links"]) == num_links:
                 return told
             await asyncio.sleep(0.2)
