@@ -339,12 +339,12 @@ async def test_a_client_whose_reader_died_of_a_defect_is_cut_off_and_not_kept_wa
     def take(log, record):
         raise RuntimeError("a defect")
 
-    fine, b.edge._take = b.edge._take, take
+    fine, b.edge.following._take = b.edge.following._take, take
     job.serve(IDS[:7], start=6, finish=None)
     await resumed.done()
     assert not resumed.body.endswith(b"data: [DONE]\n\n")
     assert (await b.call("GET", f"/v1/requests/{job.id}").done()).status == 503
-    b.edge._take = fine
+    b.edge.following._take = fine
     job.serve(IDS, start=7)
     again = b.call("GET", f"/v1/requests/{job.id}/events")
     assert (await again.done()).events == (await exchange.done()).events
