@@ -16,6 +16,7 @@ from services.stream_out.owner import FORGET_AFTER_S, PartitionOwner
 from services.stream_out.streams import Hold, PartitionLog
 from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, find_done
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
+from shared.errors import Overloaded
 from shared.policy.fold import Change
 from shared.request import RequestId, partition_of
 from shared.state.keys import LEASE_MS
@@ -33,6 +34,13 @@ CATCH_UP_POLL_S = 0.005
 
 HINT_SLACK_RECORDS = 1000
 """Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
+
+
+MAX_READERS = 256
+"""Requests that are read by a reader of their own at a time: each has connections to the brokers. When an edge dies its
+clients come back by the hundred, and two seconds later others own its partitions: who is asked to wait finds them."""
+
+RETRY_AFTER_S = 1.0
 
 
 @dataclass(slots=True)
@@ -76,6 +84,7 @@ class Following:
         self._take = take
         self._spawn = spawn
         self._metrics = metrics
+        self._num_readers = 0
 
     @asynccontextmanager
     async def follow(self, request_id: RequestId, *, is_new: bool = False) -> AsyncGenerator[Hold]:
@@ -86,6 +95,7 @@ class Following:
 
         Raises:
             BusUnavailable.
+            Overloaded: too many are followed here that began elsewhere.
         """
         found = self._partitions.get(partition_of(request_id))
         if found is not None and (is_new or found.log.knows(request_id)):
@@ -149,20 +159,35 @@ class Following:
     @asynccontextmanager
     async def _follower(self, request_id: RequestId, hint: RequestHint | None, *, is_new: bool) -> AsyncGenerator[Hold]:
         """Read one request from a partition that is not read here, or no longer from where it began."""
+        if self._num_readers >= MAX_READERS:
+            raise Overloaded("too many requests of other edges are followed here", retry_after_s=RETRY_AFTER_S)
+        self._num_readers += 1
         self._metrics.followers.inc()
+        try:
+            async with (
+                self._bus.reader(STREAM_OUT.name, group=GROUP) as reader,
+                self._read_by(reader, request_id, hint, is_new=is_new) as hold,
+            ):
+                yield hold
+        finally:
+            self._num_readers -= 1
+
+    @asynccontextmanager
+    async def _read_by(
+        self, reader: Reader, request_id: RequestId, hint: RequestHint | None, *, is_new: bool
+    ) -> AsyncGenerator[Hold]:
         partition = partition_of(request_id)
-        async with self._bus.reader(STREAM_OUT.name, group=GROUP) as reader:
-            end_offset = await reader.end_offset(partition)
-            start = end_offset if is_new else await self._first_possible(reader, partition, hint)
-            log = PartitionLog(partition, start, self._tokeniser, only=request_id)
-            with log.hold(request_id) as hold:
-                await reader.assign({partition: start})
-                task = self._spawn(self._read_follower(reader, hold, end_offset))
-                try:
-                    yield hold
-                finally:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
+        end_offset = await reader.end_offset(partition)
+        start = end_offset if is_new else await self._first_possible(reader, partition, hint)
+        log = PartitionLog(partition, start, self._tokeniser, only=request_id)
+        with log.hold(request_id) as hold:
+            await reader.assign({partition: start})
+            task = self._spawn(self._read_follower(reader, hold, end_offset))
+            try:
+                yield hold
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _first_possible(self, reader: Reader, partition: int, hint: RequestHint | None) -> int:
         """Not behind the request's first record: a request that runs begins behind the commit, an ended one is
