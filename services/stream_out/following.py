@@ -201,7 +201,7 @@ class Following:
     async def _read_follower(self, reader: Reader, hold: Hold, end_offset: int) -> None:
         try:
             await self._read_to_its_end(reader, hold, end_offset)
-        except Exception:
+        except BaseException:  # a CancelledError may be a library's own: nobody reads on all the same
             hold.break_off()
             raise
 
