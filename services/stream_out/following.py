@@ -19,7 +19,7 @@ from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import Overloaded
 from shared.policy.fold import Change
 from shared.request import RequestId, partition_of
-from shared.state.keys import LEASE_MS
+from shared.state.keys import LEASE_MS, LEASE_S
 from shared.state.port import RequestHint, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.topics import MAX_DEADLINE_S, STREAM_OUT
@@ -103,6 +103,8 @@ class Following:
                 hold.caught_up.set()
                 yield hold
             return
+        if self._bus.silent_s() > LEASE_S:
+            raise BusUnavailable("the log is away")  # each who asks would try to reach it, and wait
         hint = None if is_new else await self._find(request_id)
         found = self._partitions.get(partition_of(request_id))
         if found is not None and found.is_settled and hint is None:

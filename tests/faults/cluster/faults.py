@@ -354,8 +354,8 @@ def unexplained_ends(cluster, faults):
 def _is_explained(seat, life, faults):
     if life.wanted_end is signal.SIGKILL:
         return life.status == -signal.SIGKILL
-    if life.wanted_end is signal.SIGTERM and life.status == 0:
-        return True
+    if life.wanted_end is signal.SIGTERM and life.status in {0, -signal.SIGTERM}:
+        return True  # by the signal itself, where it came before anybody listened
     gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step"))
     return gave_up and any(
         fault.kind in REDIS_KINDS or (fault.kind in BLINDING_KINDS and fault.target == seat.name)
