@@ -16,6 +16,7 @@ from dataclasses import replace
 from services.ingest.admission import Admission, Admitted
 from services.ingest.backlog import Backlog, Expired, Settled
 from services.ingest.cluster import Cluster
+from services.ingest.ended import EndedJobs
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.partitions import GROUP, Partitions
 from services.ingest.story import StoryWriter, deadline_error, error_body
@@ -91,6 +92,7 @@ class IngestService:
         self._backlog = Backlog(
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
+        self._ended = EndedJobs(bus, group=GROUP, clock_s=clock_s, log=log)
         self._sees_workers = True
         self._num_unread = 0
         self._rooms = {topic.name: asyncio.Semaphore(MAX_IN_HAND) for topic in (INGEST, INGEST_RESUME)}
@@ -202,6 +204,10 @@ class IngestService:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
+            return
+        if await self._ended.has(job):
+            self._metrics.jobs_ended_before.inc()
+            self._done(in_hand)
             return
         try:
             admitted = await self._admit(job, self._capacity())
