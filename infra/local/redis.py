@@ -4,6 +4,7 @@ import random
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def server_program() -> str:
 
 @asynccontextmanager
 async def redis_server(data_dir: Path) -> AsyncGenerator[str]:
-    """A Redis of its own on a free port; gives its URL."""
+    """A Redis of its own on a free port, without a disk, which may hold answers up for seconds; gives its URL."""
     port = PortPicker(random.Random()).pick()
     spec = redis_spec(data_dir, port)
+    spec = replace(spec, command=(*spec.command, "--appendonly", "no"))
     async with running(spec, data_dir / "redis.log"):
         yield spec.address

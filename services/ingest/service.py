@@ -16,6 +16,7 @@ from dataclasses import replace
 from services.ingest.admission import Admission, Admitted
 from services.ingest.backlog import Backlog, Expired, Settled
 from services.ingest.cluster import Cluster
+from services.ingest.ended import EndedJobs
 from services.ingest.hands import Hands
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.lengths import Lengths
@@ -115,6 +116,7 @@ class IngestService:
             metrics=metrics,
             log=log,
         )
+        self._ended = EndedJobs(bus, group=GROUP, clock_s=clock_s, log=log)
         self._sees_workers = True
         self._num_unread = 0
         self._rooms = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}
@@ -239,6 +241,10 @@ class IngestService:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
+            return
+        if await self._ended.has(job):
+            self._metrics.jobs_ended_before.inc()
+            self._done(in_hand)
             return
         if job.priority is Priority.BATCH and self._must_park(job):
             self._rooms[in_hand.topic].give_back(in_hand)

@@ -31,11 +31,11 @@ from shared.wire.to_stream_out import Cut, CutOutcome, ErrorBody
 from shared.wire.to_worker import Stop
 
 FORGET_AFTER_S = 60.0
-"""A request is kept this long after its result, and its result is found by a new owner for as long at least: late
-copies of its records, from whoever was slow, are known to be void."""
+"""A request is kept this long after its result."""
 
 EXPIRE_AFTER_S = 300.0
-"""Ids of forgotten requests, and requests of which only stray records came, are dropped after this."""
+"""Ids of forgotten requests, and requests of which only stray records came, are dropped after this. Results are found
+by a new owner for as long at least: late copies of a request's records, from whoever was slow, are known to be void."""
 
 STOP_AGAIN_AFTER_S = 5.0
 """A worker that goes on with void work is told again after this."""
@@ -170,7 +170,7 @@ class PartitionOwner:
         self._acked = {
             key: acked
             for key, acked in self._acked.items()
-            if acked.last_offset >= low_water or acked.at_s >= now_s - FORGET_AFTER_S or key in self.log.fold.requests
+            if acked.last_offset >= low_water or acked.at_s >= now_s - EXPIRE_AFTER_S or key in self.log.fold.requests
         }
         note = min((acked.results_offset for acked in self._acked.values()), default=self._results_end)
         return Committed(low_water, str(note))

@@ -6,8 +6,9 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from services.stream_out.following import LOOK_TIMEOUT_S
 from services.stream_out.results import cancelled_error, status_of, timings_of, usage_of
-from services.stream_out.service import LOOK_TIMEOUT_S, StreamOut
+from services.stream_out.service import StreamOut
 from services.stream_out.streams import Hold, Story
 from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
@@ -261,7 +262,7 @@ class Requests:
     async def _follow(self, request_id: RequestId, *, is_new: bool = False) -> AsyncGenerator[Hold]:
         async with AsyncExitStack() as stack:
             try:
-                hold = await stack.enter_async_context(self._edge.follow(request_id, is_new=is_new))
+                hold = await stack.enter_async_context(self._edge.following.follow(request_id, is_new=is_new))
             except BusUnavailable as error:
                 raise _try_again("the log is away") from error
             yield hold
@@ -297,7 +298,7 @@ class Requests:
         """Whether a request that was accepted, and that the log does not tell of here, is not waited for in the right
         place: it began before what is read here, or it is none any more."""
         try:
-            return await self._tenant_of(request_id) is None or await self._edge.has_begun(request_id)
+            return await self._tenant_of(request_id) is None or await self._edge.following.has_begun(request_id)
         except (Overloaded, BusUnavailable):
             return False
 

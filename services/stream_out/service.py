@@ -3,19 +3,19 @@
 beat ──> leases ──> take over ──┐                        ┌─> results, ingest-resume, prefill, decode
                                 v                        │
 stream-out ──> read ──> PartitionLog ──changes──> PartitionOwner
-                                └──news──> clients' holds (`requests`)
+                                └──news──> clients' holds (`following`, `requests`)
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from services.stream_out.admission import Admission
+from services.stream_out.following import Following, Partition
 from services.stream_out.metrics import EdgeMetrics
-from services.stream_out.owner import EXPIRE_AFTER_S, FORGET_AFTER_S, Duty, PartitionOwner, WriteResult
+from services.stream_out.owner import EXPIRE_AFTER_S, Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
     WORKERS_LOST_ERROR,
     ended_by_losses,
@@ -28,17 +28,17 @@ from services.stream_out.results import (
 )
 from services.stream_out.settings import Settings
 from services.stream_out.sight import Alive, Sight
-from services.stream_out.streams import Hold, PartitionLog
-from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, find_done, prepare
+from services.stream_out.streams import PartitionLog
+from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
 from services.stream_out.tenants import Tenants
 from shared.bus.dead_letter import dead_letter
 from shared.bus.one_record import record_at
-from shared.bus.port import Bus, BusUnavailable, Committed, Reader, Record
+from shared.bus.port import Bus, BusUnavailable, Committed, Record
 from shared.observe.log import Logger
 from shared.policy.fold import Change, RequestState
 from shared.request import NUM_REQUEST_PARTITIONS, Event, Incarnation, RequestId, WorkerRef, partition_of
 from shared.state.keys import BEAT_INTERVAL_S, LEASE_MS
-from shared.state.port import RequestHint, Role, State, StateUnavailable
+from shared.state.port import Role, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import UndecodableMessage, encode
 from shared.wire.results import HEADER_STORY_OFFSET
@@ -50,7 +50,6 @@ from shared.wire.topics import (
     DECODE,
     INGEST,
     INGEST_RESUME,
-    MAX_DEADLINE_S,
     NUM_SLOTS,
     PREFILL,
     RESULTS,
@@ -61,25 +60,6 @@ COMMIT_INTERVAL_S = 1.0
 
 LEAVE_TIMEOUT_S = 5.0
 """Duties begun before the end get this long."""
-
-LOOK_TIMEOUT_S = 10.0
-"""Finding a request, or cancelling it, takes no longer, or the client is asked to try again."""
-
-HINTS_COMPLETE_AFTER_MS = int((MAX_DEADLINE_S + FORGET_AFTER_S) * 1000)
-"""A store that has kept its memory for so long knows every request that ended a moment ago."""
-
-CATCH_UP_POLL_S = 0.005
-
-HINT_SLACK_RECORDS = 1000
-"""Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
-
-
-@dataclass(slots=True)
-class _Partition:
-    """A partition that this edge reads; the owner is gone when the lease is, while clients still follow it."""
-
-    log: PartitionLog
-    owner: PartitionOwner | None
 
 
 class StreamOut:
@@ -114,7 +94,7 @@ class StreamOut:
         self.metrics = metrics
         self.tenants = tenants
         self.admission = Admission(state, settings, clock_s=clock_s, logger=logger, metrics=metrics)
-        self._partitions: dict[int, _Partition] = {}
+        self._partitions: dict[int, Partition] = {}
         self._leased: frozenset[int] = frozenset()
         self._assigned: frozenset[int] = frozenset()
         self._prepared: list[TakeOver] = []
@@ -123,6 +103,16 @@ class StreamOut:
         self._background: set[asyncio.Task[None]] = set()
         self._has_leased = False
         self._sight = Sight(clock_s())
+        self.following = Following(
+            bus,
+            state,
+            tokeniser,
+            partitions=self._partitions,
+            end_offset=self._end_offset,
+            take=self._take,
+            spawn=self.spawn,
+            metrics=metrics,
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -188,117 +178,6 @@ class StreamOut:
         """Append to the request's story."""
         return await self.send(STREAM_OUT.name, message.request_id, encode(message))
 
-    @asynccontextmanager
-    async def follow(self, request_id: RequestId, *, is_new: bool = False) -> AsyncGenerator[Hold]:
-        """Follow a request from its beginning, on whichever edge it began.
-
-        Args:
-            is_new: it has no record yet.
-
-        Raises:
-            BusUnavailable.
-        """
-        found = self._partitions.get(partition_of(request_id))
-        if found is not None and (is_new or found.log.knows(request_id)):
-            with found.log.hold(request_id) as hold:
-                hold.caught_up.set()
-                yield hold
-            return
-        hint = None if is_new else await self._find(request_id)
-        found = self._partitions.get(partition_of(request_id))
-        if found is not None and found.owner is not None and found.owner.settled and hint is None:
-            with found.log.hold(request_id) as hold:
-                task = self.spawn(self._catch_up(hold))
-                try:
-                    yield hold
-                finally:
-                    task.cancel()
-            return
-        async with self._follower(request_id, hint, is_new=is_new) as hold:
-            yield hold
-
-    async def _catch_up(self, hold: Hold) -> None:
-        """This edge may have stood still: what it has read tells nothing of a request that it does not know."""
-        try:
-            end_offset = await self._reader.end_offset(partition_of(hold.story.request_id))
-        except BusUnavailable:
-            hold.break_off()
-            return
-        while hold.log.position < end_offset:  # noqa: ASYNC110 - the hold may move to another log, told of by nobody
-            await asyncio.sleep(CATCH_UP_POLL_S)
-        hold.caught_up.set()
-
-    async def has_begun(self, request_id: RequestId) -> bool:
-        """Whether the request has a first record somewhere. Raises BusUnavailable."""
-        return await self._find(request_id) is not None
-
-    async def _find(self, request_id: RequestId) -> RequestHint | None:
-        try:
-            hint = await self.state.find_request(request_id)
-            up_ms = None if hint else await self.state.up_ms(lease_ms=LEASE_MS)
-        except StateUnavailable:
-            hint, up_ms = None, 0
-        if up_ms is None or up_ms >= HINTS_COMPLETE_AFTER_MS:
-            return hint
-        return await self._find_ended(request_id)
-
-    async def _find_ended(self, request_id: RequestId) -> RequestHint | None:
-        """Where a request that ended begins, without what the store knew. Raises BusUnavailable."""
-        partition = partition_of(request_id)
-        found = self._partitions.get(partition)
-        if found is not None and found.owner is not None and found.owner.settled:
-            offset = found.log.fold.first_offset_of(request_id)
-        else:
-            try:
-                async with asyncio.timeout(LOOK_TIMEOUT_S):
-                    done = await find_done(self.bus, request_id)
-            except TimeoutError as error:
-                raise BusUnavailable("results could not be read in time") from error
-            offset = None if done is None else done.story_offset
-        return None if offset is None else RequestHint(partition, offset)
-
-    @asynccontextmanager
-    async def _follower(self, request_id: RequestId, hint: RequestHint | None, *, is_new: bool) -> AsyncGenerator[Hold]:
-        """Read one request from a partition that is not read here, or no longer from where it began."""
-        self.metrics.followers.inc()
-        partition = partition_of(request_id)
-        async with self.bus.reader(STREAM_OUT.name, group=GROUP) as reader:
-            end_offset = await reader.end_offset(partition)
-            start = end_offset if is_new else await self._first_possible(reader, partition, hint)
-            log = PartitionLog(partition, start, self.tokeniser, only=request_id)
-            with log.hold(request_id) as hold:
-                await reader.assign({partition: start})
-                task = self.spawn(self._read_follower(reader, hold, end_offset))
-                try:
-                    yield hold
-                finally:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
-
-    async def _first_possible(self, reader: Reader, partition: int, hint: RequestHint | None) -> int:
-        """Not behind the request's first record: a request that runs begins behind the commit, an ended one is
-        found by its hint."""
-        committed = await reader.committed(partition)
-        starts = [committed.offset] if committed else [0]
-        if hint is not None:
-            starts.append(hint.offset - HINT_SLACK_RECORDS)
-        return max(min(starts), await reader.beginning_offset(partition))
-
-    async def _read_follower(self, reader: Reader, hold: Hold, end_offset: int) -> None:
-        try:
-            await self._read_to_its_end(reader, hold, end_offset)
-        except Exception:
-            hold.break_off()
-            raise
-
-    async def _read_to_its_end(self, reader: Reader, hold: Hold, end_offset: int) -> None:
-        while not hold.story.finished:
-            if hold.log.position >= end_offset:
-                hold.caught_up.set()
-            for record in await reader.read(READ_TIMEOUT_S):
-                self._take(hold.log, record)
-        hold.caught_up.set()
-
     async def _admission_loop(self) -> None:
         while True:
             await self.admission.look()
@@ -307,6 +186,9 @@ class StreamOut:
                 self.metrics.tenants_outdated.set(self.tenants.is_outdated)
             self.metrics.admission_blind.set(self.admission.blind)
             await asyncio.sleep(BEAT_INTERVAL_S)
+
+    async def _end_offset(self, partition: int) -> int:
+        return await self._reader.end_offset(partition)
 
     # Leases
 
@@ -402,7 +284,7 @@ class StreamOut:
                 if found is not None:
                     self._read(found, record)
 
-    def _read(self, found: _Partition, record: Record) -> None:
+    def _read(self, found: Partition, record: Record) -> None:
         changes = self._take(found.log, record)
         if found.owner is not None:
             now_s = self.clock_s()
@@ -454,7 +336,7 @@ class StreamOut:
             now_s=self.clock_s(),
             grace_s=self.settings.grace_s,
         )
-        self._partitions[take_over.partition] = _Partition(log, owner)
+        self._partitions[take_over.partition] = Partition(log, owner)
         self.metrics.take_overs.inc()
         self._do_all(take_over.partition, owner, owner.settle(self.clock_s()))
 

@@ -64,6 +64,8 @@ NO_GENERATION = -1
 DEFAULT_RETENTION = -1
 TIMESTAMPS = {Start.BEGINNING: -2, Start.END: -1}
 """By which ListOffsets knows the ends of a partition."""
+NO_SUCH_RECORD = -1
+"""Its answer where no record is as late as was asked."""
 
 T = TypeVar("T")
 
@@ -165,6 +167,15 @@ class KafkaReader:
 
     async def beginning_offset(self, partition: int) -> int:
         return (await self._offsets([partition], Start.BEGINNING))[partition]
+
+    async def offset_since(self, partition: int, unix_s: float) -> int:
+        async def ask(client: Any) -> int:
+            offset = (await self._list_offsets(client, [partition], int(unix_s * 1000)))[partition]
+            if offset == NO_SUCH_RECORD:
+                offset = (await self._list_offsets(client, [partition], TIMESTAMPS[Start.END]))[partition]
+            return offset
+
+        return await self._call(ask)
 
     def num_behind(self) -> int:
         """Records that the broker has told of and that were not handed out."""
@@ -295,7 +306,7 @@ class KafkaReader:
 
     async def _begin_anew(self, client: Any, partition: int) -> None:
         asked = self._positions[partition]
-        beginning = (await self._list_offsets(client, [partition], Start.BEGINNING))[partition]
+        beginning = (await self._list_offsets(client, [partition], TIMESTAMPS[Start.BEGINNING]))[partition]
         self._log.warning(
             "offset is not in the log", topic=self.topic, partition=partition, offset=asked, beginning=beginning
         )
@@ -316,14 +327,14 @@ class KafkaReader:
 
     async def _offsets(self, partitions: Sequence[int], symbol: Start) -> dict[int, int]:
         async def ask(client: Any) -> dict[int, int]:
-            return await self._list_offsets(client, partitions, symbol)
+            return await self._list_offsets(client, partitions, TIMESTAMPS[symbol])
 
         return await self._call(ask)
 
-    async def _list_offsets(self, client: Any, partitions: Sequence[int], symbol: Start) -> dict[int, int]:
+    async def _list_offsets(self, client: Any, partitions: Sequence[int], timestamp_ms: int) -> dict[int, int]:
         offsets: dict[int, int] = {}
         for leader, led in (await self._leaders(client, partitions)).items():
-            asked = (self.topic, [(partition, TIMESTAMPS[symbol]) for partition in led])
+            asked = (self.topic, [(partition, timestamp_ms) for partition in led])
             response = await _ask(client, leader, OffsetRequest(ANY_REPLICA, READ_UNCOMMITTED, [asked]))
             for partition, error_code, _, offset in _of_partitions(response):
                 _check(error_code)

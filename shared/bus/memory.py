@@ -6,6 +6,7 @@ land after its death. Which of these happens is decided by `MemoryLog.fate`, onc
 """
 
 import asyncio
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -122,6 +123,11 @@ class MemoryLog:
 
     def beginning_offset(self, topic: str, partition: int) -> int:
         return self._first_offsets[topic, partition]
+
+    def offset_since(self, topic: str, partition: int, unix_s: float) -> int:
+        records = self._records[topic, partition]
+        index = bisect_left(records, unix_s, key=lambda record: record.timestamp_s)
+        return self._first_offsets[topic, partition] + index
 
     def trim(self, topic: str, partition: int, offset: int) -> None:
         """Retention: forget what is below `offset`."""
@@ -290,6 +296,10 @@ class MemoryReader:
     async def beginning_offset(self, partition: int) -> int:
         await self._call()
         return self._log.beginning_offset(self._topic, partition)
+
+    async def offset_since(self, partition: int, unix_s: float) -> int:
+        await self._call()
+        return self._log.offset_since(self._topic, partition, unix_s)
 
     def _first(self, partition: int, start: int | Start) -> int:
         beginning = self._log.beginning_offset(self._topic, partition)

@@ -130,6 +130,11 @@ class Reader(Protocol):
         """Offset of the oldest record kept. Raises BusUnavailable."""
         ...
 
+    async def offset_since(self, partition: int, unix_s: float) -> int:
+        """Offset of the first record that the log took in at `unix_s` or later; of the next one if there is none.
+        Raises BusUnavailable."""
+        ...
+
 
 class Bus(Protocol):
     """A connection to the log."""

@@ -238,6 +238,19 @@ async def test_offsets_of_the_log(topic, producer, reader):
     assert (await reader.beginning_offset(0), await reader.end_offset(0)) == (0, 4)
 
 
+async def test_the_offset_since_a_time(topic, producer, reader):
+    for _ in range(3):
+        await producer.send(topic, 0, b"x")
+        await asyncio.sleep(0.05)
+    await reader.assign({0: 0})
+    times_s = [record.timestamp_s for record in await drain(reader, 3)]
+    assert await reader.offset_since(0, 0.0) == 0
+    assert [await reader.offset_since(0, time_s) for time_s in times_s] == [0, 1, 2]
+    assert await reader.offset_since(0, times_s[1] - 0.01) == 1
+    assert await reader.offset_since(0, times_s[2] + 1) == 3
+    assert await reader.offset_since(1, 0.0) == 0
+
+
 async def test_a_start_that_is_no_longer_kept_reads_from_the_oldest_record(world, topic, producer, reader):
     for number in range(5):
         await producer.send(topic, 0, f"{number}".encode())

@@ -11,7 +11,7 @@ from shared.state.memory import Answer, MemoryState
 from shared.state.port import Role
 from shared.wire.codec import encode
 from shared.wire.to_ingest import LogPosition
-from shared.wire.to_stream_out import Cut, Open, View
+from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Open, View
 from shared.wire.topics import MAX_RECORD_BYTES, STREAM_OUT
 from tests.flow.test_whole import PROMPT, a_body, a_system, answer, expected
 
@@ -27,6 +27,25 @@ async def test_jobs_that_wait_for_an_ingest_are_served_when_it_comes():
         await system.start_ingest()
         for job in jobs:
             assert (await system.result(job)).status == "completed"
+
+
+async def test_a_job_that_is_read_again_long_after_its_result_is_not_placed_again(monkeypatch):
+    async def nothing(_):
+        pass
+
+    monkeypatch.setattr("services.ingest.partitions.Partitions.commit", nothing)
+    monkeypatch.setattr("services.ingest.ended.OLD_AFTER_S", 0.0)
+    async with a_system() as system:
+        job = await system.submit(a_body())
+        await system.result(job)
+        await system.ingests[0].leave()
+        successor = await system.start_ingest()
+        later = await system.submit(a_body())
+        await system.result(later)
+        records = system.log.records(STREAM_OUT.name, partition_of(job))
+        messages = [STREAM_OUT_DECODER.decode(record.value) for record in records]
+        assert sum(isinstance(message, Open) and message.request_id == job for message in messages) == 1
+        assert successor.service._metrics.jobs_ended_before._value.get() == 1
 
 
 async def test_a_chat_that_names_no_length_waits_for_the_workers_that_bound_it():

@@ -278,6 +278,12 @@ async def test_a_log_that_is_away_is_answered_with_503(world):
     exchange = await edge.call("POST", "/v1/completions", COMPLETION).done()
     assert exchange.status == 503
     assert exchange.headers["retry-after"] == "2"
+    edge.bus.can_read = False
+    await asyncio.sleep(3)
+    began_s = world.clock_s()
+    asked = await edge.call("GET", "/v1/requests/req-somebodys").done()
+    assert (asked.status, asked.headers["retry-after"]) == (503, "2")
+    assert world.clock_s() - began_s < 0.1
 
 
 @scenario

@@ -339,15 +339,41 @@ async def test_a_client_whose_reader_died_of_a_defect_is_cut_off_and_not_kept_wa
     def take(log, record):
         raise RuntimeError("a defect")
 
-    fine, b.edge._take = b.edge._take, take
+    fine, b.edge.following._take = b.edge.following._take, take
     job.serve(IDS[:7], start=6, finish=None)
     await resumed.done()
     assert not resumed.body.endswith(b"data: [DONE]\n\n")
     assert (await b.call("GET", f"/v1/requests/{job.id}").done()).status == 503
-    b.edge._take = fine
+    b.edge.following._take = fine
     job.serve(IDS, start=7)
     again = b.call("GET", f"/v1/requests/{job.id}/events")
     assert (await again.done()).events == (await exchange.done()).events
+
+
+def test_so_many_requests_of_other_edges_are_followed_and_the_next_is_asked_to_come_back(monkeypatch):
+    monkeypatch.setattr("services.stream_out.following.MAX_READERS", 2)
+
+    @scenario
+    async def live(world):
+        a = await world.owner("a")
+        exchange = a.call("POST", "/v1/completions", COMPLETION | {"stream": True})
+        job = await world.job()
+        job.open()
+        b = await world.node("b")
+        first, second = (b.call("GET", f"/v1/requests/{job.id}/events") for _ in range(2))
+        job.serve(IDS[:6], finish=None)
+        for resumed in (first, second):
+            await resumed.events_until(2)
+        refused = await b.call("GET", f"/v1/requests/{job.id}").done()
+        assert refused.status == 503
+        assert refused.headers["retry-after"] == "1"
+        first.leave()
+        await asyncio.sleep(1)
+        assert (await b.call("GET", f"/v1/requests/{job.id}").done()).status == 200
+        job.serve(IDS, start=6)
+        assert (await second.done()).events == (await exchange.done()).events
+
+    live()
 
 
 @scenario

@@ -160,20 +160,27 @@ class Injector:
     faults: list = field(default_factory=list)
     _busy: set = field(default_factory=set)
     _tasks: set = field(default_factory=set)
+    _failed: list = field(default_factory=list)
 
     async def run(self, plans):
         """Every plan in its turn; returns when the last fault is over. A plan that can meet nobody waits a moment."""
         for plan in plans:
             await asyncio.sleep(plan.wait_s)
             while not (aim := self._aim(plan)):
+                self._raise_failed()
                 await asyncio.sleep(0.1)
             self._begin(aim())
         await self.over()
 
     async def over(self):
-        """Wait until the last fault is over."""
+        """Wait until the last fault is over. Raises what a fault failed with: somebody did not come back."""
         while self._tasks:
-            await asyncio.gather(*self._tasks)
+            await asyncio.wait(self._tasks)
+        self._raise_failed()
+
+    def _raise_failed(self):
+        for task in self._failed:
+            task.result()
 
     def strike(self, work):
         """One fault by hand: `injector.strike(injector.kill(seat))`."""
@@ -182,8 +189,13 @@ class Injector:
     def _begin(self, work):
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task):
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            self._failed.append(task)
 
     def _aim(self, plan):
         """The strike that the plan means, None if nobody can be met now."""
@@ -354,8 +366,8 @@ def unexplained_ends(cluster, faults):
 def _is_explained(seat, life, faults):
     if life.wanted_end is signal.SIGKILL:
         return life.status == -signal.SIGKILL
-    if life.wanted_end is signal.SIGTERM and life.status == 0:
-        return True
+    if life.wanted_end is signal.SIGTERM and life.status in {0, -signal.SIGTERM}:
+        return True  # by the signal itself, where it came before anybody listened
     gave_up = any(words in life.last_error() for words in ("its lease of", "an engine step"))
     return gave_up and any(
         fault.kind in REDIS_KINDS or (fault.kind in BLINDING_KINDS and fault.target == seat.name)

@@ -136,13 +136,18 @@ async def loaded(cluster, mix, seed):
             await load.cancel()
 
 
-async def judge(cluster, injector, captures):
-    """What is wrong with all that was done to the cluster, and the figures; the load has ended."""
+async def judge(cluster, injector, captures, at_rest=None):
+    """What is wrong with all that was done to the cluster, and the figures; the load has ended.
+
+    `at_rest` is awaited when the cluster rests: the judgement itself keeps the processor from it for seconds.
+    """
     broken = [f"ended by itself: {told}" for told in unexplained_ends(cluster, injector.faults)]
     bus = KafkaBus(cluster.kafka_address, client_id="judge")
     async with asyncio.timeout(JUDGE_TIMEOUT_S):
         await until_all_ended(bus, CALM_TIMEOUT_S)
         broken += [f"not at rest: {told}" for told in await unrest(cluster, REST_TIMEOUT_S)]
+        if at_rest is not None:
+            await at_rest()
         told = await read_history(bus, captures, [_for_history(fault, cluster) for fault in injector.faults])
     rules = history.Rules(
         Tokeniser.load(cluster.model_folder), ModelFacts.load(cluster.model_folder, MODEL), salted=True, grace_s=GRACE_S
@@ -225,8 +230,7 @@ async def fault_run(options, say=print):
             lasted_s = time.monotonic() - began_s
             captures = load.clients.captures
             say("calm; judging")
-            outcome = await judge(cluster, injector, captures)
-            await sampler.sample()
+            outcome = await judge(cluster, injector, captures, sampler.sample)
             outcome.report |= {
                 "options": asdict(options),
                 "load_s": lasted_s,

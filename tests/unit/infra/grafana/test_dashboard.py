@@ -16,6 +16,7 @@ NOT_SHOWN = {
     "baton_unknown_fields_total": "of interest to who writes a client, in the API's answer and ingest's log",
     "baton_edge_unknown_fields_total": "as above",
     "baton_answer_tokens_total": "the workers' count of generated tokens is shown, which moves before requests end",
+    "baton_jobs_ended_before_total": "follows from an ingest's end or the log's absence, which are shown",
     "baton_late_compiles": "an alert tells of it; a panel of zeros would not be looked at",
     "baton_late_captures": "as above",
     "baton_late_allocations": "as above",
