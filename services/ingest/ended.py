@@ -18,8 +18,8 @@ from shared.state.keys import BEAT_INTERVAL_S
 from shared.wire.topics import RESULTS
 
 OLD_AFTER_S = 30.0
-"""A job that came so long ago may have been answered. Far less than owners know what ended: the `open` of a younger
-one may be late."""
+"""A job that came so long ago may have been answered. Far less than the time for which owners know what ended: what is
+sent of a younger one may be late."""
 
 READ_TIMEOUT_S = 0.2
 
