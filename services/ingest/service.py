@@ -92,7 +92,7 @@ class IngestService:
         self._backlog = Backlog(
             state, self._cluster, clock_s=clock_s, new_placement_id=new_placement_id, metrics=metrics, log=log
         )
-        self._ended = EndedJobs(bus, group=GROUP, clock_s=clock_s, log=log)
+        self._ended = EndedJobs(bus, clock_s=clock_s, log=log)
         self._sees_workers = True
         self._num_unread = 0
         self._rooms = {topic.name: asyncio.Semaphore(MAX_IN_HAND) for topic in (INGEST, INGEST_RESUME)}
