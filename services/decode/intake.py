@@ -30,13 +30,15 @@ class Arrival:
     """One placement that has a ticket and does not run yet.
 
     Attributes:
+        came_s: when its ticket came, unix seconds: its prefill worker was there.
         stamps: passed and not published yet.
         first_token: the token that prefill made.
         wire_format: in which its KV came; NATIVE as long as none came.
     """
 
-    def __init__(self, work: DecodeWork) -> None:
+    def __init__(self, work: DecodeWork, came_s: float) -> None:
         self.work = work
+        self.came_s = came_s
         self.stamps: Stamps = {}
         self.first_token: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.wire_format = WireFormat.NATIVE
@@ -80,7 +82,7 @@ class Intake:
         self._loop = asyncio.get_running_loop()
 
     def take(self, work: DecodeWork) -> None:
-        arrival = self._arrivals[work.assignment.placement] = Arrival(work)
+        arrival = self._arrivals[work.assignment.placement] = Arrival(work, self._context.clock_s())
         arrival.task = self._context.tasks.create_task(self._bring_in(arrival))
 
     def take_token(self, message: FirstToken) -> bool:
@@ -190,7 +192,7 @@ class Intake:
         owner has, it misses the prefill worker as we do, and sooner: the choice is placed again.
         """
         work, context = arrival.work, self._context
-        while not arrival.first_token.done() and not context.is_gone(work.ticket.source):
+        while not arrival.first_token.done() and not context.is_gone(work.ticket.source, arrival.came_s):
             left_s = work.assignment.deadline_s - context.clock_s()
             if left_s <= 0:
                 break

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.ingest.jobs import Job
+from services.ingest.partitions import GROUP
 from shared.bus.port import Bus, BusUnavailable
 from shared.observe.log import Logger
 from shared.request import RequestId
@@ -18,8 +19,8 @@ from shared.state.keys import BEAT_INTERVAL_S
 from shared.wire.topics import RESULTS
 
 OLD_AFTER_S = 30.0
-"""A job that came so long ago may have been answered. Far less than owners know what ended: the `open` of a younger
-one may be late."""
+"""A job that came so long ago may have been answered. Far less than the time for which owners know what ended: what is
+sent of a younger one may be late."""
 
 READ_TIMEOUT_S = 0.2
 
@@ -41,13 +42,11 @@ class _Tail:
 
 class EndedJobs:
     """Args:
-    group: of readers, names nothing here.
     clock_s: unix seconds.
     """
 
-    def __init__(self, bus: Bus, *, group: str, clock_s: Callable[[], float], log: Logger) -> None:
+    def __init__(self, bus: Bus, *, clock_s: Callable[[], float], log: Logger) -> None:
         self._bus = bus
-        self._group = group
         self._clock_s = clock_s
         self._log = log
         self._tails: dict[int, _Tail] = {}
@@ -76,7 +75,7 @@ class EndedJobs:
         """Read the partition's results on to their end, or from `since_s` on. Raises BusUnavailable."""
         now_s = self._clock_s()
         self._tails = {each: tail for each, tail in self._tails.items() if tail.read_s >= now_s - 2 * OLD_AFTER_S}
-        async with self._bus.reader(RESULTS.name, group=self._group) as reader:
+        async with self._bus.reader(RESULTS.name, group=GROUP) as reader:
             end_offset = await reader.end_offset(partition)
             tail = self._tails.get(partition)
             if tail is None or tail.since_s > since_s:

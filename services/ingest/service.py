@@ -116,7 +116,7 @@ class IngestService:
             metrics=metrics,
             log=log,
         )
-        self._ended = EndedJobs(bus, group=GROUP, clock_s=clock_s, log=log)
+        self._ended = EndedJobs(bus, clock_s=clock_s, log=log)
         self._sees_workers = True
         self._num_unread = 0
         self._rooms = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}

@@ -35,7 +35,6 @@ CATCH_UP_POLL_S = 0.005
 HINT_SLACK_RECORDS = 1000
 """Frames, and other choices, may stand before the `open` that a hint names: readers begin so much before it."""
 
-
 MAX_READERS = 256
 """Requests that are read by a reader of their own at a time: each has connections to the brokers. When an edge dies its
 clients come back by the hundred, and two seconds later others own its partitions: who is asked to wait finds them."""

@@ -178,9 +178,12 @@ class WaitingLine:
         self._was_empty |= self.num_waiting == 0
 
     def place(self) -> None:
-        """One leaves because there was room for it."""
+        """One leaves because there was room for it. If it was the last one, the limit that was measured is none any
+        more: after an outage, for whose length nothing was placed, an empty line would look like a long wait."""
         self._num_placed += 1
         self.leave()
+        if not self.num_waiting:
+            self._beats.clear()
 
     def beat(self, now_s: float) -> float | None:
         """Placements per second, by the beats of the last RATE_WINDOW_S in which somebody always waited."""

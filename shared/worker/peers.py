@@ -130,9 +130,11 @@ class Peers:
         failure = self._failures.get(card.incarnation)
         return failure is None or self._clock_s() >= failure.retry_at_s
 
-    def is_gone(self, peer: Incarnation) -> bool:
-        """Whether a worker that registered has ended, for all that the registry tells. It does not come back."""
-        return self._read_s - max(self._read_since_s, self._seen_s.get(peer, self._read_since_s)) > GONE_AFTER_S
+    def is_gone(self, peer: Incarnation, heard_s: float) -> bool:
+        """Whether a worker that was there at `heard_s` has ended, for all that the registry tells. It does not come
+        back."""
+        last_s = max(self._read_since_s, heard_s, self._seen_s.get(peer, heard_s))
+        return self._read_s - last_s > GONE_AFTER_S
 
     def links(self) -> tuple[PeerLink, ...]:
         """The links to workers that stand in the registry."""

@@ -33,7 +33,8 @@ class WorkerContext:
         page_bytes: bytes of one KV page.
         tasks: a failure in any of them ends the worker.
         handoff: producer for records to other workers.
-        is_gone: whether another worker has ended, for all that is known here; it does not come back.
+        is_gone: whether a worker that was there at a time (unix seconds) has ended, for all that is known here; it does
+            not come back.
         profile: how fast this worker computes; None before it has measured that.
     """
 
@@ -49,7 +50,7 @@ class WorkerContext:
     log: Logger
     clock_s: Callable[[], float]
     random_bytes: Callable[[int], bytes]
-    is_gone: Callable[[Incarnation], bool]
+    is_gone: Callable[[Incarnation, float], bool]
     tasks: asyncio.TaskGroup
     profile: Callable[[], SpeedProfile | None]
 

@@ -223,7 +223,7 @@ class Worker:
                     log=logger(spec.incarnation),
                     clock_s=time.time,
                     random_bytes=os.urandom,
-                    is_gone=lambda _: False,
+                    is_gone=lambda *_: False,
                     tasks=tasks,
                     profile=lambda: None,
                 )

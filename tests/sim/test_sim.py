@@ -8,7 +8,7 @@ import pytest
 from tests.sim.mutants import MUTANTS
 from tests.sim.running import run_in_processes, run_seeds
 
-NUM_SCHEDULES = 200
+NUM_SCHEDULES = 120
 
 KNOWN = {
     "placement-id": (61, 202),

@@ -121,8 +121,8 @@ class FakeTransfer:
 @asynccontextmanager
 async def a_context(engine, *, me, transfer=None, clock_s=None):
     """What a role gets; `given_back` are credits, in order, and `computed` those whose work was told to be done;
-    `gone` are the workers that have ended."""
-    given_back, computed, gone = [], [], set()
+    `gone` when workers ended."""
+    given_back, computed, gone = [], [], {}
     async with asyncio.TaskGroup() as tasks:
         yield SimpleNamespace(
             me=me,
@@ -144,7 +144,7 @@ async def a_context(engine, *, me, transfer=None, clock_s=None):
             log=structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical")),
             random_bytes=bytes,
             gone=gone,
-            is_gone=gone.__contains__,
+            is_gone=lambda peer, heard_s: gone.get(peer, heard_s - 1) >= heard_s,
             profile=lambda: None,
         )
         for task in tasks._tasks:

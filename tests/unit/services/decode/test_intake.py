@@ -223,11 +223,26 @@ def test_a_token_is_not_waited_for_when_prefill_is_gone(fails):
         stage.intake.take(a_ticket_for("b", 100))
         await asyncio.sleep(10)
         stage.intake.take_token(a_token_for("b"))
-        stage.context.gone.add(Incarnation("prefill"))
+        stage.context.gone[Incarnation("prefill")] = asyncio.get_running_loop().time()
         await asyncio.sleep(PULL_TIMEOUT_S)
         assert sorted(stage.ended) == [("arrived", "b"), ("given up", "a")]
         engine.abort("b")
         assert num_used(engine) == 0
+
+    run(scene)
+
+
+def test_a_ticket_tells_that_its_prefill_worker_is_there():
+    async def scene(stage, engine):
+        await asyncio.sleep(10)
+        stage.context.gone[Incarnation("prefill")] = 5.0  # nobody saw it yet, and the reading began then
+        stage.intake.take(a_ticket_for("a", 100))
+        await asyncio.sleep(10)
+        assert not stage.ended
+        stage.intake.take_token(a_token_for("a"))
+        await asyncio.sleep(PULL_TIMEOUT_S)
+        assert stage.ended == [("arrived", "a")]
+        engine.abort("a")
 
     run(scene)
 

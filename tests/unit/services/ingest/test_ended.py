@@ -22,7 +22,7 @@ class World:
         self.clock_s = lambda: 1e9 + loop.time()
         self.log = MemoryLog(clock=self.clock_s, random=Random(1))
         self.bus = MemoryBus(self.log, client_id="ingest")
-        self.ended = EndedJobs(self.bus, group="g", clock_s=self.clock_s, log=structlog.testing.CapturingLogger())
+        self.ended = EndedJobs(self.bus, clock_s=self.clock_s, log=structlog.testing.CapturingLogger())
 
     def result(self, name):
         self.log.append(RESULTS.name, PARTITION, [Unsent(b"{}", name.encode(), (), 2, None)])

@@ -175,6 +175,17 @@ def test_a_line_that_stands_still_has_rate_0_and_old_beats_are_forgotten():
     assert rate is None
 
 
+def test_a_line_that_was_placed_to_its_last_one_tells_of_no_limit():
+    line = WaitingLine(0.0)
+    line.join(4)
+    for beat in range(1, 22):
+        rate = line.beat(beat / 2)
+    assert rate == 0.0, "nobody to place them on"
+    for _ in range(4):
+        line.place()
+    assert line.beat(11.0) is None
+
+
 def test_a_beat_right_behind_another_does_not_count():
     line = WaitingLine(0.0)
     line.join(5)

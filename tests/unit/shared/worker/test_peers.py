@@ -453,20 +453,24 @@ def test_a_peer_is_gone_when_the_registry_read_all_the_time_lacks_it():
         a, b = Incarnation("a"), Incarnation("b")
         async with running(peers):
             await asyncio.sleep(2 * GONE_AFTER_S)
-            assert not peers.is_gone(a)
-            assert not peers.is_gone(b), "though nothing may be pulled from it"
-            assert peers.is_gone(Incarnation("of before"))
+            assert not peers.is_gone(a, 0.0)
+            assert not peers.is_gone(b, 0.0), "though nothing may be pulled from it"
+            assert peers.is_gone(Incarnation("of before"), 0.0)
+            now_s = place.clock_s()
+            assert not peers.is_gone(Incarnation("newer than the last reading"), now_s)
+            await asyncio.sleep(GONE_AFTER_S + 2 * BEAT_S)
+            assert peers.is_gone(Incarnation("newer than the last reading"), now_s)
             await place.leave(slot, "a")
             await asyncio.sleep(GONE_AFTER_S - 2 * BEAT_S)
             place.state.cut_off = True
             await asyncio.sleep(2 * GONE_AFTER_S)
-            assert not peers.is_gone(a), "unseen is not gone"
+            assert not peers.is_gone(a, 0.0), "unseen is not gone"
             place.state.cut_off = False
             await asyncio.sleep(GONE_AFTER_S - 2 * BEAT_S)
-            assert not peers.is_gone(a)
+            assert not peers.is_gone(a, 0.0)
             await asyncio.sleep(4 * BEAT_S)
-            assert peers.is_gone(a)
-            assert not peers.is_gone(b)
+            assert peers.is_gone(a, 0.0)
+            assert not peers.is_gone(b, 0.0)
 
     on_one_host(check)
 
@@ -479,6 +483,6 @@ def test_one_reading_of_an_emptied_registry_makes_nobody_gone():
         await asyncio.sleep(2 * GONE_AFTER_S)
         place.store.flush()
         await peers.refresh()
-        assert not peers.is_gone(Incarnation("a"))
+        assert not peers.is_gone(Incarnation("a"), 0.0)
 
     on_one_host(check)
