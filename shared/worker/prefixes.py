@@ -39,7 +39,7 @@ class Prefixes:
         context = self._context
         if ticket is None or not ticket.num_pages:
             return context.engine.call(lambda engine: engine.add(request))
-        if ticket.source.incarnation == context.me.incarnation or context.is_gone(ticket.source.incarnation):
+        if ticket.source.incarnation == context.me.incarnation:
             context.metrics.observe_fetch(PrefixFetch.GONE)
             return context.engine.call(lambda engine: engine.add(request))
         num_pages = min(ticket.num_pages, MAX_FETCH_BLOCKS)

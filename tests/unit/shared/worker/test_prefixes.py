@@ -93,7 +93,6 @@ class Worker:
             max_part_bytes=2 * engine.cache.layout.page_bytes,
         )
         self.lender = EngineLender(self.engine, self.metrics)
-        self.gone = set()
         self.profile = None
         self.prefixes = Prefixes(
             SimpleNamespace(
@@ -105,7 +104,6 @@ class Worker:
                 page_bytes=engine.cache.layout.page_bytes,
                 metrics=self.metrics,
                 log=structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical")),
-                is_gone=self.gone.__contains__,
                 profile=lambda: self.profile,
             )
         )
@@ -323,17 +321,6 @@ def test_the_limit_follows_from_the_workers_own_speed():
         place.run_at_puller(PROMPT, 5)
         await place.idle()
         assert place.puller.counts == {PrefixFetch.WHOLE: 1}
-
-    at_place(scene)
-
-
-def test_a_peer_that_is_known_to_be_gone_is_not_asked():
-    async def scene(place):
-        place.puller.gone.add("source")
-        place.run_at_puller(PROMPT, 5)
-        await place.idle()
-        assert place.puller.counts == {PrefixFetch.GONE: 1}
-        assert place.puller.metrics.prefix_fetch_seconds._sum.get() == 0
 
     at_place(scene)
 
