@@ -38,7 +38,7 @@ class PrefixFetch(StrEnum):
     PART = "part"
     """The peer had only the first of them."""
     GONE = "gone"
-    """The peer had none, or is gone itself."""
+    """The peer had none of them any more, or it is this worker itself."""
     FAILED = "failed"
     """It broke off, was refused, or took longer than computing would."""
     NO_ROOM = "no room"
