@@ -2,8 +2,8 @@
 
 Nobody else may wait. What is left must do for those who come next while it runs: with it in,
 
-- a token of the decode worker takes no longer than TPOT_SHARE of the goal;
-- SPARE of the decode worker's pages and places stay free, unless nobody else is there at all;
+- a token of the decode worker takes no longer than TPOT_SHARE of the goal, and SPARE of its pages and places stay free.
+  Where nobody is it may take all: a worker that is too slow for the goal by itself would never have a batch job;
 - a prompt that came now would wait no longer than TTFT_SHARE of the goal for its prefill. A prompt that takes longer
   than that by itself starts where no other work is queued, once nobody has come for as long as it takes: what came
   lately is the best guess of what comes.
@@ -31,23 +31,20 @@ def leaves_others_alone(chosen: Chosen, cluster: ClusterView, rules: Rules, *, q
     prefill = decode if chosen.prefill == chosen.decode else _found(cluster.prefill, chosen.prefill)
     if decode is None or prefill is None:
         return False
-    return (
-        _decodes_in_time(decode, decode.profile or mean_profile(cluster.decode), chosen, rules)
-        and _has_spare(decode, chosen)
-        and _is_soon(prefill, chosen, rules, quiet_s)
-    )
+    profile = decode.profile or mean_profile(cluster.decode)
+    has_room = decode.num_credits == 0 or _leaves_room(decode, profile, chosen, rules)
+    return has_room and _is_soon(prefill, chosen, rules, quiet_s)
 
 
-def _decodes_in_time(decode: WorkerView, profile: SpeedProfile, chosen: Chosen, rules: Rules) -> bool:
+def _leaves_room(decode: WorkerView, profile: SpeedProfile, chosen: Chosen, rules: Rules) -> bool:
+    """Beside those who are there."""
     num_context_tokens = decode.num_context_tokens + chosen.num_decode_pages * PAGE_TOKENS
-    return profile.decode_step_s(decode.num_credits + 1, num_context_tokens) <= TPOT_SHARE * rules.tpot_goal_s
-
-
-def _has_spare(decode: WorkerView, chosen: Chosen) -> bool:
-    if decode.num_credits == 0:
-        return True
-    num_pages = decode.num_credit_pages + chosen.num_decode_pages
-    return num_pages <= (1 - SPARE) * decode.num_pages and decode.num_credits + 1 <= (1 - SPARE) * decode.max_running
+    num_pages, num_rows = decode.num_credit_pages + chosen.num_decode_pages, decode.num_credits + 1
+    return (
+        profile.decode_step_s(num_rows, num_context_tokens) <= TPOT_SHARE * rules.tpot_goal_s
+        and num_pages <= (1 - SPARE) * decode.num_pages
+        and num_rows <= (1 - SPARE) * decode.max_running
+    )
 
 
 def _is_soon(prefill: WorkerView, chosen: Chosen, rules: Rules, quiet_s: float) -> bool:

@@ -45,6 +45,12 @@ def test_where_nobody_is_it_may_take_all():
     assert not may_start(num_pages=100, num_credits=1)
 
 
+def test_a_worker_too_slow_for_the_goal_takes_one_at_a_time():
+    slow = dataclasses.replace(PROFILE, base_s=0.3)
+    assert may_start(profile=slow)
+    assert not may_start(profile=slow, num_credits=1)
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_a_prompt_that_came_next_would_not_wait_long(local):
     assert may_start(local=local, queued_s=0.5, prefill_s=0.5)
