@@ -223,7 +223,7 @@ class Source:
                 if number in visit.pulls:
                     visit.pulls.pop(number).give_up()
                 elif number in visit.fetches:
-                    visit.fetches[number].cancel()
+                    visit.fetches.pop(number).cancel()
             case Probe():
                 await self._probe(visit, message)
             case Speed(bytes_per_s=bytes_per_s, latency_s=latency_s):
@@ -250,7 +250,7 @@ class Source:
             try:
                 offer = await self._offers.lend(claim, fetch.proofs)
             finally:
-                del visit.fetches[number]
+                visit.fetches.pop(number, None)
             if offer is None:
                 link.post(Found(number, 0))
                 return

@@ -34,6 +34,28 @@ class Step:
     ended_s: float
 
 
+class _Turn:
+    """A lock that whoever has it cannot take again before others that wait for it: an engine on a CPU gives it back
+    between two steps for no longer than a thread takes to wake up."""
+
+    def __init__(self) -> None:
+        self._next = threading.Lock()  # held while waiting
+        self._lock = threading.Lock()
+
+    def acquire(self) -> None:
+        with self._next:
+            self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class EngineThread:
     """Runs the engine's steps, and commands between steps in the order in which they were submitted.
 
@@ -59,7 +81,7 @@ class EngineThread:
         self.stats: EngineStats = engine.stats()
         self.step_started_s: float | None = None
         self.is_given_up = False
-        self._turn = threading.Lock()  # of whoever uses the engine; nobody does while a step waits for its batch
+        self._turn = _Turn()  # of whoever uses the engine; nobody does while a step waits for its batch
         engine.let_in(self._others_turn)
 
     @contextmanager

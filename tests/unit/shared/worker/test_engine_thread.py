@@ -49,6 +49,12 @@ async def take_token(thread):
                 return
 
 
+async def handle_for_ever(thread):
+    while True:
+        await thread.steps.get()
+        thread.handled()
+
+
 async def test_pages_are_lent_while_a_step_waits_for_its_batch():
     gated = GatedEngine()
     thread = EngineThread(gated.engine, time.monotonic)
@@ -116,3 +122,29 @@ async def test_an_error_beside_a_step_is_the_callers():
         with pytest.raises(KeyError):
             await thread.call_beside(lambda engine: engine.give_back(loan))
         assert await thread.call_beside(lambda engine: len(engine.lend([]).pages)) == 0
+
+
+async def test_an_engine_whose_steps_follow_each_other_without_a_pause_lends_all_the_same():
+    engine = fake_engine()
+    step, num_steps = engine.step, 0
+
+    def step_that_computes_at_once():
+        nonlocal num_steps
+        num_steps += 1
+        time.sleep(0.01)
+        return step()
+
+    engine.step = step_that_computes_at_once
+    thread = EngineThread(engine, time.monotonic)
+    with thread.running():
+        await thread.call(lambda engine: engine.add(request("a", PROMPT, greedy(2000, ignore_eos=True))))
+        await take_token(thread)
+        handling = asyncio.create_task(handle_for_ever(thread))
+        num_waited = 0
+        for _ in range(20):
+            await asyncio.sleep(0.004)
+            before = num_steps
+            await thread.call_beside(lambda engine: engine.lend([]))
+            num_waited += num_steps - before
+        assert num_waited < 60, "each waits for the step that runs, and perhaps for one that began before it could ask"
+        handling.cancel()
