@@ -16,7 +16,8 @@ PLAN = LoadPlan(
 
 @pytest.fixture
 def load():
-    return RandomLoad([fake_engine(num_pages=12, max_running=4) for _ in range(2)], PLAN)
+    # So few pages that somebody is preempted all the time, however few steps a slow machine gets done.
+    return RandomLoad([fake_engine(num_pages=7, max_running=4) for _ in range(2)], PLAN)
 
 
 def test_work_of_all_kinds_adds_up(load):
