@@ -112,12 +112,16 @@ class _Seats:
 
 
 def _seats(worker: WorkerView, usual: Usual) -> _Seats | None:
+    """None where the speeds tell nothing of answers: not measured, or so that one takes no time."""
     if worker.profile is None:
         return None
     num_pages, step_s = max(usual.num_pages, 1.0), worker.profile.decode_step_s
     free_pages = (worker.num_pages - worker.num_credit_pages) / num_pages
     num_free = max(0.0, min(worker.max_running - worker.num_credits, free_pages))
     num_context_tokens = int(num_pages * PAGE_TOKENS)
+    idle_token_s = step_s(1, num_context_tokens)
+    if idle_token_s <= 0:
+        return None
 
     def token_s(num_more: float) -> float:
         return step_s(
@@ -127,9 +131,9 @@ def _seats(worker: WorkerView, usual: Usual) -> _Seats | None:
     num_full = worker.num_credits + num_free
     return _Seats(
         num_free,
-        num_full / (token_s(num_free) * max(usual.num_new_tokens, 1.0)),
+        num_full / ((token_s(num_free) or idle_token_s) * max(usual.num_new_tokens, 1.0)),
         token_s(min(1.0, num_free)),
-        step_s(1, num_context_tokens),
+        idle_token_s,
     )
 
 

@@ -12,7 +12,7 @@ step tells of stays as it was.
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median
 
@@ -155,6 +155,10 @@ class ProfileFit:
         ]
         self._num_told = self._num_steps
         self._profile, self._scatter = _fit(means, weights, self._profile)
+        if not counting[False] and not self._profile.base_s:
+            # Long prompts alone do not tell how long reading the weights takes; as nothing, tokens would cost nothing.
+            shortest = min(mean.num_prompt_tokens for mean in means)
+            self._profile = replace(self._profile, base_s=self._profile.token_s * shortest)
         return self._profile
 
 

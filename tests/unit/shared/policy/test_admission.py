@@ -84,6 +84,14 @@ def test_there_is_no_outlook_without_speeds():
     assert Outlook.of(ClusterView((), (known,)), USUAL) is not None
 
 
+@pytest.mark.parametrize("profile", [SpeedProfile(0.0, 0.0, 0.0, 1e-4, 0.0), SpeedProfile(0.0, 0.01, 0.0, 1e-4, 0.0)])
+@pytest.mark.parametrize("taken", [0, 3, 8])
+def test_speeds_by_which_steps_take_no_time_end_no_ingest(profile, taken):
+    worker = a_worker(1, profile=profile, max_running=8, num_credits=taken, num_credit_pages=taken, num_pages=9)
+    outlook = Outlook.of(ClusterView((), (worker,)), USUAL)
+    assert (outlook is None) == (profile.row_s == 0)
+
+
 def test_what_is_usual_follows_what_is_placed():
     usual = USUAL
     for _ in range(200):

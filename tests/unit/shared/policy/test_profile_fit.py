@@ -117,6 +117,14 @@ def test_nothing_is_told_before_there_is_anything_to_tell():
     assert without_prompts.profile() is None, "a prompt would seem to cost nothing"
 
 
+def test_prompts_alone_leave_no_tokens_that_cost_nothing():
+    prompts = [chunk(num_new) for num_new in (1000, 4000) for _ in range(5)]
+    profile = fitted((prompt, TRUE.step_s(prompt)) for prompt in prompts).profile()
+    assert profile.decode_step_s(1, 1000) == pytest.approx(1000 * TRUE.token_s, rel=0.2)
+    for prompt in prompts:
+        assert profile.step_s(prompt) == pytest.approx(TRUE.step_s(prompt), rel=0.01)
+
+
 def test_what_it_keeps_is_bounded():
     rng = random.Random(0)
     fit = fitted(measured([*decode_steps(rng, 5000), *prefill_steps(rng, 5000)], rng))
