@@ -308,7 +308,9 @@ class Worker:
             try:
                 await self._parts.state.announce_blocks(self._parts.incarnation, sequence, news)
             except StateUnavailable as error:
-                self._parts.log.warning("block announcement lost; readers will see the gap", error=str(error))
+                self._parts.log.warning("block announcement lost; the full list follows", error=str(error))
+                self._blocks_wanted = True  # who reads sees the gap only behind it, and there may be no more news
+                return
 
     async def _learn_for_ever(self) -> None:
         while True:
