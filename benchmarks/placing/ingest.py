@@ -51,8 +51,9 @@ async def place_for(
         backlog = Backlog(
             state,
             cluster,
-            Lengths(metrics, log),
+            Lengths(metrics),
             Rules(ttft_goal_s=2.0, tpot_goal_s=0.1),
+            has_ended=lambda _: False,
             clock_s=time.time,
             new_placement_id=lambda: PlacementId(uuid4().hex),
             metrics=metrics,

@@ -1,17 +1,23 @@
 """Choices that wait for workers, placed one at a time in the order of `shared.policy.line`.
 
-Whose deadline has passed leaves the line from wherever it stands. One that ran on a larger worker than there is now
-waits beside the line for such a one to come, so that nobody waits behind it. Batch is placed only where it leaves
-everybody else alone.
+    add ─> line ─> the first ─> settled: placed, never fits, expired, ended before
+             ^         └─ no room now: perhaps one that may overtake it
+             └── aside <┘
+
+Whose deadline has passed leaves the line from wherever it stands. Two kinds wait aside, so that nobody waits behind
+them: one that ran on a larger worker than there is now, until such a one comes; and a batch job whose prompt takes so
+long that it must not start where others come all the time, until they do not.
 """
 
 import asyncio
+import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
+from services.ingest.jobs import Job
 from services.ingest.lengths import Lengths
 from services.ingest.threshold import local_threshold
 from services.ingest.work import Placed, Waiting
@@ -19,7 +25,7 @@ from shared.blocks import BlockHash, hash_chain, root_hash
 from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.admission import BacklogReport, Outlook, Usual, WaitingLine
-from shared.policy.idle_capacity import leaves_others_alone
+from shared.policy.idle_capacity import leaves_others_alone, needed_quiet_s
 from shared.policy.line import Claim, Entry, Line
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, Rules, capacity_tokens, place
 from shared.policy.views import ClusterView, RequestView
@@ -29,6 +35,10 @@ from shared.state.port import Placement, PlacementKey, State, StateUnavailable
 
 ROOM_POLL_S = 0.02
 BATCH_POLL_S = 0.1
+
+WAITS_FOR_ROOM_S = 0.1
+"""Who has waited for so long does so because there is no room, and not for its turn."""
+
 STATE_RETRY_S = 0.1
 
 NUM_HASHED = 16
@@ -40,15 +50,29 @@ class Expired:
     """The deadline passed while the choice waited."""
 
 
-Settled = Placed | NeverFits | Expired
+@dataclass(frozen=True, slots=True)
+class EndedBefore:
+    """The request has its result already."""
+
+
+Settled = Placed | NeverFits | Expired | EndedBefore
+
+
+@dataclass(frozen=True, slots=True)
+class _TooBusy:
+    """A batch job that may start once nobody has come for so long."""
+
+    quiet_s: float
 
 
 class Backlog:
     """Args:
+        has_ended: whether a job has its result.
         clock_s: unix seconds.
 
     Attributes:
-        pace: counts the choices that wait here, and whoever else is said to it to wait; not batch.
+        pace: counts the choices that wait here, and whoever else is said to it to wait; not batch, nor who is aside.
+        others_wait: somebody who is not batch waits for room, here or at another ingest.
     """
 
     def __init__(
@@ -58,6 +82,7 @@ class Backlog:
         lengths: Lengths,
         rules: Rules,
         *,
+        has_ended: Callable[[Job], bool],
         clock_s: Callable[[], float],
         new_placement_id: Callable[[], PlacementId],
         metrics: IngestMetrics,
@@ -67,13 +92,17 @@ class Backlog:
         self._cluster = cluster
         self._lengths = lengths
         self._rules = rules
+        self._has_ended = has_ended
         self._clock_s = clock_s
         self._new_placement_id = new_placement_id
         self._metrics = metrics
         self._log = log
         self._line = Line[Waiting]()
-        self._stranded: list[Waiting] = []
+        self._too_large: list[Entry[Waiting]] = []
+        self._too_long: list[tuple[float, int, Entry[Waiting]]] = []
+        """A heap, by the quiet that each needs."""
         self.pace = WaitingLine(clock_s())
+        self.others_wait = False
         self._urgent_s = -math.inf
         """When somebody came last who is not batch."""
         self._usual: Usual | None = None
@@ -84,7 +113,7 @@ class Backlog:
     def add(self, waiting: Waiting) -> None:
         """Put a choice in line."""
         job = waiting.admitted.job
-        num_tokens = len(waiting.ids) + self._lengths.expect(waiting).new_tokens
+        num_tokens = waiting.num_ids + self._lengths.expect(waiting).new_tokens
         self._line.add(waiting, Claim(job.priority, job.tenant, job.deadline_s, num_tokens, waiting.is_resumed))
         if not _is_batch(waiting):
             self._urgent_s = self._clock_s()
@@ -92,26 +121,25 @@ class Backlog:
         self._metrics.backlog.set(len(self._line))
         self._grew.set()
 
-    @property
-    def num_batch(self) -> int:
-        """Choices of batch jobs in line."""
-        return self._line.num_batch
-
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
         now_s = self._clock_s()
-        oldest_s = {False: now_s, True: now_s}
-        for entry in self._line:
-            is_batch = _is_batch(entry.item)
-            oldest_s[is_batch] = min(oldest_s[is_batch], entry.item.admitted_s)
         return BacklogReport(
             self.pace.num_waiting + num_unread,
-            now_s - oldest_s[False],
+            self._oldest_wait_s(now_s, is_batch=False),
             self.pace.beat(now_s),
             num_standard=self._line.num_standard,
-            oldest_batch_wait_s=now_s - oldest_s[True],
+            oldest_batch_wait_s=self._oldest_wait_s(now_s, is_batch=True),
             outlook=None if self._usual is None else Outlook.of(self._cluster.view, self._usual),
         )
+
+    def _oldest_wait_s(self, now_s: float, *, is_batch: bool) -> float:
+        oldest = self._line.oldest(is_batch=is_batch)
+        return 0.0 if oldest is None else now_s - oldest.item.admitted_s
+
+    def note_reports(self, reports: Iterable[BacklogReport]) -> None:
+        """What all ingests said of their lines at their last beat."""
+        self.others_wait = any(report.oldest_wait_s >= WAITS_FOR_ROOM_S for report in reports)
 
     def local_threshold(self) -> int | None:
         """See `threshold`, for choices such as those placed lately; None before there were any."""
@@ -127,24 +155,24 @@ class Backlog:
             self._bring_back()
             entry = self._line.late(self._clock_s()) or self._line.first()
             if entry is None:
-                await self._wait_for_more(ROOM_POLL_S if self._stranded else None)
+                await self._wait_for_more(ROOM_POLL_S if len(self._line) else None)
                 continue
             settled = await self._settle(entry.item)
+            if isinstance(settled, _TooBusy) or (isinstance(settled, NeverFits) and entry.item.is_resumed):
+                self._set_aside(entry, settled)
+                continue
             if settled is None:
                 entry, settled = await self._overtaker()
             if entry is None or settled is None:
                 await self._wait_for_room()
                 continue
-            waiting = entry.item
             self._take_out(entry, settled)
-            if not (isinstance(settled, NeverFits) and waiting.is_resumed):
-                return waiting, settled
-            self._stranded.append(waiting)
+            return entry.item, settled
 
     async def _overtaker(self) -> tuple[Entry[Waiting] | None, Settled | None]:
         """Somebody placed who may go before the first."""
         for entry in self._line.overtakers():
-            if self._is_late(entry.item):
+            if self._is_late(entry.item) or self._has_ended(entry.item.admitted.job):
                 continue
             try:
                 placed = await self._place_by_recent_view(entry.item)
@@ -156,18 +184,18 @@ class Backlog:
         return None, None
 
     def _take_out(self, entry: Entry[Waiting], settled: Settled) -> None:
-        is_placed = isinstance(settled, Placed)
+        is_placed, was_aside = isinstance(settled, Placed), entry.is_aside
         if is_placed:
             self._line.place(entry)
         else:
             self._line.leave(entry)
         self._metrics.backlog.set(len(self._line))
-        if not _is_batch(entry.item):
+        if not (_is_batch(entry.item) or was_aside):
             leave = self.pace.place if is_placed else self.pace.leave
             leave()
 
     async def _wait_for_room(self) -> None:
-        if self._line.num_batch == len(self._line):
+        if not self._line.num_urgent:
             await self._wait_for_more(BATCH_POLL_S)
         else:
             await asyncio.sleep(ROOM_POLL_S)
@@ -177,12 +205,25 @@ class Backlog:
             async with asyncio.timeout(timeout_s):
                 await self._grew.wait()
 
+    def _set_aside(self, entry: Entry[Waiting], why: _TooBusy | NeverFits) -> None:
+        self._line.set_aside(entry)
+        if isinstance(why, _TooBusy):
+            heapq.heappush(self._too_long, (why.quiet_s, entry.number, entry))
+        else:
+            self._too_large.append(entry)
+            self.pace.leave()
+
     def _bring_back(self) -> None:
-        """Into the line: who would fit again, and who waited too long."""
-        back = [waiting for waiting in self._stranded if self._is_late(waiting) or self._may_fit(waiting)]
-        for waiting in back:
-            self._stranded.remove(waiting)
-            self.add(waiting)
+        """Into the line: who would fit again, and whose prompt is not too long any more."""
+        self._too_large = [entry for entry in self._too_large if entry.is_aside]  # the others were late
+        for entry in [entry for entry in self._too_large if self._may_fit(entry.item)]:
+            self._line.bring_back(entry)
+            self.pace.join()
+        quiet_s = self._clock_s() - self._urgent_s
+        while self._too_long and self._too_long[0][0] <= quiet_s:
+            _, _, entry = heapq.heappop(self._too_long)
+            if entry.is_aside:
+                self._line.bring_back(entry)
 
     def _may_fit(self, waiting: Waiting) -> bool:
         admitted = waiting.admitted
@@ -192,13 +233,15 @@ class Backlog:
     def _is_late(self, waiting: Waiting) -> bool:
         return self._clock_s() >= waiting.admitted.job.deadline_s
 
-    async def _settle(self, waiting: Waiting) -> Settled | None:
+    async def _settle(self, waiting: Waiting) -> Settled | _TooBusy | None:
         """None: there is no room for it now."""
         is_late = self._is_late(waiting)
         try:
+            if self._has_ended(waiting.admitted.job):
+                return await self._let_go(waiting)
             if not is_late and (placed := await self._place_by_recent_view(waiting)) is not None:
                 return placed
-            decision = NoRoomNow() if is_late else await self._decide(waiting)
+            decision: Decision | _TooBusy = NoRoomNow() if is_late else await self._decide(waiting)
             if isinstance(decision, Chosen):
                 return await self._take_credits(waiting, decision)
             # It may be placed already, by an ingest that died or by a call whose answer was lost, and what leaves no
@@ -214,7 +257,15 @@ class Backlog:
             return Placed(standing, None)
         if is_late:
             return Expired()
-        return decision if isinstance(decision, NeverFits) else None
+        return None if isinstance(decision, NoRoomNow) else decision
+
+    async def _let_go(self, waiting: Waiting) -> EndedBefore:
+        """Whoever placed it, if anybody did, may not have been able to tell its workers."""
+        standing = await self._state.find_placement(_key(waiting))
+        if standing is not None:
+            for worker in {standing.prefill, standing.decode}:
+                await self._state.give_back(standing.id, worker.incarnation)
+        return EndedBefore()
 
     async def _place_by_recent_view(self, waiting: Waiting) -> Placed | None:
         """Place without asking who is there: whether a worker still takes it is the store's to say."""
@@ -224,17 +275,25 @@ class Backlog:
         decision = self._decide_by(view, waiting)
         return await self._take_credits(waiting, decision) if isinstance(decision, Chosen) else None
 
-    async def _decide(self, waiting: Waiting) -> Decision:
+    async def _decide(self, waiting: Waiting) -> Decision | _TooBusy:
         return self._decide_by(await self._cluster.refresh(), waiting)
 
-    def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision:
+    def _decide_by(self, view: ClusterView, waiting: Waiting) -> Decision | _TooBusy:
         decision = place(
             self._request_view(waiting), view, self._cluster.holders, self._rules, tie_break=self._num_placed
         )
         if _is_batch(waiting) and isinstance(decision, Chosen):
-            quiet_s = self._clock_s() - self._urgent_s
-            return decision if leaves_others_alone(decision, view, self._rules, quiet_s=quiet_s) else NoRoomNow()
+            return self._if_idle(decision, view)
         return decision
+
+    def _if_idle(self, chosen: Chosen, view: ClusterView) -> Chosen | NoRoomNow | _TooBusy:
+        """For a batch job."""
+        quiet_s, needed_s = self._clock_s() - self._urgent_s, needed_quiet_s(chosen, self._rules)
+        if quiet_s < needed_s:
+            return _TooBusy(needed_s)
+        if self.others_wait or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
+            return NoRoomNow()
+        return chosen
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted = waiting.admitted
@@ -243,7 +302,7 @@ class Backlog:
             request_id=admitted.job.request_id,
             choice=waiting.choice,
             model=admitted.spec.model,
-            num_tokens=len(admitted.prompt_ids) + len(waiting.accepted_ids),
+            num_tokens=waiting.num_ids,
             max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
             expected_new_tokens=expected.new_tokens,
             reserve_new_tokens=expected.reserve_tokens,

@@ -1,20 +1,23 @@
-"""Which jobs have their result already, of those that are read again long after they came.
+"""Which of the jobs in hand have their result already: they are not placed.
 
-Whoever takes a partition over reads again what stood behind the last commit, and while the log is away nobody commits.
-The owner of a request knows late copies of its records for void, but only for a while: an older job is not placed
-before the results since it came were looked through.
+A job may wait for hours, and meanwhile be cancelled, or run by another ingest that had its partition before. The owner
+of a request knows late copies of its records for void, but only for a while. So every result that comes is held
+against the jobs in hand. Whoever takes a partition over also reads again what stood behind the last commit, of which
+some may have ended before: such a job, unless it is young, is not placed before those results were looked through that
+may be its own.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.ingest.jobs import Job
 from services.ingest.partitions import GROUP
-from shared.bus.port import Bus, BusUnavailable
+from shared.bus.port import Bus, BusUnavailable, Record
+from shared.bus.to_end import read_to_end
 from shared.observe.log import Logger
-from shared.request import RequestId
+from shared.request import Priority, RequestId
 from shared.state.keys import BEAT_INTERVAL_S
 from shared.wire.topics import RESULTS
 
@@ -22,68 +25,96 @@ OLD_AFTER_S = 30.0
 """A job that came so long ago may have been answered. Far less than the time for which owners know what ended: what is
 sent of a younger one may be late."""
 
-READ_TIMEOUT_S = 0.2
+
+_Lane = tuple[int, bool]
+"""Partition, and whether for batch: that has waited longest, and takes longest to look through."""
 
 
 @dataclass(slots=True)
-class _Tail:
-    """The results of one partition that the log took in since `since_s`.
+class _Held:
+    """A request that is in hand.
 
     Attributes:
-        position: behind what was read.
-        read_s: when that was.
+        lane: of its job.
+        num: how often: its job may stand in the log twice, and a choice of it may be placed again.
+        ended_s: by the log's clock, when a result of it came; of an earlier request of that name it says nothing.
     """
 
-    since_s: float
-    position: int
-    read_s: float = 0.0
-    ids: set[RequestId] = field(default_factory=set[RequestId])
+    lane: _Lane
+    num: int = 0
+    ended_s: float = 0.0
 
 
 class EndedJobs:
     """Args:
-    clock_s: unix seconds.
+        clock_s: unix seconds.
+
+    Attributes:
+        follows: to be set once `see` gets every result that comes.
     """
 
     def __init__(self, bus: Bus, *, clock_s: Callable[[], float], log: Logger) -> None:
+        self.follows = asyncio.Event()
         self._bus = bus
         self._clock_s = clock_s
         self._log = log
-        self._tails: dict[int, _Tail] = {}
-        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._held: dict[RequestId, _Held] = {}
+        self._unsure: defaultdict[_Lane, dict[RequestId, float]] = defaultdict(dict[RequestId, float])
+        """Who may have ended before it was taken in hand, and since when (unix seconds)."""
+        self._locks: defaultdict[_Lane, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def hold(self, job: Job, unsure_since_s: float | None = None) -> None:
+        """The job is taken in hand.
+
+        Args:
+            unsure_since_s: others had it in hand before, and may have ended it since then (unix seconds).
+        """
+        held = self._held.setdefault(job.request_id, _Held((job.position.partition, job.priority is Priority.BATCH)))
+        held.num += 1
+        if unsure_since_s is not None:
+            self._unsure[held.lane][job.request_id] = unsure_since_s
+
+    def let_go(self, request_id: RequestId) -> None:
+        """Its job is not in hand any more."""
+        held = self._held[request_id]
+        held.num -= 1
+        if not held.num:
+            del self._held[request_id]
+            self._unsure[held.lane].pop(request_id, None)
+
+    def see(self, result: Record) -> None:
+        """A record of `results` was read."""
+        held = self._held.get(RequestId((result.key or b"").decode("utf-8", "replace")))
+        if held is not None:
+            held.ended_s = max(held.ended_s, result.timestamp_s)
+
+    def has_seen(self, job: Job) -> bool:
+        """Whether a result came of the job, which is in hand."""
+        return self._held[job.request_id].ended_s >= job.accepted_s
 
     async def has(self, job: Job) -> bool:
-        """Whether the job's request has its result. Waits while the log is away."""
-        if self._clock_s() - job.accepted_s < OLD_AFTER_S:
-            return False
-        partition = job.position.partition
-        async with self._locks[partition]:
-            tail = self._tails.get(partition)
-            if tail is None or tail.since_s > job.accepted_s or tail.read_s < self._clock_s() - OLD_AFTER_S:
-                tail = await self._read_patiently(partition, job.accepted_s)
-            return job.request_id in tail.ids
+        """Whether the job, which is in hand, has its result. Waits while the log is away."""
+        await self.follows.wait()
+        if self._clock_s() - job.accepted_s >= OLD_AFTER_S:
+            await self._look_through(self._held[job.request_id].lane, job.request_id)
+        return self.has_seen(job)
 
-    async def _read_patiently(self, partition: int, since_s: float) -> _Tail:
-        while True:
-            try:
-                return await self._read(partition, since_s)
-            except BusUnavailable as error:
-                self._log.warning("looking for results waits for the log", error=str(error))
-                await asyncio.sleep(BEAT_INTERVAL_S)
+    async def _look_through(self, lane: _Lane, request_id: RequestId) -> None:
+        """Once for all of a lane that are in hand by now."""
+        async with self._locks[lane]:
+            unsure = self._unsure[lane]
+            while request_id in unsure:
+                asked = list(unsure)
+                try:
+                    await self._read(lane[0], min(unsure.values()))
+                except BusUnavailable as error:
+                    self._log.warning("looking for results waits for the log", error=str(error))
+                    await asyncio.sleep(BEAT_INTERVAL_S)
+                else:
+                    for each in asked:
+                        unsure.pop(each, None)
 
-    async def _read(self, partition: int, since_s: float) -> _Tail:
-        """Read the partition's results on to their end, or from `since_s` on. Raises BusUnavailable."""
-        now_s = self._clock_s()
-        self._tails = {each: tail for each, tail in self._tails.items() if tail.read_s >= now_s - 2 * OLD_AFTER_S}
+    async def _read(self, partition: int, since_s: float) -> None:
+        """See the partition's results from then on. Raises BusUnavailable."""
         async with self._bus.reader(RESULTS.name, group=GROUP) as reader:
-            end_offset = await reader.end_offset(partition)
-            tail = self._tails.get(partition)
-            if tail is None or tail.since_s > since_s:
-                tail = self._tails[partition] = _Tail(since_s, await reader.offset_since(partition, since_s))
-            await reader.assign({partition: tail.position})
-            while tail.position < end_offset:
-                for record in await reader.read(READ_TIMEOUT_S):
-                    tail.position = record.offset + 1
-                    tail.ids.add(RequestId((record.key or b"").decode("utf-8", "replace")))
-        tail.read_s = now_s
-        return tail
+            await read_to_end(reader, {partition: await reader.offset_since(partition, since_s)}, self.see)

@@ -1,39 +1,25 @@
 """How long answers are expected to be: learnt from what ended, on the topic `results`.
 
-Every ingest reads all of `results` by itself, from a little before its start on: the answers of the last minutes are
-its prior, and so a process that took over predicts as the one before it did. Nothing is committed, and nothing depends
-on it: an answer that is missed is one answer less to learn from.
+Each ingest learns from all answers, those of the last minutes before its start among them, so that a process that took
+over predicts as the one before it did. Nothing depends on it: an answer that is missed is one less to learn from.
 """
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
 
-from services.ingest.partitions import GROUP
 from services.ingest.work import Waiting
-from shared.bus.port import Bus, BusUnavailable, Reader, Record
-from shared.observe.log import Logger
+from shared.bus.port import Record
 from shared.observe.metrics import IngestMetrics
 from shared.policy.lengths import Expected, LengthKey, LengthPredictor, expect
 from shared.request import MAX_INT32, FinishReason
 from shared.wire.openai_answers import FINISH_REASONS
 from shared.wire.to_ingest import TENANT_PATTERN
-from shared.wire.topics import RESULTS
-
-NUM_READ_BACK = 256
-"""Of each partition's last results, at a start: 4096 in all."""
 
 MAX_READ_BYTES = 256 * 1024
 """A longer result, of tens of thousands of tokens or with log probabilities, is not worth the time it takes to read."""
-
-READ_TIMEOUT_S = 1.0
-RETRY_S = 1.0
-
-NUM_AT_ONCE = 64
-"""So many results are learnt before others get their turn."""
 
 MAX_MODEL_CHARS = 256
 """Names are kept: a stranger's must not fill the memory."""
@@ -61,9 +47,8 @@ class Ended:
 class Lengths:
     """Predicts, and learns."""
 
-    def __init__(self, metrics: IngestMetrics, log: Logger) -> None:
+    def __init__(self, metrics: IngestMetrics) -> None:
         self._metrics = metrics
-        self._log = log
         self._predictor = LengthPredictor()
 
     def expect(self, waiting: Waiting) -> Expected:
@@ -75,38 +60,15 @@ class Lengths:
         prediction = self._predictor.predict(key, sampling.max_tokens)
         return expect(prediction, num_made=len(waiting.accepted_ids), at_least=at_least)
 
-    async def follow(self, bus: Bus) -> None:
-        """Learn from `results` for ever."""
-        async with bus.reader(RESULTS.name, group=GROUP) as reader:
-            await reader.assign(await self._starts(reader))
-            while True:
-                records = await reader.read(READ_TIMEOUT_S)
-                for first in range(0, len(records), NUM_AT_ONCE):
-                    self._learn(records[first : first + NUM_AT_ONCE])
-                    await asyncio.sleep(0)
-
-    async def _starts(self, reader: Reader) -> dict[int, int]:
-        while True:
-            try:
-                return {
-                    partition: max(
-                        await reader.beginning_offset(partition), await reader.end_offset(partition) - NUM_READ_BACK
-                    )
-                    for partition in range(RESULTS.num_partitions)
-                }
-            except BusUnavailable as error:
-                self._log.warning("results not followed yet", error=str(error))
-                await asyncio.sleep(RETRY_S)
-
-    def _learn(self, records: Sequence[Record]) -> None:
-        for record in records:
-            ended = read_ended(record.value)
-            if ended is None:
-                self._metrics.results_passed_over.inc()
-                continue
-            for _ in range(ended.num_answers):
-                self._predictor.observe(ended.key, ended.num_tokens, is_cut=ended.is_cut)
-            self._metrics.answers_learnt.inc(ended.num_answers)
+    def learn(self, result: Record) -> None:
+        """From a record of `results`."""
+        ended = read_ended(result.value)
+        if ended is None:
+            self._metrics.results_passed_over.inc()
+            return
+        for _ in range(ended.num_answers):
+            self._predictor.observe(ended.key, ended.num_tokens, is_cut=ended.is_cut)
+        self._metrics.answers_learnt.inc(ended.num_answers)
 
 
 def read_ended(result: bytes) -> Ended | None:

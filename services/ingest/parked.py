@@ -1,29 +1,52 @@
 """Jobs that have long to wait, by nothing but their place in the log: their records are read again when it is time."""
 
 import heapq
+import math
 
 from services.ingest.work import InHand
 
 
 class Parked:
-    """Batch jobs beyond those that wait in line, the earliest deadline first, and what a predecessor left behind."""
+    """Batch jobs beyond those that wait in line, and what a predecessor left behind.
+
+    Tenants take turns, so that one with ever so many jobs does not keep the others from the line, where shares are
+    fair. Of a tenant the earliest deadline is next.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, InHand]] = []
+        self._tenants: dict[str, list[tuple[float, int, InHand]]] = {}
+        """Heaps; the tenants in turn."""
         self._num_added = 0
+        self._num = 0
+        self._first_deadline_s = math.inf
+        """Nobody's is earlier."""
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return self._num
 
-    def add(self, in_hand: InHand, deadline_s: float) -> None:
+    def add(self, in_hand: InHand, tenant: str, deadline_s: float) -> None:
         """Args:
         deadline_s: unix seconds; 0 if that is not known: the record is looked at as soon as may be.
         """
-        heapq.heappush(self._heap, (deadline_s, self._num_added, in_hand))
+        heapq.heappush(self._tenants.setdefault(tenant, []), (deadline_s, self._num_added, in_hand))
         self._num_added += 1
+        self._num += 1
+        self._first_deadline_s = min(self._first_deadline_s, deadline_s)
 
     def take(self, now_s: float, *, room: bool) -> InHand | None:
-        """The next one, if there is room for one, or its deadline has passed."""
-        if self._heap and (room or self._heap[0][0] <= now_s):
-            return heapq.heappop(self._heap)[2]
-        return None
+        """One whose deadline has passed, or the next one if there is room for it."""
+        if self._num and self._first_deadline_s <= now_s:
+            tenant = min(self._tenants, key=lambda name: self._tenants[name][0])
+            self._first_deadline_s = self._tenants[tenant][0][0]
+            if self._first_deadline_s <= now_s:
+                return self._pop(tenant)
+        return self._pop(next(iter(self._tenants))) if self._num and room else None
+
+    def _pop(self, tenant: str) -> InHand:
+        """The tenant's next; its turn is over."""
+        heap = self._tenants.pop(tenant)
+        _, _, in_hand = heapq.heappop(heap)
+        if heap:
+            self._tenants[tenant] = heap
+        self._num -= 1
+        return in_hand

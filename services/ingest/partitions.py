@@ -1,8 +1,9 @@
 """The partitions of one topic group that this process leases: where reading begins, and what may be committed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from services.ingest.low_water import LowWater, read_note
+from services.ingest.low_water import LowWater, read_commit
 from services.ingest.work import InHand
 from shared.bus.port import BusUnavailable, Committed, Reader, Record, Start
 from shared.observe.log import Logger
@@ -12,6 +13,17 @@ from shared.state.port import State, StateUnavailable
 from shared.wire.to_ingest import LogPosition
 
 GROUP = "ingest"
+
+CLOCKS_DIFFER_S = 30.0
+"""By less than this, ours and the log's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """When a partition of a topic was taken, and since when others may have dealt with what was read or named then."""
+
+    at_s: float
+    since_s: float
 
 
 class Partitions:
@@ -37,6 +49,7 @@ class Partitions:
         self._clock_s = clock_s
         self._low_water: dict[tuple[str, int], LowWater] = {}
         self._committed: dict[tuple[str, int], Committed] = {}
+        self._taken: dict[tuple[str, int], _Taken] = {}
         self._left: list[InHand] = []
         self.owned: frozenset[int] = frozenset()
 
@@ -68,13 +81,21 @@ class Partitions:
         """Take a record in hand; None: its partition is no longer ours."""
         if record.partition not in self.owned:
             return None
-        self._low_water[record.topic, record.partition].begin(record.offset, self._clock_s())
+        low_water = self._low_water[record.topic, record.partition]
+        low_water.begin(record.offset, self._clock_s(), self.others_had_since_s(record))
         return InHand(record.topic, LogPosition(record.partition, record.offset), len(record.value))
 
     def take_left(self) -> list[InHand]:
         """Records that whoever had the partitions before did not deal with, and that will not be read: once."""
         left, self._left = self._left, []
         return left
+
+    def others_had_since_s(self, record: Record) -> float | None:
+        """Since when others may have dealt with the record; None: nobody had it before."""
+        taken = self._taken[record.topic, record.partition]
+        if record.timestamp_s > taken.at_s + CLOCKS_DIFFER_S:
+            return None
+        return max(record.timestamp_s, taken.since_s - CLOCKS_DIFFER_S)
 
     def end(self, in_hand: InHand) -> None:
         """The record is dealt with."""
@@ -116,11 +137,12 @@ class Partitions:
         for topic, reader in self._readers.items():
             for partition in gained:
                 committed = await reader.committed(partition)
-                begins, left = (0, list[int]()) if committed is None else read_note(committed)
-                starts[topic, partition] = Start.BEGINNING if committed is None else begins
+                left = read_commit(committed)
+                starts[topic, partition] = Start.BEGINNING if committed is None else left.begins
                 self._committed[topic, partition] = committed or Committed(0)
-                self._low_water[topic, partition] = LowWater(begins, left)
-                all_left.extend(InHand(topic, LogPosition(partition, offset)) for offset in left)
+                self._low_water[topic, partition] = LowWater(left)
+                self._taken[topic, partition] = _Taken(self._clock_s(), left.since_s)
+                all_left.extend(InHand(topic, LogPosition(partition, offset)) for offset in left.named)
         # Owned before it is read: a record of a partition that is not owned is passed over.
         self.owned = owned
         self._left.extend(all_left)

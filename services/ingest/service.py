@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from services.ingest.admission import Admission, Admitted
-from services.ingest.backlog import Backlog, Expired, Settled
+from services.ingest.backlog import Backlog, EndedBefore, Expired, Settled
 from services.ingest.cluster import Cluster
 from services.ingest.ended import EndedJobs
 from services.ingest.hands import Hands
@@ -22,6 +22,7 @@ from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.lengths import Lengths
 from services.ingest.parked import Parked
 from services.ingest.partitions import GROUP, Partitions
+from services.ingest.results import follow_results
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Placed, Waiting
@@ -58,13 +59,17 @@ MAX_IN_HAND_BYTES = 256 * 2**20
 """Records of a topic that are dealt with at a time; beyond it the log is the buffer. Choices that lost their workers
 have hands of their own: they must not wait behind jobs that wait for room."""
 
-MAX_BATCH_IN_LINE = 1024
-"""Choices of batch jobs. The records of further ones are put down: they must not fill the hands before others."""
+MAX_BATCH_IN_HAND = 1024
+MAX_BATCH_IN_HAND_BYTES = 32 * 2**20
+"""Batch jobs, which may wait for hours, have hands of their own too. What is beyond these is put down."""
 
-PARKED_INTERVAL_S = 0.05
+TAKE_UP_INTERVAL_S = 0.05
 
 NUM_TAKEN_UP = 16
 """Records that were put down are looked up so many at a time."""
+
+BATCH = "batch"
+"""Names the hands for it."""
 
 Take = Callable[[Record, InHand], Awaitable[None]]
 """Deals with one record."""
@@ -105,25 +110,27 @@ class IngestService:
         self._log = log
         self._clock_s = clock_s
         self._cluster = Cluster(state, metrics, clock_s)
-        self._lengths = Lengths(metrics, log)
+        self._lengths = Lengths(metrics)
+        self._ended = EndedJobs(bus, clock_s=clock_s, log=log)
         self._backlog = Backlog(
             state,
             self._cluster,
             self._lengths,
             rules,
+            has_ended=self._ended.has_seen,
             clock_s=clock_s,
             new_placement_id=new_placement_id,
             metrics=metrics,
             log=log,
         )
-        self._ended = EndedJobs(bus, clock_s=clock_s, log=log)
         self._sees_workers = True
         self._num_unread = 0
-        self._rooms = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}
+        self._hands = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}
+        self._hands[BATCH] = Hands(MAX_BATCH_IN_HAND, MAX_BATCH_IN_HAND_BYTES)
         self._parked = Parked()
         self._num_taken_up = 0
         self._partitions: Partitions | None = None
-        self._hands: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
 
     async def ready(self) -> dict[str, bool]:
         """What ingest needs, and whether it is there."""
@@ -152,30 +159,30 @@ class IngestService:
                 _every(VIEW_INTERVAL_S, self._look_at_workers),
                 _every(FEED_INTERVAL_S, self._follow_feeds),
                 _every(THRESHOLD_INTERVAL_S, self._tell_threshold),
+                follow_results(self._bus, self._see_result, self._ended.follows, self._log),
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
-                self._lengths.follow(self._bus),
-                _every(PARKED_INTERVAL_S, self._take_parked),
+                _every(TAKE_UP_INTERVAL_S, self._take_up_parked),
                 self._place_for_ever(),
             ]
             running = [self._tasks.create_task(loop) for loop in loops]
             await stop.wait()
             for task in running:
                 task.cancel()
-            await self._end_hands()
+            await self._end_under_way()
             await partitions.leave()
 
-    def _take_in_hand(self, work: Coroutine[None, None, None]) -> None:
-        """Deal with something beside the loops."""
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        """Do something beside the loops."""
         task = self._tasks.create_task(work)
-        self._hands.add(task)
-        task.add_done_callback(self._hands.discard)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
-    async def _end_hands(self) -> None:
+    async def _end_under_way(self) -> None:
         """Let what is under way come to its end, in bounds: the log may be away."""
-        if self._hands:
-            await asyncio.wait(self._hands, timeout=LEAVE_TIMEOUT_S)
-        for task in self._hands:
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=LEAVE_TIMEOUT_S)
+        for task in self._under_way:
             task.cancel()
 
     async def _read_for_ever(self, reader: Reader, partitions: Partitions, take: Take) -> None:
@@ -187,8 +194,8 @@ class IngestService:
             for record, in_hand in begun:
                 if record.topic == INGEST.name:
                     self._metrics.jobs.inc()
-                await self._rooms[record.topic].take(in_hand)
-                self._take_in_hand(self._take_counted(take, record, in_hand))
+                await self._hands[record.topic].take(in_hand)
+                self._begin(self._take_counted(take, record, in_hand))
 
     async def _take_counted(self, take: Take, record: Record, in_hand: InHand) -> None:
         """Who is not in the backlog yet waits too."""
@@ -198,10 +205,11 @@ class IngestService:
             self._backlog.pace.leave()
 
     async def _report_backlog(self) -> None:
-        """Tell edges how long the line is; all that stands in the log is in hand, unless the hands are full."""
+        """Tell edges how long the line is, and read of the others' lines; all that stands in the log is in hand, unless
+        the hands are full."""
         assert self._partitions is not None
         try:
-            if self._rooms[INGEST.name].full:
+            if self._hands[INGEST.name].full:
                 self._num_unread = await self._partitions.num_unread(INGEST.name)
             else:
                 self._num_unread = 0
@@ -210,6 +218,8 @@ class IngestService:
         try:
             report = self._backlog.report(self._num_unread)
             await self._state.report_backlog(self._incarnation, report, lease_ms=keys.LEASE_MS)
+            published = await self._state.backlogs(lease_ms=keys.LEASE_MS)
+            self._backlog.note_reports(each.report for each in published)
         except StateUnavailable as error:
             self._log.warning("backlog not reported", error=str(error))
 
@@ -234,21 +244,26 @@ class IngestService:
         except StateUnavailable as error:
             self._log.warning("block announcements not read", error=str(error))
 
+    def _see_result(self, result: Record) -> None:
+        self._ended.see(result)
+        self._lengths.learn(result)
+
     # Admitting
 
     async def _take_job(self, record: Record, in_hand: InHand) -> None:
+        assert self._partitions is not None
         try:
             job = read_job(record, default_deadline_s=self._default_deadline_s)
         except RequestError as error:
             await self._refuse(unreadable_job(record, default_deadline_s=self._default_deadline_s), in_hand, error)
             return
+        self._hold(in_hand, job, self._partitions.others_had_since_s(record))
+        if job.priority is Priority.BATCH and not self._has_batch_hand(in_hand, job):
+            self._parked.add(in_hand, job.tenant, job.deadline_s)
+            return
         if await self._ended.has(job):
             self._metrics.jobs_ended_before.inc()
             self._done(in_hand)
-            return
-        if job.priority is Priority.BATCH and self._must_park(job):
-            self._rooms[in_hand.topic].give_back(in_hand)
-            self._parked.add(in_hand, job.deadline_s)
             return
         try:
             admitted = await self._admit(job, self._capacity())
@@ -263,27 +278,45 @@ class IngestService:
         for choice in range(admitted.spec.n):
             self._backlog.add(Waiting(in_hand, admitted, choice, 1, no_ids, self._clock_s()))
 
-    def _must_park(self, job: Job) -> bool:
-        return self._backlog.num_batch >= MAX_BATCH_IN_LINE and self._clock_s() < job.deadline_s
+    def _hold(self, in_hand: InHand, job: Job, others_had_since_s: float | None = None) -> None:
+        """The record's job is in hand from now on, until `_done`."""
+        if in_hand.request_id is None:
+            in_hand.request_id = job.request_id
+            self._ended.hold(job, others_had_since_s)
 
-    async def _take_parked(self) -> None:
+    # Putting down
+
+    def _has_batch_hand(self, in_hand: InHand, job: Job) -> bool:
+        """Whether a batch job has one of the hands for such, or gets one now; in any case it needs no other."""
+        if in_hand.is_batch:
+            return True
+        self._hands[in_hand.topic].give_back(in_hand)
+        in_hand.is_batch = True
+        if self._hands[BATCH].full and self._clock_s() < job.deadline_s:
+            return False
+        self._hands[BATCH].add(in_hand)
+        return True
+
+    async def _take_up_parked(self) -> None:
         """Take up whose turn it is of the records that were put down, here or by whoever had the partitions."""
         assert self._partitions is not None
         for in_hand in self._partitions.take_left():
-            self._parked.add(in_hand, 0.0)
+            self._parked.add(in_hand, "", 0.0)
         self._metrics.parked.set(len(self._parked))
         while self._num_taken_up < NUM_TAKEN_UP:
-            room = self._backlog.num_batch + self._num_taken_up < MAX_BATCH_IN_LINE
-            in_hand = self._parked.take(self._clock_s(), room=room)
+            in_hand = self._parked.take(self._clock_s(), room=not self._hands[BATCH].full)
             if in_hand is None:
                 break
+            if in_hand.position.partition not in self._partitions.owned:
+                self._let_go(in_hand)  # its new owner's
+                continue
+            self._hand_of(in_hand).add(in_hand)
             self._num_taken_up += 1
-            self._take_in_hand(self._take_up(in_hand))
+            self._begin(self._take_up(in_hand))
 
     async def _take_up(self, in_hand: InHand) -> None:
         try:
             record = await self._read_again(in_hand.topic, in_hand.position)
-            self._rooms[in_hand.topic].add(in_hand)
             if record is None:
                 self._log.error("record gone from the log", topic=in_hand.topic, position=in_hand.position)
                 self._done(in_hand)
@@ -292,6 +325,11 @@ class IngestService:
             await take(record, in_hand)
         finally:
             self._num_taken_up -= 1
+
+    def _hand_of(self, in_hand: InHand) -> Hands:
+        return self._hands[BATCH if in_hand.is_batch else in_hand.topic]
+
+    # What admission needs
 
     def _capacity(self) -> int | None:
         return capacity_tokens(self._admission.model_name, self._cluster.view)
@@ -314,6 +352,7 @@ class IngestService:
             return
         try:
             job = read_job(await self._look_up(resume), default_deadline_s=self._default_deadline_s)
+            self._hold(in_hand, job)
             admitted = await self._admit(job, None)
         except RequestError as error:
             self._log.error("not placed again", request_id=resume.request_id, epoch=resume.epoch, error=error.message)
@@ -365,7 +404,7 @@ class IngestService:
     async def _place_for_ever(self) -> None:
         while True:
             waiting, settled = await self._backlog.next()
-            self._take_in_hand(self._tell(waiting, settled))
+            self._begin(self._tell(waiting, settled))
 
     async def _tell(self, waiting: Waiting, settled: Settled) -> None:
         match settled:
@@ -378,6 +417,8 @@ class IngestService:
             case Expired():
                 error = deadline_error(waiting.admitted.job)
                 await self._story.end(waiting, FinishReason.EXPIRED, "deadline", error)
+            case EndedBefore():
+                self._metrics.jobs_ended_before.inc()
         self._done(waiting.record)
 
     def _done(self, in_hand: InHand) -> None:
@@ -386,7 +427,12 @@ class IngestService:
         in_hand.num_open_choices -= 1
         if in_hand.num_open_choices <= 0:
             self._partitions.end(in_hand)
-            self._rooms[in_hand.topic].give_back(in_hand)
+            self._hand_of(in_hand).give_back(in_hand)
+            self._let_go(in_hand)
+
+    def _let_go(self, in_hand: InHand) -> None:
+        if in_hand.request_id is not None:
+            self._ended.let_go(in_hand.request_id)
 
 
 async def _every(interval_s: float, do: Callable[[], Awaitable[None]]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from services.ingest.admission import Admitted
 from shared.blocks import TokenIds
 from shared.policy.placement import Chosen
+from shared.request import RequestId
 from shared.state.port import Placement
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_worker import FetchTicket
@@ -17,12 +18,16 @@ class InHand:
     Attributes:
         num_bytes: of its value.
         num_open_choices: neither dispatched nor refused yet; at 0 the record is dealt with.
+        request_id: once it is read.
+        is_batch: it needs a hand of those for batch jobs.
     """
 
     topic: str
     position: LogPosition
     num_bytes: int = 0
     num_open_choices: int = 1
+    request_id: RequestId | None = None
+    is_batch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,11 @@ class Waiting:
     def ids(self) -> TokenIds:
         """The tokens whose successor is wanted."""
         return self.admitted.prompt_ids + self.accepted_ids
+
+    @property
+    def num_ids(self) -> int:
+        """Without making them."""
+        return len(self.admitted.prompt_ids) + len(self.accepted_ids)
 
 
 @dataclass(frozen=True, slots=True)

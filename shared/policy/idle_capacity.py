@@ -36,6 +36,11 @@ def leaves_others_alone(chosen: Chosen, cluster: ClusterView, rules: Rules, *, q
     return has_room and _is_soon(prefill, chosen, rules, quiet_s)
 
 
+def needed_quiet_s(chosen: Chosen, rules: Rules) -> float:
+    """For how long nobody but batch must have come before a batch job may run as `chosen`, whatever room there is."""
+    return chosen.prefill_s if chosen.prefill_s > TTFT_SHARE * rules.ttft_goal_s else 0.0
+
+
 def _leaves_room(decode: WorkerView, profile: SpeedProfile, chosen: Chosen, rules: Rules) -> bool:
     """Beside those who are there."""
     num_context_tokens = decode.num_context_tokens + chosen.num_decode_pages * PAGE_TOKENS
@@ -50,7 +55,7 @@ def _leaves_room(decode: WorkerView, profile: SpeedProfile, chosen: Chosen, rule
 def _is_soon(prefill: WorkerView, chosen: Chosen, rules: Rules, quiet_s: float) -> bool:
     if prefill.queued_prefill_s + chosen.prefill_s <= TTFT_SHARE * rules.ttft_goal_s:
         return True
-    return prefill.queued_prefill_s == 0 and quiet_s >= chosen.prefill_s
+    return prefill.queued_prefill_s == 0 and quiet_s >= needed_quiet_s(chosen, rules) > 0
 
 
 def _found(pool: tuple[WorkerView, ...], ref: WorkerRef) -> WorkerView | None:

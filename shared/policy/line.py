@@ -63,12 +63,14 @@ class Entry(Generic[T]):
     Attributes:
         number: in the order of coming.
         num_tokens_passed: of those that overtook it while it was the first.
+        is_aside: it waits for something else than its turn.
     """
 
     item: T
     claim: Claim
     number: int
     num_tokens_passed: float = 0.0
+    is_aside: bool = False
 
     def lets_by(self, other: "Entry[T]") -> bool:
         """Whether `other` may go before this one, the first, for which there is no room."""
@@ -90,13 +92,15 @@ class Line(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Entry[T]]:
-        """In the order of coming."""
-        return iter(self._entries.values())
-
     @property
     def num_batch(self) -> int:
+        """Those not aside."""
         return self._lanes[Priority.BATCH].num + len(self._resumed_batch)
+
+    @property
+    def num_urgent(self) -> int:
+        """Those not aside and not batch."""
+        return len(self._resumed) + self._lanes[Priority.INTERACTIVE].num + self._lanes[Priority.STANDARD].num
 
     @property
     def num_standard(self) -> int:
@@ -104,6 +108,7 @@ class Line(Generic[T]):
         return self._lanes[Priority.STANDARD].num
 
     def add(self, item: T, claim: Claim) -> None:
+        """It waits from now on."""
         entry = Entry(item, claim, self._num_added)
         self._num_added += 1
         self._entries[entry.number] = entry
@@ -111,10 +116,20 @@ class Line(Generic[T]):
         if len(self._deadlines) > 2 * len(self._entries) + _SLACK:
             self._deadlines = [(each.claim.deadline_s, number) for number, each in self._entries.items()]
             heapq.heapify(self._deadlines)
-        if claim.is_resumed:
+        self._join(entry)
+
+    def _join(self, entry: Entry[T]) -> None:
+        if entry.claim.is_resumed:
             self._resumed_like(entry).append(entry)
         else:
-            self._lanes[claim.priority].add(entry)
+            self._lanes[entry.claim.priority].add(entry)
+
+    def oldest(self, *, is_batch: bool) -> Entry[T] | None:
+        """Who came first of those not aside."""
+        if not (self.num_batch if is_batch else self.num_urgent):
+            return None
+        entries = (entry for entry in self._entries.values() if not entry.is_aside)
+        return next(entry for entry in entries if (entry.claim.priority is Priority.BATCH) == is_batch)
 
     def first(self) -> Entry[T] | None:
         """Who is next; batch only where nobody else waits."""
@@ -146,6 +161,16 @@ class Line(Generic[T]):
             return None
         return self._entries[self._deadlines[0][1]]
 
+    def set_aside(self, entry: Entry[T]) -> None:
+        """It has no turn until it is brought back; only `late` tells of it."""
+        self._leave_turn(entry, charge=0.0)
+        entry.is_aside = True
+
+    def bring_back(self, entry: Entry[T]) -> None:
+        """It has its turn again."""
+        entry.is_aside = False
+        self._join(entry)
+
     def place(self, entry: Entry[T]) -> None:
         """It leaves because there was room for it: its tenant is charged."""
         first = self.first()
@@ -159,6 +184,11 @@ class Line(Generic[T]):
 
     def _leave(self, entry: Entry[T], *, charge: float) -> None:
         del self._entries[entry.number]
+        if not entry.is_aside:
+            self._leave_turn(entry, charge)
+        entry.is_aside = False
+
+    def _leave_turn(self, entry: Entry[T], charge: float) -> None:
         if entry.claim.is_resumed:
             self._resumed_like(entry).remove(entry)
         else:

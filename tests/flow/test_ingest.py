@@ -2,6 +2,8 @@
 
 import asyncio
 
+import httpx
+
 from shared.bus.memory import MemoryBus
 from shared.bus.port import Committed
 from shared.engine.fake import fake_engine
@@ -202,7 +204,7 @@ async def test_who_lost_its_workers_does_not_wait_behind_jobs_that_fill_all_hand
         await until(lambda: (state := system.folded(running)) is not None and len(state.choice(0).ids) > 5)
         service = system.ingests[0].service
         others = [await system.submit(a_body(num_new=600)) for _ in range(4)]
-        await until(lambda: len(service._backlog._line) >= 1 and service._rooms["ingest"].full)
+        await until(lambda: len(service._backlog._line) >= 1 and service._hands["ingest"].full)
         await system.workers[-1].leave()
         await until(lambda: service._backlog._line.first().item.is_resumed)
         await system.start_worker(Role.DECODE)
@@ -215,7 +217,7 @@ BATCH = ("priority", b"batch")
 
 async def test_batch_waits_in_the_log_and_in_nobodys_way(monkeypatch):
     """More of it than are kept at hand, and no worker yet: who comes behind is served before."""
-    monkeypatch.setattr("services.ingest.service.MAX_BATCH_IN_LINE", 2)
+    monkeypatch.setattr("services.ingest.service.MAX_BATCH_IN_HAND", 2)
     monkeypatch.setattr("services.ingest.service.MAX_IN_HAND", 4)
     async with a_system(prefills=0, decodes=0) as system:
         service = system.ingests[0].service
@@ -247,8 +249,8 @@ async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_wait
             await system.submit(a_body(), request_id=job)
             await system.ended(job)
         commits = lambda: system.log.committed("ingest", "ingest", partition)  # noqa: E731
-        await until(lambda: commits() is not None and commits().note == "5:0")
-        assert service._backlog.num_batch == 1
+        await until(lambda: commits() is not None and commits().note.startswith("5:0@"))
+        assert service._backlog._line.num_batch == 1
         await system.ingests[0].leave()
         monkeypatch.undo()
         successor = await system.start_ingest()
@@ -257,3 +259,38 @@ async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_wait
             assert answer(await system.ended(job)) == expected(PROMPT, 20)
         assert successor.service._metrics.jobs._value.get() == 1
         await until(lambda: commits() == Committed(6))
+
+
+async def test_what_was_cancelled_while_it_waited_is_not_run_hours_later(monkeypatch):
+    """When nobody who owns its story remembers that it ended."""
+    monkeypatch.setattr("services.ingest.backlog.leaves_others_alone", lambda *_, **__: False)
+    async with a_system() as system, httpx.AsyncClient(timeout=20) as client:
+        url, service = system.edges[0].url, system.ingests[0].service
+        urgency = {"x-baton-priority": "batch"}
+        asking = asyncio.create_task(client.post(f"{url}/v1/completions", json=a_body(), headers=urgency))
+        await until(lambda: service._backlog._line.num_batch == 1)
+        job = service._backlog._line.first().item.admitted.job.request_id
+        await client.delete(f"{url}/v1/requests/{job}")
+        assert (await asking).json()["error"]["code"] == "request_cancelled"
+        await until(lambda: not len(service._backlog._line))
+        assert service._metrics.jobs_ended_before._value.get() == 1
+        assert not any(
+            isinstance(STREAM_OUT_DECODER.decode(record.value), Open)
+            for record in system.log.records(STREAM_OUT.name, partition_of(job))
+        )
+
+
+async def test_large_batch_jobs_that_come_at_once_take_no_more_hands_than_they_may(monkeypatch):
+    """Their prompts are read in threads: none is in line yet when the next one is looked at."""
+    monkeypatch.setattr("services.ingest.service.MAX_BATCH_IN_HAND", 3)
+    monkeypatch.setattr("services.ingest.service.MAX_ADMITTED_HERE_BYTES", 0)
+    async with a_system(ingests=0, prefills=0, decodes=0) as system:
+        batch = [await system.submit(a_body(), headers=[BATCH]) for _ in range(30)]
+        await system.start_ingest()
+        service = system.ingests[0].service
+        await until(lambda: len(service._parked) == 27)
+        assert service._hands["batch"].full
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        for job in batch:
+            assert answer(await system.ended(job)) == expected(PROMPT, 20)

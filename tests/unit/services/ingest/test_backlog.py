@@ -44,6 +44,7 @@ class CountingState(MemoryState):
 class World:
     def __init__(self):
         self.now_s = 1_700_000_000.0
+        self.ended = set()
         self.state = CountingState(MemoryStore(clock=lambda: self.now_s))
         metrics = IngestMetrics(CollectorRegistry())
         self.cluster = Cluster(self.state, metrics, lambda: self.now_s)
@@ -51,8 +52,9 @@ class World:
         self.backlog = Backlog(
             self.state,
             self.cluster,
-            Lengths(metrics, SILENT),
+            Lengths(metrics),
             Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False),
+            has_ended=lambda job: job.request_id in self.ended,
             clock_s=lambda: self.now_s,
             new_placement_id=lambda: PlacementId(f"p{next(ids)}"),
             metrics=metrics,

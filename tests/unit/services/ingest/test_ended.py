@@ -7,7 +7,7 @@ from services.ingest.ended import OLD_AFTER_S, EndedJobs
 from services.ingest.jobs import Job
 from shared.bus.memory import MemoryBus, MemoryLog
 from shared.bus.sending import Unsent
-from shared.request import RequestId, partition_of
+from shared.request import Priority, RequestId, partition_of
 from shared.wire.to_ingest import LogPosition
 from shared.wire.topics import RESULTS
 from tests.virtual_loop import run_virtually
@@ -21,14 +21,21 @@ class World:
         loop = asyncio.get_running_loop()
         self.clock_s = lambda: 1e9 + loop.time()
         self.log = MemoryLog(clock=self.clock_s, random=Random(1))
-        self.bus = MemoryBus(self.log, client_id="ingest")
-        self.ended = EndedJobs(self.bus, clock_s=self.clock_s, log=structlog.testing.CapturingLogger())
+        self.ended = EndedJobs(
+            MemoryBus(self.log, client_id="ingest"), clock_s=self.clock_s, log=structlog.testing.CapturingLogger()
+        )
+        self.ended.follows.set()
 
     def result(self, name):
+        """It is written; who follows may see it."""
         self.log.append(RESULTS.name, PARTITION, [Unsent(b"{}", name.encode(), (), 2, None)])
+        return self.log.records(RESULTS.name, PARTITION)[-1]
 
-    def job(self, name, accepted_s):
-        return Job(name, LogPosition(PARTITION, 0), b"", "default", accepted_s, accepted_s + 600, None, None)
+    def held(self, name, accepted_s, unsure_since_s=None, priority=Priority.STANDARD):
+        position = LogPosition(PARTITION, 0)
+        job = Job(name, position, b"", "default", accepted_s, accepted_s + 600, None, None, priority)
+        self.ended.hold(job, unsure_since_s)
+        return job
 
 
 def virtual(test):
@@ -39,43 +46,103 @@ def virtual(test):
 
 
 @virtual
-async def test_an_old_job_is_looked_for_among_the_results_since_it_came(world):
+async def test_a_result_that_comes_ends_the_job_that_is_in_hand_and_no_later_one_of_that_name(world):
+    job = world.held(NAMES[0], world.clock_s())
+    world.ended.see(world.result(NAMES[1]))
+    assert not world.ended.has_seen(job)
+    await asyncio.sleep(1)
+    result = world.result(NAMES[0])
+    world.ended.see(result)
+    assert world.ended.has_seen(job)
+    assert await world.ended.has(job)
+    world.ended.let_go(job.request_id)
+    await asyncio.sleep(1)
+    again = world.held(NAMES[0], world.clock_s())
+    world.ended.see(result)
+    assert not world.ended.has_seen(again)
+
+
+@virtual
+async def test_nothing_is_remembered_of_what_is_not_in_hand(world):
+    job = world.held(NAMES[0], 1.0, 1.0)
+    assert world.held(NAMES[0], 1.0, 1.0) == job
+    world.ended.let_go(job.request_id)
+    assert not world.ended.has_seen(job)
+    world.ended.let_go(job.request_id)
+    world.ended.see(world.result(NAMES[0]))
+    assert not world.ended._held
+    assert not any(world.ended._unsure.values())
+
+
+@virtual
+async def test_who_knows_all_since_the_job_came_reads_no_results(world):
+    job = world.held(NAMES[0], world.clock_s())
+    await asyncio.sleep(3600)
+    world.log.away = True
+    assert not await world.ended.has(job)
+
+
+@virtual
+async def test_what_others_had_in_hand_is_looked_for_among_the_results_since_then(world):
     began_s = world.clock_s()
     world.result(NAMES[0])
     await asyncio.sleep(1)
     world.result(NAMES[1])
     await asyncio.sleep(OLD_AFTER_S)
-    assert await world.ended.has(world.job(NAMES[1], began_s + 0.5))
-    assert not await world.ended.has(world.job(NAMES[0], began_s + 0.5)), "of an earlier request of that name"
-    assert await world.ended.has(world.job(NAMES[0], began_s)), "a job that came earlier needs more of the results"
-    assert not await world.ended.has(world.job(NAMES[2], began_s))
+    jobs = [world.held(name, began_s, began_s) for name in NAMES[:3]]
+    assert [await world.ended.has(job) for job in jobs] == [True, True, False]
+
+
+@virtual
+async def test_all_that_are_in_hand_are_looked_for_at_once_and_once(world):
+    began_s = world.clock_s()
+    for name in NAMES[:4]:
+        world.result(name)
+    await asyncio.sleep(OLD_AFTER_S)
+    jobs = [world.held(name, began_s, began_s) for name in NAMES[:5]]
+    assert not await world.ended.has(jobs[4])
+    world.log.away = True
+    assert [await world.ended.has(job) for job in jobs] == [True, True, True, True, False]
+
+
+@virtual
+async def test_nobody_waits_until_the_results_since_a_batch_job_were_read(world):
+    batch = world.held(NAMES[0], 1.0, 1.0, Priority.BATCH)
+    urgent = world.held(NAMES[1], world.clock_s() - OLD_AFTER_S, world.clock_s() - OLD_AFTER_S)
+    read = []
+    read_since = world.ended._read
+
+    async def note(partition, since_s):
+        read.append(since_s)
+        await read_since(partition, since_s)
+
+    world.ended._read = note
+    await world.ended.has(urgent)
+    assert read == [urgent.accepted_s]
+    await world.ended.has(batch)
+    assert read == [urgent.accepted_s, batch.accepted_s]
 
 
 @virtual
 async def test_a_young_job_is_not_looked_for(world):
     world.result(NAMES[0])
     world.log.away = True
-    assert not await world.ended.has(world.job(NAMES[0], world.clock_s() - OLD_AFTER_S + 1))
+    came_s = world.clock_s() - OLD_AFTER_S + 1
+    assert not await world.ended.has(world.held(NAMES[0], came_s, came_s))
 
 
 @virtual
-async def test_results_that_came_meanwhile_are_read_on(world):
-    began_s = world.clock_s()
-    await asyncio.sleep(OLD_AFTER_S)
-    assert not await world.ended.has(world.job(NAMES[0], began_s))
-    world.result(NAMES[0])
-    await asyncio.sleep(OLD_AFTER_S + 1)
-    assert await world.ended.has(world.job(NAMES[0], began_s))
-
-
-@virtual
-async def test_it_waits_for_a_log_that_is_away(world):
+async def test_it_waits_for_a_log_that_is_away_and_until_results_are_followed(world):
     began_s = world.clock_s()
     world.result(NAMES[0])
     await asyncio.sleep(OLD_AFTER_S)
     world.log.away = True
-    asking = asyncio.create_task(world.ended.has(world.job(NAMES[0], began_s)))
+    world.ended.follows.clear()
+    asking = asyncio.create_task(world.ended.has(world.held(NAMES[0], began_s, began_s)))
     await asyncio.sleep(20)
     assert not asking.done()
     world.log.away = False
+    await asyncio.sleep(20)
+    assert not asking.done()
+    world.ended.follows.set()
     assert await asking

@@ -28,9 +28,25 @@ async def test_who_finds_no_room_waits_for_records_or_bytes():
 def test_the_earliest_deadline_is_taken_up_when_there_is_room_and_a_late_one_at_once():
     parked = Parked()
     for offset, deadline_s in enumerate((30.0, 10.0, 20.0, 0.0)):
-        parked.add(in_hand(offset), deadline_s)
+        parked.add(in_hand(offset), "t", deadline_s)
     assert parked.take(5.0, room=False).position.offset == 3, "it is not known when that one is late"
     assert parked.take(5.0, room=False) is None
     assert parked.take(5.0, room=True).position.offset == 1
     assert parked.take(25.0, room=False).position.offset == 2
     assert (len(parked), parked.take(25.0, room=False)) == (1, None)
+
+
+def test_tenants_take_turns_however_many_one_has_and_however_soon_its_are_due():
+    parked = Parked()
+    for offset in range(100):
+        parked.add(in_hand(offset), "many", 1e6)
+    for offset in range(100, 103):
+        parked.add(in_hand(offset), "few", 2e6)
+    taken = [parked.take(0.0, room=True).position.offset for _ in range(8)]
+    assert taken == [0, 100, 1, 101, 2, 102, 3, 4]
+    parked.add(in_hand(200), "few", 5.0)
+    assert parked.take(5.0, room=False).position.offset == 200
+    assert (parked.take(5.0, room=False), len(parked)) == (None, 95)
+    for _ in range(95):
+        assert parked.take(5.0, room=True) is not None
+    assert parked.take(1e9, room=True) is None

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from services.ingest.lengths import MAX_READ_BYTES, NUM_READ_BACK, Ended, Lengths, read_ended
+from services.ingest.lengths import MAX_READ_BYTES, Ended, Lengths, read_ended
+from services.ingest.results import NUM_READ_BACK, follow_results
 from services.ingest.work import Waiting
 from shared.bus.memory import MemoryBus, MemoryLog
 from shared.observe.metrics import IngestMetrics
@@ -96,7 +97,7 @@ class World:
     def __init__(self):
         self.log = MemoryLog(clock=lambda: 0.0, random=random.Random(1))
         self.metrics = IngestMetrics(CollectorRegistry())
-        self.lengths = Lengths(self.metrics, SILENT)
+        self.lengths = Lengths(self.metrics)
         self.bus = MemoryBus(self.log, client_id="ingest")
 
     async def write(self, *records, partition=3):
@@ -106,7 +107,7 @@ class World:
 
     async def learn(self, num):
         """Follow until so many answers were learnt."""
-        following = asyncio.create_task(self.lengths.follow(self.bus))
+        following = asyncio.create_task(follow_results(self.bus, self.lengths.learn, asyncio.Event(), SILENT))
         async with asyncio.timeout(10):
             while self.metrics.answers_learnt._value.get() < num:
                 await asyncio.sleep(0.001)
@@ -126,21 +127,6 @@ async def test_a_new_ingest_learns_from_what_ended_before_and_goes_on():
         while world.metrics.answers_learnt._value.get() < NUM_READ_BACK - 1 + 900:
             await asyncio.sleep(0.001)
     assert world.lengths.expect(a_choice()).reserve_tokens in range(280, 320)
-    following.cancel()
-
-
-async def test_it_begins_when_the_log_comes_back(monkeypatch):
-    monkeypatch.setattr("services.ingest.lengths.RETRY_S", 0.01)
-    world = World()
-    await world.write(a_result(FinishReason.STOP))
-    world.log.away = True
-    following = asyncio.create_task(world.lengths.follow(world.bus))
-    await asyncio.sleep(0.05)
-    assert not following.done()
-    world.log.away = False
-    async with asyncio.timeout(10):
-        while not world.metrics.answers_learnt._value.get():
-            await asyncio.sleep(0.001)
     following.cancel()
 
 

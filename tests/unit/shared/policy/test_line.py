@@ -240,4 +240,4 @@ def test_ten_thousand_that_wait_are_dealt_with_one_by_one():
             line.leave(late)
         else:
             line.place(line.first())
-    assert (len(line), list(line), line.num_batch) == (0, [], 0)
+    assert (len(line), line.num_urgent, line.num_batch) == (0, 0, 0)
