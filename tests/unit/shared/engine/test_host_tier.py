@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from shared.blocks import PAGE_TOKENS, key_chain, name_of, pages_for, root_hash, token_ids
 from shared.engine.fake import fake_answer, fake_engine, fake_model
 from shared.engine.port import EngineLimits
 from shared.engine.scheduler import Scheduler
+from shared.engine.sequence import SequenceState
 from shared.kv.paged_cache import PagedCache
 from tests.engine_driver import Driver, greedy, request
 from tests.late_host_pages import LateHostPages
@@ -27,8 +28,8 @@ class Tiered:
     """A scheduler with host memory, whose copies end when the test says so."""
 
     def __init__(self, num_pages=8, num_host_pages=16, max_running=4, max_batch_tokens=512):
-        cache = PagedCache(fake_model().layout, num_pages, torch.device("cpu"))
-        self.host = LateHostPages(cache, num_host_pages)
+        self.cache = PagedCache(fake_model().layout, num_pages, torch.device("cpu"))
+        self.host = LateHostPages(self.cache, num_host_pages)
         limits = EngineLimits(4096, num_pages, max_running, max_batch_tokens, num_host_pages)
         self.engine = Scheduler(limits, "model", self.host)
 
@@ -348,13 +349,79 @@ def test_a_page_that_arrived_rounded_never_goes_to_host_memory():
     assert not driver.host_blocks & set(map(name_of, key_chain(root_hash(engine.model.fingerprint, ""), prompt(128))))
 
 
+EMPTY, ROUNDED, UNFINISHED = -1, -2, -3
+
+
+class Contents:
+    """What stands in the pages of a scheduler that has no model: a page that holds a block is full of its number.
+
+    Whoever gets a page writes to it at once; a batch reads and writes when it is collected; copies between the tiers are
+    done when they are said to have ended. So who reads too early, or writes too soon, is found out.
+    """
+
+    def __init__(self, tiered: Tiered) -> None:
+        self.engine, self.host = tiered.engine, tiered.host
+        self._pages = tiered.cache.pages.view(tiered.cache.num_pages, -1)
+        acquire = self.engine.pool.acquire
+
+        def acquire_and_write(found, num_new):
+            pages = acquire(found, num_new)
+            self.write(pages[len(found) :], EMPTY)
+            return pages
+
+        self.engine.pool.acquire = acquire_and_write
+
+    def write(self, pages, value):
+        self._pages[list(pages)] = value
+
+    def bring(self, pages, blocks):
+        """Blocks, by key, are written to pages."""
+        for page, key in zip(pages, blocks, strict=True):
+            self.write([page], number_of(key))
+
+    def check(self, pages, blocks, what):
+        for page, key in zip(pages, blocks, strict=False):
+            assert self._pages[page, 0] == self._pages[page, -1] == number_of(key), f"{what}: page {page}"
+
+    def check_read(self, row, sequence, what):
+        """A row needs all full blocks before it; those of a sequence that arrived rounded are its own affair."""
+        if sequence.is_exact:
+            self.check(row.pages, blocks_of(sequence, row.start), what)
+
+    def compute(self, row, sequence):
+        blocks = blocks_of(sequence, row.end)
+        for index in range(row.start // PAGE_TOKENS, pages_for(row.end)):
+            value = number_of(blocks[index]) if index < len(blocks) else UNFINISHED
+            self.write([row.pages[index]], value if sequence.is_exact else ROUNDED)
+
+    def check_found(self):
+        """All that anybody could find now."""
+        pool = self.engine.pool
+        for key in pool.hashes:
+            self.check(pool.find([key]), [key], "found")
+        slots = self.engine.tier._slots
+        for key in slots.hashes:
+            copy = self.host.memory[slots.find([key])[0]].view(torch.float32)
+            assert copy[0] == copy[-1] == number_of(key), "the copy of a block is of another"
+
+
+def number_of(key):
+    """Exact in float32."""
+    return int.from_bytes(key[:3], "big")
+
+
+def blocks_of(sequence, num_tokens):
+    return [sequence.block_key(index) for index in range(min(num_tokens, len(sequence.ids)) // PAGE_TOKENS)]
+
+
 class TieredMachine(AheadMachine):
-    """The same with host memory, whose copies end when they like."""
+    """The same with host memory, whose copies end when they like, and with what stands in the pages."""
 
     def __init__(self):
         super().__init__()
         tiered = Tiered(num_pages=9, num_host_pages=7, max_running=3, max_batch_tokens=100)
         self.host, self.engine = tiered.host, tiered.engine
+        self.contents = Contents(tiered)
         self.is_over = False
         self.num_brought = 0
 
@@ -365,7 +432,40 @@ class TieredMachine(AheadMachine):
             self.end_copy(True)
             self.end_copy(False)
             self.advance(0)
+        num_before = len(self.in_flight)
         super().launch()
+        if not num_before and self.in_flight:
+            for row, sequence in zip(self.in_flight[0].rows, self.in_flight[0].sequences, strict=True):
+                self.contents.check_read(row, sequence, "launched")
+
+    @precondition(lambda self: self.in_flight)
+    @rule(fate=st.sampled_from(["go on", "go on", "go on", "stop", "fail"]))
+    def collect(self, fate):
+        batch = self.in_flight[0]
+        for row, sequence in zip(batch.rows, batch.sequences, strict=True):
+            self.contents.check_read(row, sequence, "computed")
+            self.contents.compute(row, sequence)
+        super().collect(fate)
+
+    @precondition(lambda self: self.importing)
+    @rule(exact=st.booleans())
+    def imported(self, exact):
+        wanted = self.requests[self.importing[-1]]
+        sequence = self.engine._sequences[wanted.key]
+        own = sequence.pages[sequence.num_published :]
+        self.contents.write(own, UNFINISHED if exact else ROUNDED)
+        if exact:
+            blocks = blocks_of(sequence, len(wanted.ids))[sequence.num_published :]
+            self.contents.bring(own[: len(blocks)], blocks)
+        super().imported(exact)
+
+    @precondition(lambda self: self.fills)
+    @rule(data=st.data())
+    def filled(self, data):
+        fill = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
+        num_arrived = data.draw(st.integers(0, len(fill.keys)))
+        self.contents.bring(fill.pages[:num_arrived], fill.keys[:num_arrived])
+        self.engine.filled(fill, num_arrived)
 
     @rule(is_down=st.booleans())
     def end_copy(self, is_down):
@@ -385,6 +485,15 @@ class TieredMachine(AheadMachine):
             self.loans.append(self.engine.lend(names))
 
         self.engine.bring(names, over)
+
+    @invariant()
+    def holds_what_it_says(self):
+        self.contents.check_found()
+        for loan in self.loans:
+            self.contents.check(loan.pages, loan.keys, "lent")
+        for sequence, pages in self.held.values():
+            if sequence.state is SequenceState.HELD:
+                self.contents.check(pages[: sequence.num_published], sequence.keys, "held")
 
     def teardown(self):
         self.is_over = True
