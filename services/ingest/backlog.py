@@ -130,8 +130,13 @@ class Backlog:
             self.pace.beat(now_s),
             num_standard=self._line.num_standard,
             oldest_batch_wait_s=self._oldest_wait_s(now_s, is_batch=True),
-            outlook=None if self._usual is None else Outlook.of(self._cluster.view, self._usual),
+            outlook=self._outlook(),
         )
+
+    def _outlook(self) -> Outlook | None:
+        if self._usual is None:
+            return None
+        return Outlook.of(self._cluster.view, self._usual, local_prefill=self._rules.local_prefill)
 
     def _oldest_wait_s(self, now_s: float, *, is_batch: bool) -> float:
         oldest = self._line.oldest(is_batch=is_batch)

@@ -119,14 +119,10 @@ class Admission:
             return
         backlogs = [each.report for each in self._backlogs]
         forecast = Forecast.of(backlogs, self._num_accepted_since(priority), priority, max_new_tokens)
-        excess_s = forecast.excess_s(deadline_s - now_s, self._settings.max_queue_s, priority)
-        if excess_s > 0:
+        refusal = forecast.check(deadline_s - now_s, self._settings.max_queue_s, priority)
+        if refusal is not None:
             self._metrics.refused.labels("overloaded").inc()
-            raise Overloaded(
-                f"a request would wait about {forecast.wait_s:.0f} s now and run for {forecast.run_s:.0f} s, "
-                f"{excess_s:.0f} s more than it may",
-                retry_after_s=min(max(excess_s, FULL_RETRY_S), MAX_RETRY_S),
-            )
+            raise Overloaded(refusal.told, retry_after_s=min(max(refusal.excess_s, FULL_RETRY_S), MAX_RETRY_S))
 
     def count(self, num_choices: int, priority: Priority) -> None:
         """So many choices are being accepted: no report counts them yet. Batch is in nobody's way."""

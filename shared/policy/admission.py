@@ -33,9 +33,11 @@ BYTES_PER_TOKEN = 4
 UNNAMED_MAX_TOKENS = 256
 """An answer that names no length is guessed to have so many tokens."""
 
+USUAL_SHARE = 0.005
+"""What one placement changes of what is usual: of prompts a hundred times as long as most there are some."""
 
-USUAL_SHARE = 0.05
-"""What one placement changes of what is usual."""
+NUM_USUAL = 100
+"""Of fewer placements it is not known what is usual: nobody is refused because the first one was large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,22 @@ class Usual:
         num_pages: that they took in decode.
         num_new_tokens: expected of their answers.
         prefill_s: predicted work for prefill.
+        num_seen: of how many.
     """
 
     num_pages: float
     num_new_tokens: float
     prefill_s: float
+    num_seen: int = 1
 
     def with_one_more(self, one: "Usual") -> "Usual":
         """After a placement of `one`."""
+        share = max(USUAL_SHARE, 1 / (self.num_seen + 1))
         return Usual(
-            self.num_pages + USUAL_SHARE * (one.num_pages - self.num_pages),
-            self.num_new_tokens + USUAL_SHARE * (one.num_new_tokens - self.num_new_tokens),
-            self.prefill_s + USUAL_SHARE * (one.prefill_s - self.prefill_s),
+            self.num_pages + share * (one.num_pages - self.num_pages),
+            self.num_new_tokens + share * (one.num_new_tokens - self.num_new_tokens),
+            self.prefill_s + share * (one.prefill_s - self.prefill_s),
+            self.num_seen + 1,
         )
 
 
@@ -68,7 +74,7 @@ class Outlook:
     Attributes:
         num_free: usual choices for which decode has room.
         ends_per_s: usual choices that the workers serve to their ends, once that room is taken.
-        prefill_queue_s: work before whoever comes next, on the prefill worker with the least.
+        prefill_queue_s: work before whoever comes next, on the worker with the least that may compute its prompt.
         token_s: of each token of an answer that begins now, and `idle_token_s` where nobody else is.
         num_new_tokens: of a usual answer.
     """
@@ -81,10 +87,17 @@ class Outlook:
     num_new_tokens: float
 
     @classmethod
-    def of(cls, cluster: ClusterView, usual: Usual) -> Self | None:
-        """None while there is no decode worker, or one whose speeds are not measured."""
+    def of(cls, cluster: ClusterView, usual: Usual, *, local_prefill: bool) -> Self | None:
+        """None while there is no decode worker, or one whose speeds are not measured, or too little was placed.
+
+        Args:
+            local_prefill: decode workers may compute prompts.
+        """
+        if usual.num_seen < NUM_USUAL:
+            return None
         decode = [worker for worker in cluster.decode if worker.takes_work]
         prefill = [worker for worker in cluster.prefill if worker.takes_work]
+        computing = [*prefill, *decode] if local_prefill else prefill
         seats = [seat for worker in decode if (seat := _seats(worker, usual)) is not None]
         if not seats or len(seats) < len(decode):
             return None
@@ -94,7 +107,7 @@ class Outlook:
         return cls(
             num_free=sum(seat.num_free for seat in seats),
             ends_per_s=ends_per_s,
-            prefill_queue_s=min((worker.queued_prefill_s for worker in prefill), default=0.0),
+            prefill_queue_s=min((each.queued_prefill_s for each in computing), default=0.0),
             token_s=min(seat.token_s for seat in seats),
             idle_token_s=min(seat.idle_token_s for seat in seats),
             num_new_tokens=usual.num_new_tokens,
@@ -284,13 +297,37 @@ class Forecast:
         queue_s = 0.0 if priority is Priority.BATCH else outlook.prefill_queue_s
         return cls(wait_s + queue_s, outlook.token_s * num_new_tokens, outlook.idle_token_s * num_new_tokens)
 
-    def excess_s(self, timeout_s: float, max_queue_s: float, priority: Priority) -> float:
-        """By how much it would be late for its deadline or its line: above 0, it is refused.
+    def check(self, timeout_s: float, max_queue_s: float, priority: Priority) -> "Refusal | None":
+        """None: it is taken."""
+        # An answer that takes most of its time on idle workers too may be late, but not for the load; and it may be
+        # shorter than usual.
+        run_s = self.run_s if self.idle_run_s <= timeout_s / 2 else 0.0
+        if run_s > timeout_s:
+            told = (
+                f"a usual answer would take {run_s:.3g} s beside those that run now; the request has {timeout_s:.3g} s"
+            )
+            return Refusal(run_s - timeout_s, told)
+        limit_s = max_wait_s(timeout_s, max_queue_s, run_s, priority)
+        if self.wait_s <= limit_s:
+            return None
+        return Refusal(
+            self.wait_s - limit_s,
+            f"a request would wait {self.wait_s:.3g} s before it runs; this one may wait {limit_s:.3g} s, "
+            f"with {timeout_s:.3g} s for all of it",
+        )
 
-        Not for an answer that would not be there in time on idle workers either: that is no matter of load.
-        """
-        late_s = self.wait_s - max_wait_s(timeout_s, max_queue_s, self.run_s, priority)
-        return max(late_s, self.run_s - timeout_s) if self.idle_run_s <= timeout_s else late_s
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Of a request that would only wait to be late.
+
+    Attributes:
+        excess_s: by how much.
+        told: prediction and limit, in words.
+    """
+
+    excess_s: float
+    told: str
 
 
 @dataclass(frozen=True, slots=True)

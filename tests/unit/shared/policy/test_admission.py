@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from shared.policy.admission import (
+    NUM_USUAL,
     BacklogReport,
     Budget,
     Forecast,
@@ -47,7 +48,11 @@ def test_half_of_a_requests_time_is_for_running():
 
 
 PROFILE = SpeedProfile(base_s=0.01, row_s=0.001, context_s=0.0, token_s=1e-4, pair_s=0.0)
-USUAL = Usual(num_pages=10.0, num_new_tokens=100.0, prefill_s=0.05)
+USUAL = Usual(num_pages=10.0, num_new_tokens=100.0, prefill_s=0.05, num_seen=NUM_USUAL)
+
+
+def outlook_of(view, usual=USUAL, *, local_prefill=False):
+    return Outlook.of(view, usual, local_prefill=local_prefill)
 
 
 def an_outlook(**changes):
@@ -68,34 +73,35 @@ def test_an_outlook_counts_room_and_pace_by_the_scarcer_of_pages_and_places():
         a_worker(3, profile=None, takes_work=False),
     )
     prefill = (a_worker(4, queued_prefill_s=0.7), a_worker(5, queued_prefill_s=0.3))
-    outlook = Outlook.of(ClusterView(prefill, decode), USUAL)
+    outlook = outlook_of(ClusterView(prefill, decode))
     assert outlook.num_free == pytest.approx(2 + 2)
     assert outlook.ends_per_s == pytest.approx(8 / 1.8 + 4 / 1.4)
     assert (outlook.prefill_queue_s, outlook.num_new_tokens) == (0.3, 100)
     assert (outlook.token_s, outlook.idle_token_s) == (pytest.approx(0.013), pytest.approx(0.011))
     slow = replace(USUAL, prefill_s=0.5)
-    assert Outlook.of(ClusterView(prefill, decode), slow).ends_per_s == pytest.approx(4), "prefill is the scarcer"
+    assert outlook_of(ClusterView(prefill, decode), slow).ends_per_s == pytest.approx(4), "prefill is the scarcer"
 
 
 def test_there_is_no_outlook_without_speeds():
     known, unknown = a_worker(1, profile=PROFILE), a_worker(2, profile=None)
-    assert Outlook.of(ClusterView((), (known, unknown)), USUAL) is None
-    assert Outlook.of(ClusterView((known,), ()), USUAL) is None
-    assert Outlook.of(ClusterView((), (known,)), USUAL) is not None
+    assert outlook_of(ClusterView((), (known, unknown))) is None
+    assert outlook_of(ClusterView((known,), ())) is None
+    assert outlook_of(ClusterView((), (known,))) is not None
 
 
 @pytest.mark.parametrize("profile", [SpeedProfile(0.0, 0.0, 0.0, 1e-4, 0.0), SpeedProfile(0.0, 0.01, 0.0, 1e-4, 0.0)])
 @pytest.mark.parametrize("taken", [0, 3, 8])
 def test_speeds_by_which_steps_take_no_time_end_no_ingest(profile, taken):
     worker = a_worker(1, profile=profile, max_running=8, num_credits=taken, num_credit_pages=taken, num_pages=9)
-    outlook = Outlook.of(ClusterView((), (worker,)), USUAL)
+    outlook = outlook_of(ClusterView((), (worker,)))
     assert (outlook is None) == (profile.row_s == 0)
 
 
 def test_what_is_usual_follows_what_is_placed():
-    usual = USUAL
+    usual = Usual(10.0, 100.0, 0.05)
     for _ in range(200):
         usual = usual.with_one_more(Usual(40.0, 300.0, 1.0))
+    assert usual.num_seen == 201
     assert (usual.num_pages, usual.num_new_tokens, usual.prefill_s) == pytest.approx((40, 300, 1), rel=0.01)
 
 
@@ -119,9 +125,42 @@ def test_an_answer_that_decode_would_make_too_late_is_refused_though_nobody_wait
     loaded = BacklogReport(0, 0.0, None, outlook=an_outlook())
     whole, short = a_forecast(loaded), a_forecast(loaded, max_new_tokens=40)
     assert (whole.run_s, whole.idle_run_s, short.run_s) == pytest.approx((3.0, 1.0, 1.2))
-    assert whole.excess_s(2.0, 30, STANDARD) == pytest.approx(1)
-    assert short.excess_s(2.0, 30, STANDARD) <= 0
-    assert whole.excess_s(0.9, 30, STANDARD) <= 0, "idle workers would be too slow as well: no matter of load"
+    refusal = whole.check(2.0, 30, STANDARD)
+    assert refusal.excess_s == pytest.approx(1)
+    assert refusal.told == "a usual answer would take 3 s beside those that run now; the request has 2 s"
+    assert short.check(2.0, 30, STANDARD) is None
+    assert whole.check(0.9, 30, STANDARD) is None, "idle workers would be too slow as well: no matter of load"
+    assert whole.check(1.9, 30, STANDARD) is None, "nor where they would need most of the time"
+
+
+def test_an_answer_that_nobody_could_make_in_time_is_not_refused_for_the_shortest_wait():
+    begun = BacklogReport(0, 0.0, None, outlook=an_outlook(prefill_queue_s=0.2))
+    assert a_forecast(begun).check(0.9, 30, STANDARD) is None
+    assert a_forecast(begun).check(0.3, 30, STANDARD).told == (
+        "a request would wait 0.2 s before it runs; this one may wait 0.15 s, with 0.3 s for all of it"
+    )
+
+
+def test_of_the_first_placements_it_is_not_known_what_is_usual():
+    """A rush behind one large prompt, on workers that are idle otherwise."""
+    view = ClusterView((a_worker(4),), (a_worker(1, profile=PROFILE, max_running=64, num_pages=2000),))
+    large, small = Usual(1500.0, 256.0, 10.0), Usual(3.0, 100.0, 0.01)
+    usual = large
+    assert outlook_of(view, usual) is None
+    for _ in range(NUM_USUAL):
+        usual = usual.with_one_more(small)
+    rush = BacklogReport(0, 0.0, None, outlook=outlook_of(view, usual))
+    assert a_forecast(rush, since=60).check(60.0, 30, STANDARD) is None
+    for _ in range(300):
+        usual = usual.with_one_more(small)
+    again = replace(rush, outlook=outlook_of(view, usual.with_one_more(large)))
+    assert a_forecast(again, since=60).check(60.0, 30, STANDARD) is None
+
+
+def test_a_prompt_does_not_wait_for_prefill_where_decode_may_compute_it():
+    view = ClusterView((a_worker(4, queued_prefill_s=60.0),), (a_worker(1, profile=PROFILE, queued_prefill_s=0.5),))
+    assert outlook_of(view).prefill_queue_s == 60
+    assert outlook_of(view, local_prefill=True).prefill_queue_s == 0.5
 
 
 def test_a_slow_answer_leaves_less_time_to_wait():
@@ -140,9 +179,9 @@ def test_batch_is_refused_only_if_those_before_it_have_waited_longer_than_its_de
     backlogs = [BacklogReport(1000, 25.0, 2.0, oldest_batch_wait_s=1000.0), BacklogReport(0, 0.0, None)]
     forecast = a_forecast(*backlogs, priority=BATCH)
     assert forecast.wait_s == 1000
-    assert forecast.excess_s(3600, 30, BATCH) <= 0
-    assert forecast.excess_s(1800, 30, BATCH) > 0
-    assert a_forecast(*backlogs).excess_s(3600, 30, STANDARD) > 0
+    assert forecast.check(3600, 30, BATCH) is None
+    assert forecast.check(1800, 30, BATCH) is not None
+    assert a_forecast(*backlogs).check(3600, 30, STANDARD) is not None
 
 
 def test_a_rate_is_known_only_while_somebody_always_waits():
