@@ -10,17 +10,19 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.ingest.backlog import Backlog, Expired
+from services.ingest.backlog import Backlog, EndedBefore, Expired
 from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
 from services.ingest.lengths import Lengths
 from services.ingest.work import Placed, Waiting
 from shared.observe.metrics import IngestMetrics
+from shared.policy.admission import BacklogReport
 from shared.policy.lengths import LengthKey
 from shared.policy.placement import NeverFits, Rules
-from shared.request import PlacementId, Priority, SamplingParams
+from shared.policy.profile import SpeedProfile
+from shared.request import Incarnation, PlacementId, Priority, RequestId, SamplingParams
 from shared.state import keys
 from shared.state.memory import MemoryState, MemoryStore
-from shared.state.port import Role
+from shared.state.port import PlacementKey, Role
 from tests.contract.state_worlds import a_card, a_load
 
 SILENT = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
@@ -263,3 +265,84 @@ async def test_lengths_that_were_learnt_are_the_room_that_is_kept(world):
     assert world.backlog._request_view(resumed).expected_new_tokens == pytest.approx(300, rel=0.3)
     await world.placed("one", max_tokens=2000)
     assert world.backlog._usual.num_new_tokens == pytest.approx(700, rel=0.1)
+
+
+@pytest.fixture
+async def slow_world(world):
+    """Its prefill worker takes 3 s for a prompt of 3000 tokens, and somebody has just come."""
+    slow = SpeedProfile(base_s=0.001, row_s=1e-5, context_s=0.0, token_s=1e-3, pair_s=0.0)
+    card = a_card("slow prefill", role=Role.PREFILL)
+    await world.state.release_slot(0, Incarnation("prefill"))
+    await world.state.claim_slot(card, replace(a_load(), profile=slow), num_slots=8, lease_ms=10 * keys.LEASE_MS)
+    await world.cluster.refresh()
+    await world.placed("somebody")
+    return world
+
+
+async def test_a_long_batch_prompt_waits_for_a_quiet_time_and_no_other_batch_behind_it(slow_world):
+    world = slow_world
+    in_line(world, world.waiting("long", priority=Priority.BATCH, num_prompt=3000))
+    in_line(world, *(world.waiting(f"b{n}", priority=Priority.BATCH, num_prompt=600) for n in range(5)))
+    for number in range(5):
+        waiting, settled = await world.backlog.next()
+        assert waiting.admitted.job.request_id == f"b{number}", "together they are as large as it"
+        for worker in (settled.placement.prefill, settled.placement.decode):
+            await world.state.give_back(settled.placement.id, worker.incarnation)
+        await world.cluster.refresh()
+    placing = asyncio.create_task(names_placed(world, 1))
+    await asyncio.sleep(0.1)
+    assert not placing.done()
+    await world.state.computed(PlacementId("p0"), Incarnation("slow prefill"))
+    for _ in range(4):
+        world.now_s += 0.8
+        await world.state.up_ms(lease_ms=keys.LEASE_MS)
+    assert await placing == ["long"]
+
+
+async def test_a_long_batch_prompt_that_waits_aside_expires(slow_world):
+    world = slow_world
+    in_line(world, world.waiting("long", priority=Priority.BATCH, num_prompt=3000))
+    placing = asyncio.create_task(world.backlog.next())
+    await asyncio.sleep(0.1)
+    assert world.backlog._too_long
+    in_line(world, world.waiting("urgent", num_prompt=4000))
+    world.now_s += 61
+    async with asyncio.timeout(5):
+        assert type((await placing)[1]) is Expired
+        assert type((await world.backlog.next())[1]) is Expired
+    assert not len(world.backlog._line)
+
+
+async def test_batch_waits_while_somebody_waits_for_room_at_another_ingest(world):
+    await world.cluster.refresh()
+    calm, rushed = BacklogReport(3, 0.01, None), BacklogReport(1, 0.4, 0.0)
+    world.backlog.note_reports([calm, rushed])
+    in_line(world, world.waiting("batch", priority=Priority.BATCH))
+    placing = asyncio.create_task(names_placed(world, 1))
+    await asyncio.sleep(0.3)
+    assert not placing.done()
+    world.backlog.note_reports([calm, calm])
+    assert await placing == ["batch"]
+
+
+async def test_what_has_ended_leaves_the_line_and_its_credits_are_free(world):
+    """Its placement's answer was lost, and so nobody told its workers."""
+    await world.cluster.refresh()
+    placed = await world.placed("r")
+    in_line(world, world.waiting("r"), world.waiting("other"))
+    world.ended.add("r")
+    waiting, settled = await world.backlog.next()
+    assert (waiting.admitted.job.request_id, settled) == ("r", EndedBefore())
+    assert await world.state.find_placement(PlacementKey(RequestId("r"), 0, 1)) == placed.placement
+    assert sum(each.num_credits for each in await world.state.workers(num_slots=8)) == 0
+    assert await names_placed(world, 1) == ["other"]
+
+
+async def test_who_has_ended_overtakes_nobody(small_world):
+    world = small_world
+    await world.cluster.refresh()
+    await world.placed("runs", max_tokens=100)
+    in_line(world, world.waiting("large", num_prompt=500, max_tokens=120))
+    in_line(world, *(world.waiting(f"small{n}", max_tokens=4) for n in range(2)))
+    world.ended.add("small0")
+    assert await names_placed(world, 1) == ["small1"]
