@@ -50,6 +50,10 @@ NUM_SPEEDS = 5
 KNEES = tuple(2.0**power for power in range(3, 14))
 """Numbers of prompt tokens that are tried as the one from which on computing takes longer than reading the weights."""
 
+MIN_REACH = 128
+"""Positions that a step's prompt tokens attend to, in the mean: what attention takes of fewer drowns in what else
+varies, and would be multiplied by thousands for a long prompt."""
+
 Size = tuple[int, int, int, int]
 Vector = list[float]
 
@@ -73,7 +77,11 @@ class _Mean:
     seconds: float
     num_steps: int
 
-    def speeds_used(self, knee: float) -> Vector:
+    @property
+    def tells_of_pairs(self) -> bool:
+        return self.num_pairs > MIN_REACH * self.num_prompt_tokens
+
+    def speeds_used(self, knee: float, *, with_pairs: bool) -> Vector:
         """How often each of the five speeds is in the step, if more prompt tokens than `knee` take longer than reading
         the weights."""
         computes = self.num_prompt_tokens > knee
@@ -82,7 +90,7 @@ class _Mean:
             self.num_rows,
             self.num_context_tokens,
             self.num_prompt_tokens if computes else 0.0,
-            self.num_pairs,
+            self.num_pairs if with_pairs else 0.0,
         ]
 
 
@@ -155,10 +163,13 @@ class ProfileFit:
         ]
         self._num_told = self._num_steps
         self._profile, self._scatter = _fit(means, weights, self._profile)
+        prompts = [mean.num_prompt_tokens for mean in means if mean.num_prompt_tokens]
         if not counting[False] and not self._profile.base_s:
             # Long prompts alone do not tell how long reading the weights takes; as nothing, tokens would cost nothing.
-            shortest = min(mean.num_prompt_tokens for mean in means)
-            self._profile = replace(self._profile, base_s=self._profile.token_s * shortest)
+            self._profile = replace(self._profile, base_s=self._profile.token_s * min(prompts))
+        elif not self._profile.token_s:
+            # Nor do short ones what a long one takes: at most, with the longest so far, as long as that reading.
+            self._profile = replace(self._profile, token_s=self._profile.base_s / max(prompts))
         return self._profile
 
 
@@ -194,11 +205,15 @@ def _fit(means: Sequence[_Mean], weights: Sequence[float], before: SpeedProfile 
         prior = [before.base_s, before.row_s, before.context_s, before.token_s, before.pair_s]
     seconds = [mean.seconds for mean in means]
     knees = _knees(before)
+    with_pairs = any(mean.tells_of_pairs for mean in means)
     trust = [1.0] * len(means)
     speeds, errors = prior, [0.0]
     for _ in range(NUM_ROUNDS):
         scaled = [weight * each for weight, each in zip(weights, trust, strict=True)]
-        tried = [_solve([mean.speeds_used(knee) for mean in means], seconds, scaled, prior) for knee in knees]
+        tried = [
+            _solve([mean.speeds_used(knee, with_pairs=with_pairs) for mean in means], seconds, scaled, prior)
+            for knee in knees
+        ]
         left = [_errors(each, means) for each in tried]
         losses = [sum(weight * error**2 for weight, error in zip(scaled, each, strict=True)) for each in left]
         best = losses.index(min(losses))

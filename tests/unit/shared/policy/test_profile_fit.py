@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.policy.profile import SpeedProfile, StepWork, num_pairs
-from shared.policy.profile_fit import KEPT_STEPS, MAX_BINS, MIN_STEPS, ProfileFit
+from shared.policy.profile_fit import KEPT_STEPS, MAX_BINS, MIN_BIN_STEPS, MIN_STEPS, ProfileFit
 
 TRUE = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
 
@@ -121,6 +121,19 @@ def test_prompts_alone_leave_no_tokens_that_cost_nothing():
     profile = fitted([(chunk(300), 0.01)] * MIN_STEPS).profile()
     assert 0 < profile.decode_step_s(1, 1000) <= 0.01
     assert profile.step_s(chunk(300)) == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("short_s", [0.040, 0.042, 0.050])
+def test_short_prompts_alone_make_long_ones_neither_free_nor_endless(short_s):
+    """As a slow machine finds them, which measures 7 tokens in a step of 40 ms and has no time for more."""
+    steps = [(chunk(7), short_s), (StepWork(1, 251, 0, 0), 0.041), (StepWork(8, 2008, 0, 0), 0.06)]
+    fit = fitted(step for step in steps for _ in range(MIN_BIN_STEPS))
+    profile = fit.profile()
+    assert profile.prefill_s(7, 0) == pytest.approx(short_s, rel=0.15)
+    assert 7000 / 7 * 0.03 < profile.prefill_s(7000, 0) < 7000 / 7 * 0.06
+    for _ in range(MIN_BIN_STEPS):
+        fit.add(chunk(210), 0.6)
+    assert fit.profile().prefill_s(7000, 0) == pytest.approx(7000 / 210 * 0.6, rel=0.1)
 
 
 def test_what_it_keeps_is_bounded():
