@@ -355,8 +355,8 @@ EMPTY, ROUNDED, UNFINISHED = -1, -2, -3
 class Contents:
     """What stands in the pages of a scheduler that has no model: a page that holds a block is full of its number.
 
-    Whoever gets a page writes to it at once; a batch reads and writes when it is collected; copies between the tiers are
-    done when they are said to have ended. So who reads too early, or writes too soon, is found out.
+    Whoever gets a page writes to it at once; a batch reads and writes when it is collected; copies between the tiers
+    are done when they are said to have ended. So who reads too early, or writes too soon, is found out.
     """
 
     def __init__(self, tiered: Tiered) -> None:
