@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 
+import httpx
 import orjson
 import pytest
 from hypothesis import given
@@ -24,8 +25,16 @@ from shared.request import (
 )
 from shared.state.port import Role
 from shared.wire.codec import UndecodableMessage, encode
+from shared.wire.explanation import Candidate, Explanation
 from shared.wire.results import Result
-from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_EDGE, HEADER_TENANT, LogPosition, Resume
+from shared.wire.to_ingest import (
+    HEADER_DEADLINE,
+    HEADER_EDGE,
+    HEADER_PRIORITY,
+    HEADER_TENANT,
+    LogPosition,
+    Resume,
+)
 from shared.wire.to_stream_out import (
     STREAM_OUT_DECODER,
     Attach,
@@ -37,7 +46,16 @@ from shared.wire.to_stream_out import (
     Open,
     View,
 )
-from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, KvTicket, LocalWork, PrefillWork, Stop
+from shared.wire.to_worker import (
+    Assignment,
+    DecodeWork,
+    FetchTicket,
+    FirstToken,
+    KvTicket,
+    LocalWork,
+    PrefillWork,
+    Stop,
+)
 from shared.wire.topics import DECODE, INGEST, INGEST_RESUME, PREFILL, RESULTS, STREAM_OUT
 from tests.flow.system import MODEL
 from tests.fuzz.bodies import BODIES, SPECIAL_BODIES
@@ -78,13 +96,12 @@ bodies = hostile(BODIES) | st.sampled_from(SPECIAL_BODIES)
 keys = st.none() | st.binary(max_size=6) | st.sampled_from([b"twice", b"a" * 129, b"\xff", b"with space", b""])
 header_values = (
     st.binary(max_size=12)
+    | st.sampled_from([b"interactive", b"batch", b"Batch", b"batch "])
     | st.sampled_from([b"0", b"1", b"9" * 16, b"9" * 5000, b"-1", b"1e308", b"nan", b"NaN", b"\xd9\xa1", b"\xff"])
     | st.sampled_from(HOSTILE_TEXTS).map(str.encode)
 )
-headers = st.lists(
-    st.tuples(st.sampled_from([HEADER_TENANT, HEADER_DEADLINE, HEADER_EDGE, "traceparent", "", "x"]), header_values),
-    max_size=3,
-)
+HEADERS = [HEADER_TENANT, HEADER_PRIORITY, HEADER_DEADLINE, HEADER_EDGE, "traceparent", "", "x"]
+headers = st.lists(st.tuples(st.sampled_from(HEADERS), header_values), max_size=3)
 
 
 def test_jobs(live):
@@ -186,6 +203,14 @@ def to_workers(live) -> tuple[list[dict], list[dict]]:
         return KvTicket(**(fields | changes))
 
     stranger = WorkerRef(3, Incarnation("stranger"))
+    long = token_ids([5] * 200)
+
+    def long_work(number: int) -> Assignment:
+        return assignment(number, prompt_len=200)
+
+    def fetch(source=prefill, address=f"{prefill.incarnation}:1", num_pages=3) -> FetchTicket:
+        return FetchTicket(source, address, num_pages)
+
     return (
         wire(
             PrefillWork(assignment(1), ids, prefill, decode),
@@ -196,6 +221,10 @@ def to_workers(live) -> tuple[list[dict], list[dict]]:
             PrefillWork(assignment(6, stop_strings=("", "x"), deadline_s=1e308), ids, prefill, WorkerRef(10**6, "x")),
             PrefillWork(assignment(7, sampling=SamplingParams(max_tokens=-5)), ids, prefill, decode),
             PrefillWork(assignment(8), ids, stranger, decode),
+            PrefillWork(long_work(9), long, prefill, decode, fetch(decode, f"{decode.incarnation}:1")),
+            PrefillWork(long_work(10), long, prefill, decode, fetch()),
+            PrefillWork(long_work(11), long, prefill, decode, fetch(stranger, "", num_pages=10**12)),
+            PrefillWork(assignment(12), ids, prefill, decode, fetch(decode, num_pages=-1)),
             Stop(PlacementId(""), prefill),
         ),
         wire(
@@ -210,6 +239,9 @@ def to_workers(live) -> tuple[list[dict], list[dict]]:
             LocalWork(assignment(9, sampling=SamplingParams(max_tokens=-5)), token_ids([]), decode),
             LocalWork(assignment(10, prompt_len=1, sampling=SamplingParams(max_tokens=2)), ids, decode),
             LocalWork(assignment(11), ids, stranger),
+            LocalWork(long_work(12), long, decode, fetch()),
+            LocalWork(long_work(13), long, decode, fetch(address="nowhere:99999999", num_pages=0)),
+            LocalWork(long_work(14), token_ids([2**31 - 1] * 200), decode, fetch(stranger)),
             FirstToken(PlacementId("forged-placement-1"), decode, -1),
             FirstToken(PlacementId("forged-placement-2"), decode, 2**40),
             FirstToken(PlacementId("forged-placement-3"), decode, 7),
@@ -282,6 +314,10 @@ def view(**changes) -> View:
 PREFILL_REF, DECODE_REF = WorkerRef(60, Incarnation("gone-p")), WorkerRef(61, Incarnation("gone-d"))
 
 
+CANDIDATE = Candidate(60, 61, 0.1, 0.01, 1.0, 3, 1, 0.0, 1e308, is_local=False)
+WHY = Explanation("least of all", 10**9, (CANDIDATE, replace(CANDIDATE, prefill=61, is_local=True)))
+
+
 def story(name: str, seen: View, *entries: FrameEntry) -> list:
     request_id = RequestId(name)
     return [
@@ -305,6 +341,7 @@ def stream_out_messages() -> list[dict]:
         *story("forged-6", view(stamps={Event.ACCEPTED: 1e308}, deadline_s=1e308)),
         *story("forged-7", view(num_choices=0, num_prompt_tokens=-4)),
         *story("forged-8", view(edge=Incarnation("")), entry("forged-8", 0, finish=FinishReason.REJECTED)),
+        *(replace(each, explanation=WHY) if isinstance(each, Open) else each for each in story("forged-9", view())),
         Cut(RequestId("forged-1"), 0, 2, "", FinishReason.CANCELLED, ErrorBody("m", "t", 10**6, retry_after_s=1e308)),
         Cut(RequestId("forged-1"), 0, 10**9, "far ahead"),
         Cut(RequestId("forged-9"), -1, 2, "before any open", FinishReason.EXPIRED),
@@ -330,6 +367,7 @@ def test_stories(live):
     fuzz(st.tuples(st.integers(0, 15), st.lists(hostile(stream_out_messages()), min_size=1, max_size=4)), try_one)
     live.check_good_request()
     check_ends_are_told(live)
+    check_placements_are_told(live)
     live.check_quiet()
     assert live.system.edges[0].service.metrics.undecodable._value.get() > 0
 
@@ -341,6 +379,25 @@ def test_a_story_of_which_no_answer_can_be_made_ends_all_the_same(live):
         live.send(STREAM_OUT.name, partition_of(request_id), encode(message))
     live.check_each_has_one_result({request_id.encode()})
     live.check_good_request()
+
+
+def check_placements_are_told(live) -> None:
+    """Of whatever stands in the log, where it can be asked for."""
+    told = RequestId("forged-told")
+    for message in story(told, view()):
+        said = replace(message, explanation=WHY) if isinstance(message, Open) else message
+        live.send(STREAM_OUT.name, partition_of(told), encode(said))
+    live.check_each_has_one_result({told.encode()})
+
+    async def ask():
+        async with httpx.AsyncClient(base_url=live.system.edges[0].url, trust_env=False) as client:
+            names = [told, *(f"forged-{number}-{kind}" for number in range(4) for kind in range(1, 12))]
+            return [await client.get(f"/v1/requests/{name}/placement") for name in names]
+
+    answers = live.run(ask())
+    assert {answer.status_code for answer in answers} <= {200, 404}
+    (placed,) = answers[0].json()["placements"]
+    assert placed["explanation"]["candidates"][0]["queue_s"] == CANDIDATE.queue_s
 
 
 def check_ends_are_told(live) -> None:

@@ -94,6 +94,7 @@ async def test_without_a_key_of_the_file_nothing_is_told(tmp_path, authorization
             ("GET", "/v1/requests/anything"),
             ("DELETE", "/v1/requests/anything"),
             ("GET", "/v1/requests/anything/events"),
+            ("GET", "/v1/requests/anything/placement"),
         ):
             answer = await stranger.request(method, path, json=BODY if method == "POST" else None)
             assert answer.status_code == 401, (method, path)
@@ -108,14 +109,14 @@ async def test_a_tenant_cannot_say_that_it_is_another(tmp_path):
 
 
 async def test_what_is_of_another_tenant_is_as_if_it_were_not(tmp_path):
-    """By its id, which a rival would have to guess: no answer, no end, no events."""
+    """By its id, which a rival would have to guess: no answer, no end, no events, not where it was placed."""
     async with an_edge(tmp_path) as (_, acme, rival):
         mine = await acme.post("/v1/completions", json=BODY)
         assert mine.status_code == 200
         name = mine.headers["x-request-id"]
-        for method in ("GET", "DELETE"):
-            theirs = await rival.request(method, f"/v1/requests/{name}")
-            unknown = await rival.request(method, "/v1/requests/nobodys")
+        for method, of_it in (("GET", ""), ("DELETE", ""), ("GET", "/placement")):
+            theirs = await rival.request(method, f"/v1/requests/{name}{of_it}")
+            unknown = await rival.request(method, f"/v1/requests/nobodys{of_it}")
             assert theirs.status_code == unknown.status_code == 404
             assert theirs.text.replace(name, "nobodys") == unknown.text
         resumed = await rival.post(
@@ -123,6 +124,7 @@ async def test_what_is_of_another_tenant_is_as_if_it_were_not(tmp_path):
         )
         assert resumed.status_code == 404
         assert (await acme.get(f"/v1/requests/{name}")).status_code == 200
+        assert (await acme.get(f"/v1/requests/{name}/placement")).status_code == 200
 
 
 async def test_an_idempotency_key_joins_only_the_tenants_own_request(tmp_path):
