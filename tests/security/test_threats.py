@@ -17,7 +17,7 @@ from services.stream_out import tenants as tenants_module
 from services.stream_out.sse import Cursor, format_event, parse_event_id
 from services.stream_out.tenants import KEY_PREFIX, Tenants, key_hash
 from shared.errors import InvalidRequest, NotAuthenticated
-from shared.request import RequestId
+from shared.request import NUM_SLOTS, RequestId
 from shared.state import keys
 from shared.state.port import RequestHint
 from shared.wire.topics import DEAD_LETTER
@@ -125,6 +125,25 @@ async def test_what_is_of_another_tenant_is_as_if_it_were_not(tmp_path):
         assert resumed.status_code == 404
         assert (await acme.get(f"/v1/requests/{name}")).status_code == 200
         assert (await acme.get(f"/v1/requests/{name}/placement")).status_code == 200
+
+
+async def test_a_placement_shows_slots_and_times_and_not_who_the_workers_are(tmp_path):
+    async with an_edge(tmp_path) as (system, acme, rival):
+        theirs = await rival.post("/v1/completions", json=BODY)
+        mine = await acme.post("/v1/completions", json=BODY)
+        answer = await acme.get(f"/v1/requests/{mine.headers['x-request-id']}/placement")
+        (placed,) = answer.json()["placements"]
+        assert placed.keys() == {"index", "epoch", "prefill", "decode", "placed", "explanation"}
+        assert placed["explanation"].keys() == {"reason", "num_considered", "candidates"}
+        for candidate in placed["explanation"]["candidates"]:
+            assert all(isinstance(value, int | float) for value in candidate.values())
+        workers = await system.workers[0].state.workers(num_slots=NUM_SLOTS)
+        secret = [
+            *(worker.card.incarnation for worker in workers),
+            *(worker.card.transfer_address for worker in workers),
+        ]
+        for each in (*secret, theirs.headers["x-request-id"], "rival"):
+            assert each not in answer.text
 
 
 async def test_an_idempotency_key_joins_only_the_tenants_own_request(tmp_path):
