@@ -39,12 +39,14 @@ def build_engine(settings: SaltedSettings) -> PagedEngine:
     """The fake engine that the settings describe."""
     assert settings.num_pages is not None
     facts = ModelFacts.load(Path(settings.model), settings.served_model)
+    model = fake_model(settings.served_model, vocab_size=facts.vocab_size)
     return fake_engine(
-        model=fake_model(settings.served_model, vocab_size=facts.vocab_size),
+        model=model,
         num_pages=settings.num_pages,
         max_context=facts.max_context,
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
+        num_host_pages=int(settings.host_cache_gb * 1e9) // model.layout.page_bytes,
         salted=settings.fake_salted,
         pace=Pace(settings.fake_step_s) if settings.fake_step_s else None,
     )

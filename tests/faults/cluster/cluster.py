@@ -32,6 +32,9 @@ GRACE_S = 15.0
 KEEP_ALIVE_S = 1.0
 DRAIN_S = 2.0
 
+HOST_CACHE_GB = "0.0005"
+"""Of the first worker of each role: twice as many pages as its cache has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
@@ -193,11 +196,12 @@ async def running_cluster(folder, shape=Shape()):
                     "BATON_MODEL": str(model_folder),
                     "BATON_MODEL_NAME": MODEL,
                     "BATON_HTTP_PORT": str(ports.pick()),
-                    **HAND_OVER_ALWAYS,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONUNBUFFERED": "1",
                 }
-                if role == "edge":
+                if name == "ingest-0":
+                    env |= HAND_OVER_ALWAYS  # the others have prompts computed where they decode: both ways are gone
+                elif role == "edge":
                     env |= {"BATON_GRACE_S": str(GRACE_S), "BATON_KEEP_ALIVE_S": str(KEEP_ALIVE_S)}
                 elif role in {"prefill", "decode"}:
                     transfer_port = ports.pick()
@@ -211,6 +215,7 @@ async def running_cluster(folder, shape=Shape()):
                         "BATON_NUM_PAGES": str(shape.num_pages),
                         "BATON_MAX_RUNNING": str(shape.max_running),
                         "BATON_MAX_BATCH_TOKENS": "256",
+                        "BATON_HOST_CACHE_GB": HOST_CACHE_GB if name.endswith("-0") else "0",
                         "BATON_FAKE_STEP_S": str(shape.step_s),
                         "BATON_STEP_S": str(STEP_S),
                         "BATON_DRAIN_S": str(DRAIN_S),
