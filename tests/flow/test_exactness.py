@@ -81,11 +81,10 @@ async def a_system(folder, backend, *, num_pages=64, num_decode=2):
             await system.close()
 
 
-async def answers(system, prompts, num_new):
+async def answers(system, prompts, num_new, **fields):
     """All prompts at once."""
-    bodies = [
-        {"model": MODEL, "prompt": ids, "max_tokens": num_new, "temperature": 0, "ignore_eos": True} for ids in prompts
-    ]
+    common = {"model": MODEL, "max_tokens": num_new, "temperature": 0, "ignore_eos": True, **fields}
+    bodies = [{**common, "prompt": ids} for ids in prompts]
     requests = [await system.submit(body) for body in bodies]
     states = [await system.ended(request, timeout_s=60) for request in requests]
     return states, [list(state.choice(0).ids) for state in states]
@@ -115,8 +114,9 @@ async def test_tokens_survive_preemption_on_the_decode_worker(backend, tmp_path)
     folder = write_tiny_checkpoint(tmp_path, TinyCheckpoint(overrides=HEAD_DIM_64))
     oracle = Oracle(folder)
     prompts = [a_prompt(65, seed) for seed in range(2)]
-    async with a_system(folder, backend, num_pages=12, num_decode=1) as system:
-        _, found = await answers(system, prompts, 400)
+    async with a_system(folder, backend, num_pages=14, num_decode=1) as system:
+        # What may end at any time gets room for 7 pages, and comes to need 8.
+        _, found = await answers(system, prompts, 400, stop=["what it never says"])
         decode = system.workers[-1].engine
         assert decode.stats().num_preemptions > 0
         assert found == [oracle.answer(ids, 400) for ids in prompts]
