@@ -255,7 +255,7 @@ class Backlog:
         except StateUnavailable as error:
             self._log.warning("placement waits for the state", error=str(error))
             if is_late:
-                return Expired()
+                return EndedBefore() if self._has_ended(waiting.admitted.job) else Expired()
             await asyncio.sleep(STATE_RETRY_S)
             return None
         if standing is not None:

@@ -2,7 +2,9 @@
 
     ingest ────────┐
                    ├─ admit (thread) ─> backlog ─> placed ─> work, `open` ─> dealt with ─> low water ─> commit
-    ingest-resume ─┘         └─ refused: a cut with an outcome, in the request's own partition
+    ingest-resume ─┘ │       └─ refused: a cut with an outcome, in the request's own partition
+           ^         └─ batch beyond what waits in line: put down
+           └── its record is read again ┘
 
 Until its `open` stands in the log a request is ingest's; a successor reads it again from the committed offset, and asks
 for the same placement. Each partition is leased; two ingests on one partition at once do no harm.
@@ -14,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from services.ingest.admission import Admission, Admitted
+from services.ingest.again import RecordsAgain
 from services.ingest.backlog import Backlog, EndedBefore, Expired, Settled
 from services.ingest.cluster import Cluster
 from services.ingest.ended import EndedJobs
@@ -26,7 +29,6 @@ from services.ingest.results import follow_results
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
 from services.ingest.work import InHand, Placed, Waiting
-from shared.bus.one_record import record_at
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import ContextTooLong, RequestError, RequestFailed
 from shared.observe.log import Logger
@@ -36,7 +38,7 @@ from shared.request import FinishReason, Incarnation, PlacementId, Priority
 from shared.state import keys
 from shared.state.port import State, StateUnavailable
 from shared.wire.codec import UndecodableMessage
-from shared.wire.to_ingest import RESUME_DECODER, LogPosition, Resume
+from shared.wire.to_ingest import RESUME_DECODER, Resume
 from shared.wire.topics import INGEST, INGEST_RESUME
 
 READ_TIMEOUT_S = 1.0
@@ -128,6 +130,7 @@ class IngestService:
         self._hands = {topic.name: Hands(MAX_IN_HAND, MAX_IN_HAND_BYTES) for topic in (INGEST, INGEST_RESUME)}
         self._hands[BATCH] = Hands(MAX_BATCH_IN_HAND, MAX_BATCH_IN_HAND_BYTES)
         self._parked = Parked()
+        self._again = RecordsAgain(bus, log)
         self._num_taken_up = 0
         self._partitions: Partitions | None = None
         self._under_way: set[asyncio.Task[None]] = set()
@@ -185,6 +188,8 @@ class IngestService:
         for task in self._under_way:
             task.cancel()
 
+    # Records
+
     async def _read_for_ever(self, reader: Reader, partitions: Partitions, take: Take) -> None:
         while True:
             records = await reader.read(READ_TIMEOUT_S)
@@ -203,52 +208,6 @@ class IngestService:
             await take(record, in_hand)
         finally:
             self._backlog.pace.leave()
-
-    async def _report_backlog(self) -> None:
-        """Tell edges how long the line is, and read of the others' lines; all that stands in the log is in hand, unless
-        the hands are full."""
-        assert self._partitions is not None
-        try:
-            if self._hands[INGEST.name].full:
-                self._num_unread = await self._partitions.num_unread(INGEST.name)
-            else:
-                self._num_unread = 0
-        except BusUnavailable as error:
-            self._log.warning("unread jobs not counted", error=str(error))
-        try:
-            report = self._backlog.report(self._num_unread)
-            await self._state.report_backlog(self._incarnation, report, lease_ms=keys.LEASE_MS)
-            published = await self._state.backlogs(lease_ms=keys.LEASE_MS)
-            self._backlog.note_reports(each.report for each in published)
-        except StateUnavailable as error:
-            self._log.warning("backlog not reported", error=str(error))
-
-    async def _look_at_workers(self) -> None:
-        try:
-            await self._cluster.refresh()
-        except StateUnavailable as error:
-            if self._sees_workers:  # said once, not ten times a second
-                self._log.warning("workers not seen", error=str(error))
-            self._sees_workers = False
-        else:
-            self._sees_workers = True
-
-    async def _tell_threshold(self) -> None:
-        threshold = self._backlog.local_threshold()
-        if threshold is not None:
-            self._metrics.local_threshold.set(threshold)
-
-    async def _follow_feeds(self) -> None:
-        try:
-            await self._cluster.follow_feeds()
-        except StateUnavailable as error:
-            self._log.warning("block announcements not read", error=str(error))
-
-    def _see_result(self, result: Record) -> None:
-        self._ended.see(result)
-        self._lengths.learn(result)
-
-    # Admitting
 
     async def _take_job(self, record: Record, in_hand: InHand) -> None:
         assert self._partitions is not None
@@ -278,13 +237,60 @@ class IngestService:
         for choice in range(admitted.spec.n):
             self._backlog.add(Waiting(in_hand, admitted, choice, 1, no_ids, self._clock_s()))
 
+    async def _take_resume(self, record: Record, in_hand: InHand) -> None:
+        try:
+            resume = RESUME_DECODER.decode(record.value)
+        except UndecodableMessage as error:
+            self._metrics.undecodable.inc()
+            self._log.error("resume record ignored", error=str(error), offset=record.offset)
+            self._done(in_hand)
+            return
+        try:
+            job = read_job(await self._look_up(resume), default_deadline_s=self._default_deadline_s)
+            self._hold(in_hand, job)
+            admitted = await self._admit(job, None)
+        except RequestError as error:
+            self._log.error("not placed again", request_id=resume.request_id, epoch=resume.epoch, error=error.message)
+            await self._story.give_up(resume, error)
+            self._done(in_hand)
+            return
+        # What it was admitted with: the workers that are there now may hold more or less.
+        admitted = replace(admitted, sampling=replace(admitted.sampling, max_tokens=resume.max_tokens))
+        self._backlog.add(Waiting(in_hand, admitted, resume.choice, resume.epoch, resume.accepted_ids, self._clock_s()))
+
+    async def _look_up(self, resume: Resume) -> Record:
+        """The record of the job, from its place in the log. Raises RequestFailed if it is not there."""
+        wanted = resume.job
+        record = await self._again.at(INGEST.name, wanted)
+        if record is None or request_id_of(record) != resume.request_id:
+            raise RequestFailed(
+                f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}"
+            )
+        return record
+
     def _hold(self, in_hand: InHand, job: Job, others_had_since_s: float | None = None) -> None:
         """The record's job is in hand from now on, until `_done`."""
         if in_hand.request_id is None:
             in_hand.request_id = job.request_id
             self._ended.hold(job, others_had_since_s)
 
-    # Putting down
+    def _hands_for(self, in_hand: InHand) -> Hands:
+        return self._hands[BATCH if in_hand.is_batch else in_hand.topic]
+
+    def _done(self, in_hand: InHand) -> None:
+        """One of the record's choices is dispatched or refused; after the last the record is dealt with."""
+        assert self._partitions is not None
+        in_hand.num_open_choices -= 1
+        if in_hand.num_open_choices <= 0:
+            self._partitions.end(in_hand)
+            self._hands_for(in_hand).give_back(in_hand)
+            self._let_go(in_hand)
+
+    def _let_go(self, in_hand: InHand) -> None:
+        if in_hand.request_id is not None:
+            self._ended.let_go(in_hand.request_id)
+
+    # Batch jobs beyond those that wait in line
 
     def _has_batch_hand(self, in_hand: InHand, job: Job) -> bool:
         """Whether a batch job has one of the hands for such, or gets one now; in any case it needs no other."""
@@ -310,13 +316,13 @@ class IngestService:
             if in_hand.position.partition not in self._partitions.owned:
                 self._let_go(in_hand)  # its new owner's
                 continue
-            self._hand_of(in_hand).add(in_hand)
+            self._hands_for(in_hand).add(in_hand)
             self._num_taken_up += 1
             self._begin(self._take_up(in_hand))
 
     async def _take_up(self, in_hand: InHand) -> None:
         try:
-            record = await self._read_again(in_hand.topic, in_hand.position)
+            record = await self._again.at(in_hand.topic, in_hand.position)
             if record is None:
                 self._log.error("record gone from the log", topic=in_hand.topic, position=in_hand.position)
                 self._done(in_hand)
@@ -326,60 +332,7 @@ class IngestService:
         finally:
             self._num_taken_up -= 1
 
-    def _hand_of(self, in_hand: InHand) -> Hands:
-        return self._hands[BATCH if in_hand.is_batch else in_hand.topic]
-
-    # What admission needs
-
-    def _capacity(self) -> int | None:
-        return capacity_tokens(self._admission.model_name, self._cluster.view)
-
-    async def _learn_capacity(self, job: Job) -> bool:
-        """Wait for workers, where none were known: only they tell how long an answer may get that names no length."""
-        if self._capacity() is not None:
-            return False
-        while self._capacity() is None and self._clock_s() < job.deadline_s:  # noqa: ASYNC110 - a view that is polled
-            await asyncio.sleep(FEED_INTERVAL_S)
-        return True
-
-    async def _take_resume(self, record: Record, in_hand: InHand) -> None:
-        try:
-            resume = RESUME_DECODER.decode(record.value)
-        except UndecodableMessage as error:
-            self._metrics.undecodable.inc()
-            self._log.error("resume record ignored", error=str(error), offset=record.offset)
-            self._done(in_hand)
-            return
-        try:
-            job = read_job(await self._look_up(resume), default_deadline_s=self._default_deadline_s)
-            self._hold(in_hand, job)
-            admitted = await self._admit(job, None)
-        except RequestError as error:
-            self._log.error("not placed again", request_id=resume.request_id, epoch=resume.epoch, error=error.message)
-            await self._story.give_up(resume, error)
-            self._done(in_hand)
-            return
-        # What it was admitted with: the workers that are there now may hold more or less.
-        admitted = replace(admitted, sampling=replace(admitted.sampling, max_tokens=resume.max_tokens))
-        self._backlog.add(Waiting(in_hand, admitted, resume.choice, resume.epoch, resume.accepted_ids, self._clock_s()))
-
-    async def _look_up(self, resume: Resume) -> Record:
-        """The record of the job, from its place in the log. Raises RequestFailed if it is not there."""
-        wanted = resume.job
-        record = await self._read_again(INGEST.name, wanted)
-        if record is None or request_id_of(record) != resume.request_id:
-            raise RequestFailed(
-                f"the job is gone from {INGEST.name}, partition {wanted.partition} offset {wanted.offset}"
-            )
-        return record
-
-    async def _read_again(self, topic: str, position: LogPosition) -> Record | None:
-        """The record that stands there; None: it is gone."""
-        while True:
-            try:
-                return await record_at(self._bus, topic, position.partition, position.offset, group=GROUP)
-            except BusUnavailable as error:
-                self._log.warning("looking up a record waits for the log", error=str(error))
+    # Admission
 
     async def _admit(self, job: Job, capacity: int | None) -> Admitted:
         """Raises RequestError, for a defect of ours too: it ends one job, or the service would fail on it for ever."""
@@ -393,13 +346,24 @@ class IngestService:
             self._log.exception("admission failed", request_id=job.request_id)
             raise RequestFailed("the request failed here; nothing was wrong with it") from error
 
+    def _capacity(self) -> int | None:
+        return capacity_tokens(self._admission.model_name, self._cluster.view)
+
+    async def _learn_capacity(self, job: Job) -> bool:
+        """Wait for workers, where none were known: only they tell how long an answer may get that names no length."""
+        if self._capacity() is not None:
+            return False
+        while self._capacity() is None and self._clock_s() < job.deadline_s:  # noqa: ASYNC110 - a view that is polled
+            await asyncio.sleep(FEED_INTERVAL_S)
+        return True
+
     async def _refuse(self, job: Job, in_hand: InHand, error: RequestError) -> None:
         self._metrics.rejected.labels(error.code or error.type).inc()
         self._log.info("refused", request_id=job.request_id, tenant=job.tenant, param=error.param, code=error.code)
         await self._story.refuse(job, in_hand, error)
         self._done(in_hand)
 
-    # Placing
+    # Placements
 
     async def _place_for_ever(self) -> None:
         while True:
@@ -421,18 +385,51 @@ class IngestService:
                 self._metrics.jobs_ended_before.inc()
         self._done(waiting.record)
 
-    def _done(self, in_hand: InHand) -> None:
-        """One of the record's choices is dispatched or refused; after the last the record is dealt with."""
-        assert self._partitions is not None
-        in_hand.num_open_choices -= 1
-        if in_hand.num_open_choices <= 0:
-            self._partitions.end(in_hand)
-            self._hand_of(in_hand).give_back(in_hand)
-            self._let_go(in_hand)
+    # What is told and seen
 
-    def _let_go(self, in_hand: InHand) -> None:
-        if in_hand.request_id is not None:
-            self._ended.let_go(in_hand.request_id)
+    async def _report_backlog(self) -> None:
+        """Tell edges how long the line is, and read of the others' lines; all that stands in the log is in hand, unless
+        the hands are full."""
+        assert self._partitions is not None
+        try:
+            if self._hands[INGEST.name].full:
+                self._num_unread = await self._partitions.num_unread(INGEST.name)
+            else:
+                self._num_unread = 0
+        except BusUnavailable as error:
+            self._log.warning("unread jobs not counted", error=str(error))
+        try:
+            report = self._backlog.report(self._num_unread)
+            await self._state.report_backlog(self._incarnation, report, lease_ms=keys.LEASE_MS)
+            published = await self._state.backlogs(lease_ms=keys.LEASE_MS)
+            self._backlog.note_reports(each.report for each in published)
+        except StateUnavailable as error:
+            self._log.warning("backlog not reported", error=str(error))
+
+    async def _tell_threshold(self) -> None:
+        threshold = self._backlog.local_threshold()
+        if threshold is not None:
+            self._metrics.local_threshold.set(threshold)
+
+    async def _look_at_workers(self) -> None:
+        try:
+            await self._cluster.refresh()
+        except StateUnavailable as error:
+            if self._sees_workers:  # said once, not ten times a second
+                self._log.warning("workers not seen", error=str(error))
+            self._sees_workers = False
+        else:
+            self._sees_workers = True
+
+    async def _follow_feeds(self) -> None:
+        try:
+            await self._cluster.follow_feeds()
+        except StateUnavailable as error:
+            self._log.warning("block announcements not read", error=str(error))
+
+    def _see_result(self, result: Record) -> None:
+        self._ended.see(result)
+        self._lengths.learn(result)
 
 
 async def _every(interval_s: float, do: Callable[[], Awaitable[None]]) -> None:
