@@ -12,9 +12,9 @@ long that it must not start where others come all the time, until they do not.
 import asyncio
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job
@@ -26,7 +26,7 @@ from shared.observe.log import Logger
 from shared.observe.metrics import IngestMetrics
 from shared.policy.admission import BacklogReport, Outlook, Usual, WaitingLine
 from shared.policy.idle_capacity import leaves_others_alone, needed_quiet_s
-from shared.policy.line import Claim, Entry, Line
+from shared.policy.line import Blocked, Claim, Entry, Line
 from shared.policy.placement import Chosen, Decision, NeverFits, NoRoomNow, Rules, capacity_tokens, place
 from shared.policy.views import ClusterView, RequestView
 from shared.request import PlacementId, Priority
@@ -72,7 +72,6 @@ class Backlog:
 
     Attributes:
         pace: counts the choices that wait here, and whoever else is said to it to wait; not batch, nor who is aside.
-        others_wait: somebody who is not batch waits for room, here or at another ingest.
     """
 
     def __init__(
@@ -102,7 +101,12 @@ class Backlog:
         self._too_long: list[tuple[float, int, Entry[Waiting]]] = []
         """A heap, by the quiet that each needs."""
         self.pace = WaitingLine(clock_s())
-        self.others_wait = False
+        self._blocked: tuple[Entry[Waiting], float] | None = None
+        """Who was first and found no room, and since when."""
+        self._others_blocked: list[tuple[Blocked, float]] = []
+        """At other ingests, each with the time at which it was said."""
+        self._others_wait = False
+        """Somebody who is not batch waits for room at another ingest."""
         self._urgent_s = -math.inf
         """When somebody came last who is not batch."""
         self._usual: Usual | None = None
@@ -131,6 +135,7 @@ class Backlog:
             num_standard=self._line.num_standard,
             oldest_batch_wait_s=self._oldest_wait_s(now_s, is_batch=True),
             outlook=self._outlook(),
+            blocked=self._blocked_first(now_s),
         )
 
     def _outlook(self) -> Outlook | None:
@@ -142,9 +147,23 @@ class Backlog:
         oldest = self._line.oldest(is_batch=is_batch)
         return 0.0 if oldest is None else now_s - oldest.item.admitted_s
 
-    def note_reports(self, reports: Iterable[BacklogReport]) -> None:
-        """What all ingests said of their lines at their last beat."""
-        self.others_wait = any(report.oldest_wait_s >= WAITS_FOR_ROOM_S for report in reports)
+    def note_others(self, reports: Sequence[BacklogReport]) -> None:
+        """What other ingests said of their lines at their last beat."""
+        now_s = self._clock_s()
+        self._others_wait = any(report.oldest_wait_s >= WAITS_FOR_ROOM_S for report in reports)
+        self._others_blocked = [(report.blocked, now_s) for report in reports if report.blocked is not None]
+
+    def _blocked_first(self, now_s: float) -> Blocked | None:
+        if self._blocked is None or self._blocked[0] is not self._line.first() or _is_batch(self._blocked[0].item):
+            return None
+        return Blocked.of(self._blocked[0].claim, now_s - self._blocked[1])
+
+    def _is_held_back(self, entry: Entry[Waiting]) -> bool:
+        """By who waits for room at another ingest."""
+        now_s = self._clock_s()
+        mine = self._blocked_first(now_s) or Blocked.of(entry.claim, 0.0)
+        others = (replace(other, for_s=other.for_s + now_s - said_s) for other, said_s in self._others_blocked)
+        return any(other.holds_back(mine) for other in others)
 
     def local_threshold(self) -> int | None:
         """See `threshold`, for choices such as those placed lately; None before there were any."""
@@ -162,11 +181,16 @@ class Backlog:
             if entry is None:
                 await self._wait_for_more(ROOM_POLL_S if len(self._line) else None)
                 continue
+            if not self._is_over(entry.item) and self._is_held_back(entry):
+                await self._wait_for_room()
+                continue
             settled = await self._settle(entry.item)
             if isinstance(settled, _TooBusy) or (isinstance(settled, NeverFits) and entry.item.is_resumed):
                 self._set_aside(entry, settled)
                 continue
             if settled is None:
+                if self._blocked is None or self._blocked[0] is not entry:
+                    self._blocked = entry, self._clock_s()
                 entry, settled = await self._overtaker()
             if entry is None or settled is None:
                 await self._wait_for_room()
@@ -177,7 +201,7 @@ class Backlog:
     async def _overtaker(self) -> tuple[Entry[Waiting] | None, Settled | None]:
         """Somebody placed who may go before the first."""
         for entry in self._line.overtakers():
-            if self._is_late(entry.item) or self._has_ended(entry.item.admitted.job):
+            if self._is_over(entry.item):
                 continue
             try:
                 placed = await self._place_by_recent_view(entry.item)
@@ -234,6 +258,10 @@ class Backlog:
         admitted = waiting.admitted
         limit_tokens = capacity_tokens(admitted.spec.model, self._cluster.view)
         return limit_tokens is None or len(admitted.prompt_ids) + admitted.sampling.max_tokens <= limit_tokens
+
+    def _is_over(self, waiting: Waiting) -> bool:
+        """It needs no place."""
+        return self._is_late(waiting) or self._has_ended(waiting.admitted.job)
 
     def _is_late(self, waiting: Waiting) -> bool:
         return self._clock_s() >= waiting.admitted.job.deadline_s
@@ -296,7 +324,7 @@ class Backlog:
         quiet_s, needed_s = self._clock_s() - self._urgent_s, needed_quiet_s(chosen, self._rules)
         if quiet_s < needed_s:
             return _TooBusy(needed_s)
-        if self.others_wait or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
+        if self._others_wait or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
             return NoRoomNow()
         return chosen
 

@@ -402,7 +402,7 @@ class IngestService:
             report = self._backlog.report(self._num_unread)
             await self._state.report_backlog(self._incarnation, report, lease_ms=keys.LEASE_MS)
             published = await self._state.backlogs(lease_ms=keys.LEASE_MS)
-            self._backlog.note_reports(each.report for each in published)
+            self._backlog.note_others([each.report for each in published if each.member != self._incarnation])
         except StateUnavailable as error:
             self._log.warning("backlog not reported", error=str(error))
 

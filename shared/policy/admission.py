@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from shared.blocks import PAGE_TOKENS
+from shared.policy.line import Blocked
 from shared.policy.views import ClusterView, WorkerView
 from shared.request import Priority
 
@@ -162,6 +163,7 @@ class BacklogReport:
             is known of how fast it can go.
         num_standard: of `num_waiting`, those that let interactive ones go first.
         oldest_batch_wait_s: for which the first batch job has waited.
+        blocked: who is first and has no room; not batch.
     """
 
     num_waiting: int
@@ -170,6 +172,7 @@ class BacklogReport:
     num_standard: int = 0
     oldest_batch_wait_s: float = 0.0
     outlook: Outlook | None = None
+    blocked: Blocked | None = None
 
     def num_ahead(self, priority: Priority) -> int:
         """Of somebody who comes now."""

@@ -14,7 +14,9 @@ then on nobody goes by: what runs comes to its end, all room that becomes free s
 everybody that fits at all is placed after a bounded number of others of its class. A class waits as long as those above
 it have work: that is what classes are for. The same is true of batch, whose deadlines are late.
 
-Each process counts its own line; a tenant's requests are spread over the processes evenly, by their ids.
+Each process counts its own line; a tenant's requests are spread over the processes evenly, by their ids. But room is
+everybody's: who has been first in one line for WAITS_LONG_S without room is waited for in all of them, up to
+GIVEN_UP_AFTER_S (`Blocked`).
 """
 
 import heapq
@@ -35,6 +37,12 @@ NUM_TRIED = 4
 MAX_IDLE_COUNTERS = 10_000
 """Of tenants that do not wait; the smallest are forgotten."""
 
+WAITS_LONG_S = 5.0
+"""For the first of a line. Most who find no room find some within moments."""
+
+GIVEN_UP_AFTER_S = 60.0
+"""The other lines go on then: what takes its room may stay for hours."""
+
 _SLACK = 1000
 """Entries that are gone may be kept in a heap up to so many more than there are."""
 
@@ -54,6 +62,29 @@ class Claim:
     deadline_s: float
     num_tokens: float
     is_resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """The first of a line, for whom there is no room.
+
+    Attributes:
+        rank: 0 for who ran before, then by classes.
+        for_s: it has been so.
+    """
+
+    rank: int
+    for_s: float
+
+    @classmethod
+    def of(cls, claim: Claim, for_s: float) -> "Blocked":
+        return cls(0 if claim.is_resumed else 1 + list(Priority).index(claim.priority), for_s)
+
+    def holds_back(self, other: "Blocked") -> bool:
+        """Whether the first of another line leaves all room to this one."""
+        if not WAITS_LONG_S <= self.for_s < GIVEN_UP_AFTER_S:
+            return False
+        return self.rank < other.rank or (self.rank == other.rank and self.for_s > other.for_s)
 
 
 @dataclass(slots=True, eq=False)

@@ -342,8 +342,8 @@ class MemoryState:
             self._drop_old_backlogs(lease_ms)
             now_ms = self._store.now_ms()
             return [
-                PublishedBacklog(report, (now_ms - at_ms) / 1000)
-                for report, at_ms in self._store.contents.backlogs.values()
+                PublishedBacklog(member, report, (now_ms - at_ms) / 1000)
+                for member, (report, at_ms) in self._store.contents.backlogs.items()
             ]
 
         return await self._call("backlogs", read)

@@ -139,6 +139,7 @@ class RequestHint:
 class PublishedBacklog:
     """What an ingest said of its line, `age_s` ago."""
 
+    member: Incarnation
     report: BacklogReport
     age_s: float
 

@@ -314,8 +314,8 @@ class RedisState:
     async def backlogs(self, *, lease_ms: int) -> Sequence[PublishedBacklog]:
         answer: list[Any] = await self._run("backlogs", [keys.backlogs()], [lease_ms])
         return [
-            PublishedBacklog(self._report_reader.validate_json(report), age_ms / 1000)
-            for age_ms, report in zip(answer[::2], answer[1::2], strict=True)
+            PublishedBacklog(Incarnation(member.decode()), self._report_reader.validate_json(report), age_ms / 1000)
+            for member, age_ms, report in zip(answer[::3], answer[1::3], answer[2::3], strict=True)
         ]
 
     async def take_place(

@@ -9,6 +9,7 @@ import pytest
 
 from shared.blocks import BlockHash
 from shared.policy.admission import BacklogReport, Outlook, TenantLimits, Verdict
+from shared.policy.line import Blocked
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys, redis
@@ -685,14 +686,15 @@ async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
 
 async def test_a_backlog_is_known_for_a_lease(world, state):
     outlook = Outlook(12.5, 3.25, 0.0, 0.0125, 0.01, 120.5)
-    first, second = BacklogReport(3, 1.5, None, 2, 60.5, outlook), BacklogReport(0, 0.0, 12.25)
+    first = BacklogReport(3, 1.5, None, 2, 60.5, outlook, Blocked(1, 7.5))
+    second = BacklogReport(0, 0.0, 12.25)
     await state.report_backlog(Incarnation("a"), BacklogReport(9, 9.0, 9.0), lease_ms=world.lease_ms)
     await state.report_backlog(Incarnation("a"), first, lease_ms=world.lease_ms)
     await world.pass_time(world.lease_ms // 2)
     await state.report_backlog(Incarnation("b"), second, lease_ms=world.lease_ms)
 
     found = sorted(await state.backlogs(lease_ms=world.lease_ms), key=lambda each: each.age_s)
-    assert [each.report for each in found] == [second, first]
+    assert [(each.member, each.report) for each in found] == [("b", second), ("a", first)]
     assert found[1].age_s >= world.lease_ms / 2000
     await world.pass_time(world.lease_ms * 3 // 4)
     await state.report_backlog(Incarnation("b"), second, lease_ms=world.lease_ms)

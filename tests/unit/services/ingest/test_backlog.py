@@ -2,6 +2,8 @@
 
 import asyncio
 from array import array
+from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -44,10 +46,10 @@ class CountingState(MemoryState):
 
 
 class World:
-    def __init__(self):
+    def __init__(self, state=None):
         self.now_s = 1_700_000_000.0
         self.ended = set()
-        self.state = CountingState(MemoryStore(clock=lambda: self.now_s))
+        self.state = state or CountingState(MemoryStore(clock=lambda: self.now_s))
         metrics = IngestMetrics(CollectorRegistry())
         self.cluster = Cluster(self.state, metrics, lambda: self.now_s)
         ids = count()
@@ -316,12 +318,12 @@ async def test_a_long_batch_prompt_that_waits_aside_expires(slow_world):
 async def test_batch_waits_while_somebody_waits_for_room_at_another_ingest(world):
     await world.cluster.refresh()
     calm, rushed = BacklogReport(3, 0.01, None), BacklogReport(1, 0.4, 0.0)
-    world.backlog.note_reports([calm, rushed])
+    world.backlog.note_others([calm, rushed])
     in_line(world, world.waiting("batch", priority=Priority.BATCH))
     placing = asyncio.create_task(names_placed(world, 1))
     await asyncio.sleep(0.3)
     assert not placing.done()
-    world.backlog.note_reports([calm, calm])
+    world.backlog.note_others([calm, calm])
     assert await placing == ["batch"]
 
 
@@ -346,3 +348,40 @@ async def test_who_has_ended_overtakes_nobody(small_world):
     in_line(world, *(world.waiting(f"small{n}", max_tokens=4) for n in range(2)))
     world.ended.add("small0")
     assert await names_placed(world, 1) == ["small1"]
+
+
+async def test_a_large_one_is_placed_though_another_ingest_has_ever_so_many_small_ones(small_world):
+    """Each ingest keeps its own line, and one that looks fifty times a second finds all room that becomes free."""
+    here, there = small_world, World(small_world.state)
+    there.now_s = here.now_s
+    running, num_passed = deque(), 0
+
+    async def go_on():
+        """One of those that run ends, and somebody has its room; time passes."""
+        here.now_s += 0.2
+        there.now_s = here.now_s
+        if len(running) >= 4:
+            done = running.popleft()
+            for worker in (done.prefill, done.decode):
+                await here.state.give_back(done.id, worker.incarnation)
+        for name, role in (("small prefill", Role.PREFILL), ("small decode", Role.DECODE)):
+            await here.claim(name, role, num_pages=10)
+        told = [each.backlog.report(0) for each in (here, there)]
+        here.backlog.note_others(told[1:])
+        there.backlog.note_others(told[:1])
+        for each in (here, there):
+            await each.cluster.refresh()
+
+    running += [(await there.placed(f"first{number}", max_tokens=30)).placement for number in range(4)]
+    in_line(here, here.waiting("large", max_tokens=400))
+    placing = asyncio.create_task(here.backlog.next())
+    while not placing.done() and num_passed < 200:
+        in_line(there, there.waiting(f"small{num_passed}", max_tokens=30))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                _, settled = await there.backlog.next()
+                running.append(settled.placement)
+                num_passed += 1
+        await go_on()
+    assert placing.done(), f"{num_passed} others were placed meanwhile"
+    assert num_passed < 60

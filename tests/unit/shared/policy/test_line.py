@@ -1,12 +1,13 @@
 import random
 from collections import Counter, deque
-from itertools import count
+from dataclasses import replace
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.policy.line import Claim, Line
+from shared.policy.line import GIVEN_UP_AFTER_S, WAITS_LONG_S, Blocked, Claim, Line
 from shared.request import Priority
 
 INTERACTIVE, STANDARD, BATCH = Priority
@@ -241,3 +242,36 @@ def test_ten_thousand_that_wait_are_dealt_with_one_by_one():
         else:
             line.place(line.first())
     assert (len(line), line.num_urgent, line.num_batch) == (0, 0, 0)
+
+
+def test_of_two_lines_the_first_that_waits_longest_for_room_holds_back_the_other_for_a_while():
+    def blocked(for_s, priority=Priority.STANDARD, *, is_resumed=False):
+        return Blocked.of(Claim(priority, "t", 0.0, 1.0, is_resumed), for_s)
+
+    longer, shorter = blocked(WAITS_LONG_S + 1), blocked(WAITS_LONG_S)
+    assert longer.holds_back(shorter)
+    assert not shorter.holds_back(longer)
+    assert not longer.holds_back(longer), "of two alike none waits for the other"
+    assert not blocked(WAITS_LONG_S - 1).holds_back(blocked(0.0)), "it may find room in a moment"
+    assert not blocked(GIVEN_UP_AFTER_S).holds_back(blocked(0.0))
+    for above, below in pairwise([blocked(6.0, is_resumed=True), *(blocked(6.0, priority) for priority in Priority)]):
+        assert above.holds_back(replace(below, for_s=50.0))
+        assert not below.holds_back(replace(above, for_s=0.0))
+
+
+def test_who_is_aside_has_no_turn_and_is_told_of_when_late():
+    line = Line()
+    for number, priority in enumerate((Priority.STANDARD, Priority.BATCH, Priority.STANDARD)):
+        line.add(number, claim("t", 10, 100.0 + number, priority))
+    first = line.first()
+    line.set_aside(first)
+    assert (len(line), line.num_urgent, line.num_batch, line.first().item) == (3, 1, 1, 2)
+    assert line.oldest(is_batch=False).item == 2
+    assert line.late(100.0) is first
+    line.bring_back(first)
+    assert (line.num_urgent, line.first(), line.oldest(is_batch=False)) == (2, first, first)
+    line.set_aside(first)
+    line.leave(first)
+    assert (len(line), first.is_aside, line.late(100.0)) == (2, False, None)
+    line.leave(line.first())
+    assert (line.oldest(is_batch=False), line.oldest(is_batch=True).item) == (None, 1)
