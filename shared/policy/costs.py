@@ -9,7 +9,7 @@ and the cost of a placement is the loss of the request plus what it adds to the 
 
 - the rows of the decode worker, each of whose steps reads its context too;
 - the same rows once more, if the decode worker computes the prompt itself: steps with a chunk of it take longer;
-- those who wait for room in decode, for rows that are held up leave later;
+- those who will wait for room in decode, for rows that are held up leave later;
 - those who would have found the pages that go where pages are kept which another worker has already.
 
 The sum times the goal for the first token is the cost in seconds. What a prefill costs those who come behind it is no
@@ -18,7 +18,7 @@ part: they go where the line is short by then, and a price on it was worth nothi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import erfc, exp, fsum, pi, sqrt
+from math import erfc, fsum, sqrt
 
 from shared.policy.profile import LinkRate, SpeedProfile, num_pairs
 from shared.policy.views import WorkerView
@@ -28,13 +28,13 @@ SPREAD_EXPONENT = 6.0
 pi / sqrt(3) / 6 = 0.3 is the standard deviation of its logarithm. In the simulator it was 0.21 to 0.39 (times to the
 first token and between tokens, computed here or there; Mooncake and Azure conv near what eight workers bear)."""
 
-USES_OF_A_PAGE = 0.5
-"""How often a page is found before it goes, where caches save a third of all tokens, h: h / (1 - h); Mooncake's
-conversations could save 37%. A second copy serves nobody whom the first would not, and takes the place of such a page.
-Simulated, more of it finds more (of one LRU of all pages 93% at 0, 97% at 1), and goals kept do not change."""
+USES_OF_A_PAGE = 1.0
+"""How often a page that was found is found again before it goes; those of Mooncake's conversations are wanted twice
+more, sooner or later. A second copy serves nobody whom the first would not, and takes the place of such a page."""
 
-FAR_FROM_FULL = 8.0
-"""Square roots of the number of rows; that many places are never all taken by chance."""
+ROWS_SPREAD = 2.0
+"""Standard deviation of the number of rows in square roots of it, counted in places of average size. Purely random
+arrivals of requests of one size make it 1; of sizes as unequal as in Mooncake's trace 1.6, in a mix of traces 2.3."""
 
 UNMEASURED = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
 """Stands for a worker's speeds while no worker of its role has measured any: an 8B model on an H200."""
@@ -153,27 +153,24 @@ def added_loss(num_rows: int, before: float, after: float) -> float:
 
 
 def price_of_stall(decode: Sequence[WorkerView], num_pages: int, goal_s: float) -> float:
-    """Loss that a second in which a decode worker's rows stand still causes to those who wait for room.
+    """Loss that a second in which a decode worker's rows stand still causes to those who will wait for room.
 
-    Rows come and go at random while they are about as many as now, with room for some more of `num_pages` each. Of
-    such a system it is known how many wait (Halfin and Whitt 1981, "Heavy-traffic limits for queues with many
-    exponential servers"): with spare room for b square roots of the number of rows, somebody waits with probability
-    1 / (1 + b Phi(b) / phi(b)), and if so then one for each row and free place on average.
+    Its rows keep their places for a second longer. If all places are taken by then, for each of them somebody waits a
+    second longer. How many will be taken in the time of an answer is now many give or take what random arrivals and
+    ends change: without a limit their number would be Poisson distributed (the queue M/G/oo), so near to normal with
+    a variance equal to its mean, and larger where requests differ in size and come in bursts. A place has as many
+    pages as a row has on average, with the `num_pages` of the request that is placed as one.
     """
     if not decode:
         return 0.0
-    num_rows = num_free = 0
+    num_rows = sum(worker.num_credits for worker in decode)
+    place_pages = (sum(worker.num_credit_pages for worker in decode) + num_pages) / (num_rows + 1)
+    num_free = 0.0
     for worker in decode:
-        num_rows += worker.num_credits
-        by_pages = (worker.num_pages - worker.num_credit_pages) // num_pages
-        num_free += max(0, min(by_pages, worker.max_running - worker.num_credits))
-    spare = max(num_free, 1) / sqrt(max(num_rows, 1))
-    if spare > FAR_FROM_FULL:
-        return 0.0
-    density = exp(-spare * spare / 2) / sqrt(2 * pi)
-    below = erfc(-spare / sqrt(2)) / 2
-    num_waiting = num_rows / max(num_free, 1) / (1 + spare * below / density)
-    return num_waiting / len(decode) / goal_s
+        by_pages = (worker.num_pages - worker.num_credit_pages) / place_pages
+        num_free += max(0.0, min(by_pages, worker.max_running - worker.num_credits))
+    spare = num_free / (ROWS_SPREAD * sqrt(max(num_rows, 1)))
+    return num_rows / len(decode) * erfc(spare / sqrt(2)) / 2 / goal_s
 
 
 def mean_profile(workers: Sequence[WorkerView]) -> SpeedProfile:

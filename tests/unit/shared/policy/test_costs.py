@@ -1,7 +1,6 @@
 """Each part of a cost, by numbers that can be checked by hand."""
 
 import dataclasses
-from math import exp, pi, sqrt
 
 import pytest
 from hypothesis import given
@@ -66,23 +65,28 @@ def test_rows_lose_as_many_times_what_one_loses():
     assert costs.added_loss(0, 0.5, 1.0) == costs.added_loss(10, 0.5, 0.5) == 0
 
 
-def test_who_waits_for_room():
-    full = a_worker(0, num_credits=4, num_pages=8, num_credit_pages=7)
-    # One place is free beside four rows: half a square root of their number.
-    density, below = exp(-1 / 8) / sqrt(2 * pi), 0.6914625
-    num_waiting = 4 / (1 + 0.5 * below / density)
-    assert costs.price_of_stall([full], num_pages=1, goal_s=2) == pytest.approx(num_waiting / 2)
-    assert costs.price_of_stall([full, full], num_pages=2, goal_s=2) > costs.price_of_stall([full], 1, 2), (
-        "no place is free"
-    )
-    assert costs.price_of_stall([dataclasses.replace(full, num_pages=100)], num_pages=1, goal_s=2) == 0
-    assert costs.price_of_stall([], num_pages=1, goal_s=2) == 0
+def test_who_will_wait_for_room():
+    full = a_worker(0, num_credits=4, num_pages=12, num_credit_pages=8)
+    # Two places of two pages are free beside four rows: half a standard deviation.
+    assert costs.price_of_stall([full], num_pages=2, goal_s=2) == pytest.approx(4 * 0.3085375 / 2)
+    assert costs.price_of_stall([full] * 4, num_pages=2, goal_s=2) == pytest.approx(4 * 0.1586553 / 2), "a larger pool"
+    taken = dataclasses.replace(full, num_credit_pages=12)
+    assert costs.price_of_stall([taken], num_pages=2, goal_s=2) == pytest.approx(4 * 0.5 / 2)
+    assert costs.price_of_stall([dataclasses.replace(full, num_pages=200)], 2, 2) == pytest.approx(0, abs=1e-9)
+    assert costs.price_of_stall([a_worker(0)], num_pages=2, goal_s=2) == 0
+    assert costs.price_of_stall([], num_pages=2, goal_s=2) == 0
+
+
+def test_who_is_small_knows_that_others_are_not():
+    nearly_full = a_worker(0, num_credits=9, num_pages=100, num_credit_pages=95)
+    small, as_large = (costs.price_of_stall([nearly_full], num_pages, 2) for num_pages in (1, 10))
+    assert small == pytest.approx(as_large, rel=0.05)
 
 
 def test_seats_are_room_too():
     no_seat = a_worker(0, num_credits=8, max_running=8)
-    assert costs.price_of_stall([no_seat], num_pages=1, goal_s=2) > 1
-    assert costs.price_of_stall([dataclasses.replace(no_seat, max_running=80)], num_pages=1, goal_s=2) == 0
+    assert costs.price_of_stall([no_seat], num_pages=1, goal_s=2) == pytest.approx(8 * 0.5 / 2)
+    assert costs.price_of_stall([dataclasses.replace(no_seat, max_running=80)], 1, 2) == pytest.approx(0, abs=1e-9)
 
 
 def test_who_has_measured_nothing_is_taken_for_the_mean_of_those_who_have():
