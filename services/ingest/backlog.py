@@ -109,6 +109,8 @@ class Backlog:
         """Somebody who is not batch waits for room at another ingest."""
         self._urgent_s = -math.inf
         """When somebody came last who is not batch."""
+        self._others_urgent_s = -math.inf
+        """The same at other ingests."""
         self._usual: Usual | None = None
         self._grew = asyncio.Event()
         self._num_placed = 0
@@ -136,6 +138,7 @@ class Backlog:
             oldest_batch_wait_s=self._oldest_wait_s(now_s, is_batch=True),
             outlook=self._outlook(),
             blocked=self._blocked_first(now_s),
+            quiet_s=None if self._urgent_s == -math.inf else now_s - self._urgent_s,
         )
 
     def _outlook(self) -> Outlook | None:
@@ -152,6 +155,8 @@ class Backlog:
         now_s = self._clock_s()
         self._others_wait = any(report.oldest_wait_s >= WAITS_FOR_ROOM_S for report in reports)
         self._others_blocked = [(report.blocked, now_s) for report in reports if report.blocked is not None]
+        quiet_s = [report.quiet_s for report in reports if report.quiet_s is not None]
+        self._others_urgent_s = now_s - min(quiet_s, default=math.inf)
 
     def _blocked_first(self, now_s: float) -> Blocked | None:
         if self._blocked is None or self._blocked[0] is not self._line.first() or _is_batch(self._blocked[0].item):
@@ -248,7 +253,7 @@ class Backlog:
         for entry in [entry for entry in self._too_large if self._may_fit(entry.item)]:
             self._line.bring_back(entry)
             self.pace.join()
-        quiet_s = self._clock_s() - self._urgent_s
+        quiet_s = self._quiet_s()
         while self._too_long and self._too_long[0][0] <= quiet_s:
             _, _, entry = heapq.heappop(self._too_long)
             if entry.is_aside:
@@ -321,12 +326,16 @@ class Backlog:
 
     def _if_idle(self, chosen: Chosen, view: ClusterView) -> Chosen | NoRoomNow | _TooBusy:
         """For a batch job."""
-        quiet_s, needed_s = self._clock_s() - self._urgent_s, needed_quiet_s(chosen, self._rules)
+        quiet_s, needed_s = self._quiet_s(), needed_quiet_s(chosen, self._rules)
         if quiet_s < needed_s:
             return _TooBusy(needed_s)
         if self._others_wait or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
             return NoRoomNow()
         return chosen
+
+    def _quiet_s(self) -> float:
+        """For how long nobody but batch has come."""
+        return self._clock_s() - max(self._urgent_s, self._others_urgent_s)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted = waiting.admitted

@@ -72,7 +72,9 @@ class IngestMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.jobs = Counter("baton_jobs_total", "Jobs read from the topic ingest", registry=registry)
         self.jobs_ended_before = Counter(
-            "baton_jobs_ended_before_total", "Jobs read again that had their result", registry=registry
+            "baton_jobs_ended_before_total",
+            "Jobs, and choices in line, that were not placed because their request had its result",
+            registry=registry,
         )
         self.rejected = Counter("baton_rejected_total", "Jobs refused", ["code"], registry=registry)
         for refusal in REFUSALS:

@@ -164,6 +164,7 @@ class BacklogReport:
         num_standard: of `num_waiting`, those that let interactive ones go first.
         oldest_batch_wait_s: for which the first batch job has waited.
         blocked: who is first and has no room; not batch.
+        quiet_s: for which nobody but batch has come; None: for ever.
     """
 
     num_waiting: int
@@ -173,6 +174,7 @@ class BacklogReport:
     oldest_batch_wait_s: float = 0.0
     outlook: Outlook | None = None
     blocked: Blocked | None = None
+    quiet_s: float | None = None
 
     def num_ahead(self, priority: Priority) -> int:
         """Of somebody who comes now."""

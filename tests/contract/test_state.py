@@ -686,7 +686,7 @@ async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
 
 async def test_a_backlog_is_known_for_a_lease(world, state):
     outlook = Outlook(12.5, 3.25, 0.0, 0.0125, 0.01, 120.5)
-    first = BacklogReport(3, 1.5, None, 2, 60.5, outlook, Blocked(1, 7.5))
+    first = BacklogReport(3, 1.5, None, 2, 60.5, outlook, Blocked(1, 7.5), 0.25)
     second = BacklogReport(0, 0.0, 12.25)
     await state.report_backlog(Incarnation("a"), BacklogReport(9, 9.0, 9.0), lease_ms=world.lease_ms)
     await state.report_backlog(Incarnation("a"), first, lease_ms=world.lease_ms)

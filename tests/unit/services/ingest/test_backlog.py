@@ -294,10 +294,15 @@ async def test_a_long_batch_prompt_waits_for_a_quiet_time_and_no_other_batch_beh
     placing = asyncio.create_task(names_placed(world, 1))
     await asyncio.sleep(0.1)
     assert not placing.done()
+    assert world.backlog.report(0).quiet_s == 0
     await world.state.computed(PlacementId("p0"), Incarnation("slow prefill"))
     for _ in range(4):
         world.now_s += 0.8
+        world.backlog.note_others([BacklogReport(0, 0.0, None, quiet_s=0.0), BacklogReport(0, 0.0, None)])
         await world.state.up_ms(lease_ms=keys.LEASE_MS)
+    await asyncio.sleep(0.1)
+    assert not placing.done(), "somebody came to another ingest"
+    world.backlog.note_others([BacklogReport(0, 0.0, None, quiet_s=3.0)])
     assert await placing == ["long"]
 
 
