@@ -81,6 +81,13 @@ class LocalNetwork:
             raise KvTransferFailed(f"{address} refused: {Refusal.WRONG_SOURCE}")
         return source
 
+    async def lend(
+        self, source: "LocalTransfer", puller: "LocalTransfer", claim: BlocksClaim, proofs: bytes
+    ) -> Offer | None:
+        """`Offers.lend` of the source, asked by the puller, who is cut off from it when it is cancelled."""
+        del puller
+        return await source.offers.lend(claim, proofs)
+
     def link(self, offer: Offer, source: "LocalTransfer", puller: "LocalTransfer") -> "Link":
         fails, self._num_to_fail = self._num_to_fail > 0, max(0, self._num_to_fail - 1)
         return Link(offer, source, puller, fails=fails)
@@ -207,7 +214,7 @@ class LocalTransfer(Offering):
         source = await self._reach(address, incarnation)
         claim = BlocksClaim(b"", self.incarnation, self.address.encode(), tuple(map(name_of, keys)))
         try:
-            offer = await source.offers.lend(claim, claim.proofs(keys))
+            offer = await self._network.lend(source, self, claim, claim.proofs(keys))
         except PullRefused as refusal:
             raise KvTransferFailed(f"{address} refused: {refusal}") from refusal
         if offer is None:

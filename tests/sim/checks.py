@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from shared.blocks import token_ids
-from shared.bus.port import Record
+from shared.bus.port import Committed, Record
 from shared.engine.fake import fake_answer
 from shared.policy.fold import PartitionFold, RequestState
 from shared.request import FinishReason, PlacementId, RequestId, SamplingParams, WorkerRef
+from shared.state.memory import Credit
+from shared.wire.explanation import MAX_CANDIDATES
 from shared.wire.results import RESULT_DECODER, Result
 from shared.wire.to_stream_out import STREAM_OUT_DECODER, Cut, Frame, FrameEntry, Open
 from shared.wire.to_worker import (
@@ -26,6 +28,16 @@ from tests.sim.clients import Capture
 from tests.sim.world import Host, World
 
 MAX_LOSSES = 3
+
+RECOVERY_S = 10.0
+"""Behind the end of all faults, for whatever they did: several times as long as a lease, and as late copies take."""
+
+SERVICE_S = 1.0
+SERVICE_STEPS = 40
+"""So long a request may take where nothing is wrong: its own steps, and those of as many others as there ever are."""
+
+KEPT = ("num_running", "num_waiting", "num_held", "num_importing")
+"""Of an engine's stats: what it has of requests."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,12 @@ def findings(world: World, asked: dict[RequestId, Asked], captures: Iterable[Cap
             continue
         yield from _request(world, told, state, RESULT_DECODER.decode(copies[0]), asked[request_id], followed)
     yield from (f"{request_id} has a result and was never accepted" for request_id in written)
+    yield from _waits(world)
     yield from _order(told)
+    yield from _reasons(told)
     yield from _verdicts(world, told)
     yield from _workers(world)
+    yield from _ingests(world)
     yield from world.journal.errors
 
 
@@ -203,6 +218,23 @@ def _three_losses(told: Told, request_id: RequestId) -> bool:
     return len({cut.epoch for cut in cuts}) >= MAX_LOSSES
 
 
+def _waits(world: World) -> Iterator[str]:
+    """Nobody waits longer than what befell the system explains: a request that stood still until some limit ran out is
+    as bad as one that was lost."""
+    ended_s = {
+        RequestId((record.key or b"").decode()): record.timestamp_s
+        for partition in range(RESULTS.num_partitions)
+        for record in reversed(world.log.records(RESULTS.name, partition))
+    }
+    for request_id, record in accepted(world).items():
+        waited_s = ended_s.get(request_id, world.clock_s()) - max(record.timestamp_s, world.calm_s)
+        limit_s = SERVICE_S + SERVICE_STEPS * world.conditions.step_s
+        if world.conditions.has_faults and record.timestamp_s < world.rested_s:
+            limit_s += RECOVERY_S
+        if waited_s > limit_s:
+            yield f"{request_id} took {waited_s:.1f} s, which nothing explains beyond {limit_s:.1f} s"
+
+
 def _order(told: Told) -> Iterator[str]:
     """What decode makes stands behind the token of prefill that it goes on from. A failure need not."""
     for opened in (opened for found in told.opens.values() for opened in found):
@@ -212,6 +244,23 @@ def _order(told: Told) -> Iterator[str]:
             if entry.finish is not FinishReason.FAILED:
                 yield f"{entry.request_id}: token {entry.index} of {opened.placement} stands before prefill's"
                 break
+
+
+def _reasons(told: Told) -> Iterator[str]:
+    """Each placement says why it is where it is."""
+    for opened in (opened for found in told.opens.values() for opened in found):
+        why = opened.explanation
+        if why is None or not why.reason:
+            yield f"{opened.request_id}: nobody says why {opened.placement} was chosen"
+            continue
+        costs = [candidate.cost_s for candidate in why.candidates]
+        if costs != sorted(costs) or len(costs) > MAX_CANDIDATES:
+            yield f"{opened.request_id}: {opened.placement} was chosen of candidates that cost {costs}"
+        if why.candidates:
+            best = why.candidates[0]
+            is_local = opened.prefill == opened.decode
+            if (best.prefill, best.decode, best.is_local) != (opened.prefill.slot, opened.decode.slot, is_local):
+                yield f"{opened.request_id}: {opened.placement} is not where it is said to be best"
 
 
 def _verdicts(world: World, told: Told) -> Iterator[str]:
@@ -231,18 +280,47 @@ def _was_silent(host: Host, at_s: float) -> bool:
 def _workers(world: World) -> Iterator[str]:
     for host in world.running("prefill", "decode"):
         assert host.engine is not None
+        assert host.transfer is not None
         stats = host.engine.stats()
         if stats.num_free_pages != stats.num_pages:
             yield f"{host.incarnation} has {stats.num_free_pages} free pages of {stats.num_pages}"
+        left = {name: count for name in KEPT if (count := getattr(stats, name))}
+        if left:
+            yield f"{host.incarnation} still has {left}"
+        if host.transfer.num_offers:
+            yield f"{host.incarnation} has {host.transfer.num_offers} offers or loans"
         try:
             host.engine.check()
         except AssertionError as error:
             yield f"{host.incarnation}: {error}"
-        traces = world.store.traces(host.incarnation)
-        taken = traces.credits if traces is not None else {}
+        taken = _credits(world, host)
         left = {key: credit.num_pages for key, credit in taken.items() if _was_told(world, key)}
         if left:
             yield f"{host.incarnation}: credits not given back: {left}"
+
+
+def _credits(world: World, host: Host) -> dict[PlacementId, Credit]:
+    traces = world.store.traces(host.incarnation)
+    return traces.credits if traces is not None else {}
+
+
+def _ingests(world: World) -> Iterator[str]:
+    """All that stands in the log is dealt with. (A zombie's commit may say less than its owner's.)"""
+    for host in world.running("ingest"):
+        service = host.service
+        left = {
+            "in line": len(service._backlog._line),
+            "counted as waiting": service._backlog.pace.num_waiting,
+            "put down": len(service._parked),
+            "in hand": sum(hands._num_records for hands in service._hands.values()),
+            "held against results": len(service._ended._held),
+        }
+        if any(left.values()):
+            yield f"{host.incarnation} has {left}"
+        for (topic, partition), low_water in service._partitions._low_water.items():
+            end = world.log.end_offset(topic, partition)
+            if partition in service._partitions.owned and low_water.statement(world.clock_s()) != Committed(end):
+                yield f"{host.incarnation} has not dealt with all {end} records of {topic}/{partition}"
 
 
 def _was_told(world: World, placement: PlacementId) -> bool:
@@ -272,4 +350,4 @@ def at_rest(world: World) -> bool:
     told, written = Told(world), results(world)
     if any(request_id not in written or not told.requests[request_id].finished for request_id in accepted(world)):
         return False
-    return not any(_workers(world))
+    return not any(_workers(world)) and not any(_ingests(world))

@@ -20,7 +20,18 @@ class LoopEngine(EngineThread):
         super().__init__(engine, clock_s)
         self._step_s = step_s
         self._queue: deque[Command] = deque()
+        self._beside: list[Command] = []
         self._asked = asyncio.Event()
+
+    @contextmanager
+    def _others_turn(self) -> Generator[None]:
+        with super()._others_turn():
+            for command in self._beside:
+                if command in self._queue:
+                    self._queue.remove(command)
+                    self._run_in_turn(command)
+            self._beside.clear()
+            yield
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -48,7 +59,10 @@ class LoopEngine(EngineThread):
         return future
 
     async def call_beside(self, command: Callable[[Engine], T]) -> T:
-        return await self.call(command)
+        """In the next step's wait for its batch, or before that if the engine has time."""
+        future = self.call(command)
+        self._beside.append(self._queue[-1])
+        return await future
 
     def handled(self) -> None:
         self._submit(self._count_handled)

@@ -137,3 +137,6 @@ SENDER_FAULTS: tuple[Fault, ...] = (Strike.kill, Strike.kill, Strike.kill, Strik
 
 FURTHER_FAULTS: tuple[Fault, ...] = (Strike.flush, Strike.flush, Strike.flush, Strike.kill_edge, Strike.kill_ingest)
 """...and what may happen beside it."""
+
+LINK_FAULTS: tuple[Fault, ...] = (Strike.kill, Strike.kill, Strike.stop, Strike.terminate, Strike.cut_peers)
+"""What befalls one of two workers between whom KV travels."""

@@ -7,16 +7,21 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from services.ingest.partitions import Partitions
 from services.ingest.story import StoryWriter
 from services.prefill.role import PrefillRole
 from services.stream_out import service as edge_service
 from services.stream_out.service import StreamOut
 from services.stream_out.sight import Sight
 from shared.policy import fold
+from shared.transfer.offers import Offers
+from shared.transfer.port import Outcome
 from shared.wire.codec import encode
 from shared.wire.to_ingest import Resume
 from shared.wire.to_stream_out import Cut
 from shared.wire.topics import INGEST_RESUME, PREFILL
+from shared.worker.peers import GONE_AFTER_S, Peers
+from shared.worker.prefixes import Prefixes
 
 Patch = AbstractContextManager[Any]
 Mutant = Callable[[], Patch]
@@ -124,6 +129,45 @@ def without_blindness() -> Patch:
     return patch.object(Sight, "is_clear", lambda self, now_s: True)
 
 
+def with_unseen_gone() -> Patch:
+    """A worker that the registry was not read for yet is gone."""
+
+    def is_gone(self, peer, heard_s):
+        return self._read_s - max(self._read_since_s, self._seen_s.get(peer, self._read_since_s)) > GONE_AFTER_S
+
+    return patch.object(Peers, "is_gone", is_gone)
+
+
+def with_trusted_hints() -> Patch:
+    """What a peer was said to have counts as fetched, whatever came."""
+    original = Prefixes._bring
+
+    async def bring(self, fill, ticket):
+        await original(self, fill, ticket)
+        return len(fill.keys)
+
+    return patch.object(Prefixes, "_bring", bring)
+
+
+def without_repayment() -> Patch:
+    """A peer that breaks off keeps what it was lent."""
+    original = Offers.lend
+
+    async def lend(self, claim, proofs):
+        offer = await original(self, claim, proofs)
+        if offer is not None:
+            give_back = offer._on_end
+            offer._on_end = lambda outcome: give_back(outcome) if outcome is Outcome.PULLED else None
+        return offer
+
+    return patch.object(Offers, "lend", lend)
+
+
+def without_left_jobs() -> Patch:
+    """Who takes a partition over reads on where its predecessor had read to, and looks nothing up that it left."""
+    return patch.object(Partitions, "take_left", lambda self: [])
+
+
 MUTANTS: dict[str, Mutant] = {
     "placement-id": without_placement_id,
     "open-compare-and-set": without_compare_and_set,
@@ -133,6 +177,10 @@ MUTANTS: dict[str, Mutant] = {
     "finished-ids": without_finished_ids,
     "held-gaps": without_held_gaps,
     "blind-judge": without_blindness,
+    "unseen-gone": with_unseen_gone,
+    "trusted-hints": with_trusted_hints,
+    "repayment": without_repayment,
+    "left-jobs": without_left_jobs,
 }
 
 

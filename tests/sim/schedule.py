@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from random import Random
 
 from shared.bus.memory import Append, Fate
@@ -12,12 +13,14 @@ from shared.bus.port import BusUnavailable
 from shared.errors import LeaseLost
 from shared.request import Priority, RequestId
 from shared.state.port import Role
+from shared.transfer.local import LocalTransfer
 from shared.wire import topics
 from shared.wire.to_ingest import HEADER_PRIORITY
 from tests.flow.system import MODEL
 from tests.sim.checks import Asked, accepted, at_rest, findings
 from tests.sim.clients import Client, Manners
-from tests.sim.faults import FAULTS, FURTHER_FAULTS, SENDER_FAULTS, Fault, Strike, calm_down, outside
+from tests.sim.conditions import Conditions, draw_conditions, set_up
+from tests.sim.faults import FAULTS, FURTHER_FAULTS, LINK_FAULTS, SENDER_FAULTS, Fault, Strike, calm_down, outside
 from tests.sim.processes import Process, run_processes
 from tests.sim.world import EDGE, INGEST, KINDS, REFUSED_ID, Host, Toolbox, World
 
@@ -50,8 +53,9 @@ def run_schedule(seed: int, tools: Toolbox, *, full_journal: bool = False) -> Ou
     processes: list[Process] = []
 
     async def run() -> Outcome:
-        schedule = Schedule(seed, tools, processes, full_journal=full_journal)
-        return await schedule.run()
+        conditions = draw_conditions(seed)
+        with set_up(conditions, Random(f"misled {seed}")):
+            return await Schedule(seed, tools, conditions, processes, full_journal=full_journal).run()
 
     return run_processes(run(), processes)
 
@@ -83,10 +87,13 @@ TRIGGERS = (
 class Schedule:
     """See the module."""
 
-    def __init__(self, seed: int, tools: Toolbox, processes: list[Process], *, full_journal: bool) -> None:
+    def __init__(
+        self, seed: int, tools: Toolbox, conditions: Conditions, processes: list[Process], *, full_journal: bool
+    ) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.world = World(seed, tools, full_journal=full_journal)
+        self.conditions = conditions
+        self.world = World(seed, tools, conditions, full_journal=full_journal)
         self.world.processes = processes
         self.asked: dict[RequestId, Asked] = {}
         self.clients: list[Client] = []
@@ -102,23 +109,32 @@ class Schedule:
     async def run(self) -> Outcome:
         world, rng = self.world, self.rng
         counts = {INGEST: 2, EDGE: 2, Role.PREFILL: rng.choice((2, 2, 3)), Role.DECODE: rng.choice((2, 3))}
-        for kind, count in counts.items():
-            self.keepers += [asyncio.create_task(self._keep(kind)) for _ in range(count)]
-        step_s = rng.choice((0.02, 0.1, 0.3))
+        for kind, number in counts.items():
+            self.keepers += [asyncio.create_task(self._keep(kind)) for _ in range(number)]
+        step_s = self.conditions.step_s
         world.step_s = lambda: step_s * world.rng.uniform(0.5, 1.5)
+        world.journal.note("world", repr(self.conditions))
         async with asyncio.timeout(30):
             await asyncio.sleep(0.1)
             await world.ready()
-        self._draw_ways()
+        await asyncio.sleep(self.conditions.age_s)
         work = [asyncio.create_task(self._ask(rng.uniform(0, 0.6 * TROUBLE_S))) for _ in range(rng.randint(3, 6))]
-        if rng.random() < 0.8:
-            work += [asyncio.create_task(self._cluster(rng.uniform(0.1, TROUBLE_S))) for _ in range(rng.randint(1, 3))]
-        self.triggers = [self._draw_trigger() for _ in range(rng.choice((0, 1, 1, 2)))]
+        for _ in range(self.conditions.num_joining):
+            kind, at_s = rng.choice((Role.PREFILL, Role.PREFILL, Role.DECODE)), rng.uniform(0, 0.6 * TROUBLE_S)
+            self.keepers.append(asyncio.create_task(self._keep(kind, at_s)))
+            work += [asyncio.create_task(self._ask(at_s + rng.uniform(0, 0.5))) for _ in range(2)]
+        if self.conditions.has_faults:
+            work += self._draw_faults()
         await asyncio.sleep(TROUBLE_S)
         self.calm = True
         world.journal.note("world", "calm")
+        if self.conditions.has_faults:
+            world.calm_s = world.clock_s()
         calm_down(world)
         rested = await self._rest(work)
+        if rested and rng.random() < 0.2:
+            world.rested_s = world.clock_s()
+            rested = await self._rest([asyncio.create_task(self._ask(rng.uniform(0, LOOK_S))) for _ in range(2)])
         found = list(findings(world, self._asked_by_id(), self._captures()))
         if not rested and not found:
             found.append("clients did not come to their end")
@@ -140,7 +156,7 @@ class Schedule:
         rng = Random(self.rng.random())
         await asyncio.sleep(at_s)
         asked = Asked(
-            prompt=[rng.randrange(3, 990) for _ in range(rng.choice((3, 20, 70, 140)))],
+            prompt=self._prompt(rng),
             num_new=rng.choice((1, 2, 4, 8, 16)),
             num_choices=rng.choice((1, 1, 1, 2)),
             refused_by_decode=rng.random() < 0.05,
@@ -174,6 +190,13 @@ class Schedule:
         self.clients.append(client)
         await client.run()
 
+    def _prompt(self, rng: Random) -> list[int]:
+        new = [rng.randrange(3, 990) for _ in range(rng.choice((3, 20, 70, 140)))]
+        histories = self.conditions.histories
+        if histories and rng.random() < 0.7:
+            return rng.choice(histories)[: rng.choice((64, 130, 192, 260))] + new
+        return new
+
     def _asked_by_id(self) -> dict[RequestId, Asked]:
         by_body = {request_id: self.bodies.get(record.value) for request_id, record in accepted(self.world).items()}
         return self.asked | {request_id: asked for request_id, asked in by_body.items() if asked is not None}
@@ -183,8 +206,9 @@ class Schedule:
 
     # Who runs
 
-    async def _keep(self, kind: str) -> None:
+    async def _keep(self, kind: str, from_s: float = 0.0) -> None:
         """Run one of the kind, and the next one when it has ended."""
+        await asyncio.sleep(from_s)
         while True:
             host = self.world.start_host(kind)
             error = await asyncio.shield(host.process.ended)
@@ -201,6 +225,16 @@ class Schedule:
             self.world.journal.error(host.incarnation, f"ended by {rest!r}")
 
     # What befalls it
+
+    def _draw_faults(self) -> list[asyncio.Task]:
+        """Those that do not wait for others to do something are under way."""
+        rng = self.rng
+        self._draw_ways()
+        self.triggers = [self._draw_trigger() for _ in range(rng.choice((0, 1, 1, 2)))]
+        if rng.random() < 0.3:
+            self._strike_links(rng.sample(range(12), 2))
+        num_clusters = rng.choice((0, 1, 2, 2, 3))
+        return [asyncio.create_task(self._cluster(rng.uniform(0.1, TROUBLE_S))) for _ in range(num_clusters)]
 
     def _draw_ways(self) -> None:
         """How sure and how quick log and store are in this schedule."""
@@ -245,6 +279,19 @@ class Schedule:
                 host = next(host for host in self.world.hosts if host.incarnation == append.client_id)
                 for fault in trigger.faults:
                     outside(partial(self._strike, fault, host), 0.02 if trigger.after else 0.0)
+
+    def _strike_links(self, numbers: list[int]) -> None:
+        """Befall one of the two that the n-th link of this schedule joins, for these n."""
+        begun = count()
+
+        def strike(*ends: LocalTransfer) -> None:
+            if next(begun) in numbers:
+                address = self.rng.choice(ends).address
+                host = next(host for host in self.world.hosts if host.transfer and host.transfer.address == address)
+                fault = self.rng.choice(LINK_FAULTS)
+                outside(partial(self._strike, fault, host), self.rng.uniform(0, 2 * self.conditions.delay_s))
+
+        self.world.network.on_link = strike
 
     async def _cluster(self, at_s: float) -> None:
         """One fault, or some at about the same time: it takes more than one for most things to go wrong."""

@@ -1,6 +1,7 @@
 """The whole of Baton in one loop: real services on the twins, each in a process that can be stopped and killed."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from shared.wire.to_worker import TO_DECODE_DECODER, TO_PREFILL_DECODER, DecodeW
 from shared.worker.host import WorkerLimits
 from tests.fake_tokeniser import fake_tokeniser
 from tests.flow.system import MODEL, System
+from tests.late_host_pages import LateHostPages
+from tests.sim.conditions import PLAIN, Conditions
 from tests.sim.engine import LoopEngine
 from tests.sim.network import SimNetwork
 from tests.sim.processes import PROCESS, Process
@@ -39,8 +42,6 @@ GRACE_S = 2.0
 HOLD_S = 3.0
 STEP_LIMIT_S = 3.0
 DRAIN_S = 1.0
-NUM_PAGES = 24
-
 REFUSED_ID = 995
 """Decode cannot run a prompt that begins with it."""
 
@@ -149,27 +150,41 @@ class World(System):
     """A `System` whose services run in processes.
 
     Attributes:
+        conditions: under which all this runs.
         hosts, processes: all that ever ran, in the order of their start.
         step_s: draws how long an engine's step takes.
+        calm_s: when the last fault ended; rested_s: when all that they had done was over.
     """
 
-    def __init__(self, seed: int, tools: Toolbox, *, full_journal: bool = False) -> None:
+    def __init__(
+        self, seed: int, tools: Toolbox, conditions: Conditions = PLAIN, *, full_journal: bool = False
+    ) -> None:
         super().__init__(
-            make_engine=lambda: fake_engine(num_pages=NUM_PAGES, salted=True),
+            make_engine=lambda: fake_engine(
+                num_pages=conditions.num_pages,
+                max_batch_tokens=conditions.max_batch_tokens,
+                num_host_pages=conditions.num_host_pages,
+                host_pages=partial(LateHostPages, max_looks=conditions.host_looks),
+                salted=True,
+            ),
             tokeniser=tools.tokeniser,
             seed=seed,
             drain_s=DRAIN_S,
             hold_s=HOLD_S,
             edge_settings=tools.edge_settings,
             slowdown=1.0,
+            rules=conditions.rules,
         )
+        self.conditions = conditions
         self.rng = Random(f"world {seed}")
-        self.network = SimNetwork(delay_s=0.01)
+        self.network = SimNetwork(conditions.delay_s, conditions.bytes_per_s)
         self.tools = tools
         self.journal = Journal(self.clock_s, full=full_journal)
         self.hosts: list[Host] = []
         self.processes: list[Process] = []
-        self.step_s: Callable[[], float] = lambda: 0.05
+        self.step_s: Callable[[], float] = lambda: conditions.step_s
+        self.calm_s = 0.0
+        self.rested_s = math.inf
         if full_journal:
             self.log.append = partial(_note_append, self.journal, self.log.append)
 
@@ -223,6 +238,7 @@ class World(System):
             engine=engine,
             transfer=transfer,
             limits=WorkerLimits(drain_s=self.drain_s, step_s=STEP_LIMIT_S),
+            measured_steps=self.conditions.measured_steps(self.rng),
             run_engine=lambda engine, clock_s: LoopEngine(
                 engine, clock_s, lambda: host.slow_steps.pop() if host.slow_steps else self.step_s()
             ),
@@ -276,11 +292,19 @@ def _short(message: Any) -> str:
 
 
 def _make_picky(engine: PagedEngine) -> None:
-    reserve = engine.reserve
+    reserve, add = engine.reserve, engine.add
 
-    def picky(request: EngineRequest) -> Reservation | None:
-        if request.ids[0] == REFUSED_ID:
-            raise ValueError("not with me")
+    def picky_reserve(request: EngineRequest) -> Reservation | None:
+        _refuse_some(request)
         return reserve(request)
 
-    engine.reserve = picky
+    def picky_add(request: EngineRequest) -> None:
+        _refuse_some(request)
+        add(request)
+
+    engine.reserve, engine.add = picky_reserve, picky_add
+
+
+def _refuse_some(request: EngineRequest) -> None:
+    if request.ids[0] == REFUSED_ID:
+        raise ValueError("not with me")
