@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.settings import Settings
@@ -200,9 +201,8 @@ class Admission:
         this one."""
         age_s = max((each.age_s for each in self._backlogs), default=0.0)
         counted_s = self._read_s - age_s - ON_THE_WAY_S
+        since = takewhile(lambda accepted: accepted[0] >= counted_s, reversed(self._accepted))
         ahead = (
-            num
-            for accepted_s, num, theirs in self._accepted
-            if accepted_s >= counted_s and (priority is not Priority.INTERACTIVE or theirs is Priority.INTERACTIVE)
+            num for _, num, theirs in since if priority is not Priority.INTERACTIVE or theirs is Priority.INTERACTIVE
         )
         return sum(ahead) * self._num_edges
