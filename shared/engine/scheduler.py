@@ -241,9 +241,10 @@ class Scheduler:
         found = self._pool.find(keys)
         copied = self._copied(keys[len(found) :])
         _, spare = self._spare_for_import()
-        if copied and self._pool.cost(found, len(copied)) <= spare:
-            self._restore(copied, found)
-            spare -= self._pool.cost(found, len(copied))
+        cost = self._pool.cost(found, len(copied))
+        if copied and cost <= spare:
+            self._restore(copied, found)  # from now on those found cost nothing
+            spare -= cost
         first = len(found)
         while first < len(keys) and keys[first] in self._coming:
             first += 1

@@ -19,7 +19,7 @@ from shared.engine.sequence import SequenceState
 from shared.kv.paged_cache import PagedCache
 from tests.engine_driver import Driver, greedy, request
 from tests.late_host_pages import LateHostPages
-from tests.unit.shared.engine.test_scheduler import AheadMachine, prompt, run, spans, take
+from tests.unit.shared.engine.test_scheduler import FAMILIES, AheadMachine, prompt, run, spans, take
 
 POISON = 13
 
@@ -131,6 +131,19 @@ def test_what_host_memory_has_is_not_asked_of_a_peer(gone):
     assert run(gone.engine) == []
     gone.engine.filled(fill, 1)
     assert run(gone.engine) == [("again", 192, 193)]
+
+
+def test_what_comes_from_both_needs_room_for_both(gone):
+    engine = gone.engine
+    loan = engine.lend([name_of(keys(193)[0])])
+    engine.add(request("held", prompt(100, 700), greedy(1), hold_kv=True))
+    run(engine)
+    engine.give_back(loan)
+    assert (len(engine.pool.find(keys(193))), engine.pool.num_free) == (1, 2)
+    assert engine.fill(request("again", prompt(193), greedy(1)), 3) is None
+    engine.check()
+    gone.advance()
+    assert len(engine.pool.find(keys(193))) == 2, "what is here comes all the same"
 
 
 def test_a_peer_gets_what_host_memory_has(gone):
@@ -349,7 +362,7 @@ def test_a_page_that_arrived_rounded_never_goes_to_host_memory():
     assert not driver.host_blocks & set(map(name_of, key_chain(root_hash(engine.model.fingerprint, ""), prompt(128))))
 
 
-EMPTY, ROUNDED, UNFINISHED = -1, -2, -3
+EMPTY, ROUNDED, UNFINISHED, SPOILT = -1, -2, -3, -4
 
 
 class Contents:
@@ -370,6 +383,14 @@ class Contents:
             return pages
 
         self.engine.pool.acquire = acquire_and_write
+        fail = self.engine.fail
+
+        def fail_and_spoil(sequence):
+            own = [page for page in sequence.pages if self.engine.pool._references[page] == 1]
+            fail(sequence)
+            self.write(own, SPOILT)
+
+        self.engine.fail = fail_and_spoil
 
     def write(self, pages, value):
         self._pages[list(pages)] = value
@@ -418,12 +439,27 @@ class TieredMachine(AheadMachine):
     """The same with host memory, whose copies end when they like, and with what stands in the pages."""
 
     def __init__(self):
-        super().__init__()
-        tiered = Tiered(num_pages=9, num_host_pages=7, max_running=3, max_batch_tokens=100)
-        self.host, self.engine = tiered.host, tiered.engine
+        tiered = Tiered(num_pages=6, num_host_pages=5, max_running=3, max_batch_tokens=100)
+        super().__init__(tiered.engine)
+        self.host = tiered.host
         self.contents = Contents(tiered)
         self.is_over = False
         self.num_brought = 0
+        for first in range(3):
+            self.add(130, first, 1, hold_kv=False)
+        self.go_on(20)
+
+    @rule(num_rounds=st.integers(1, 20))
+    def go_on(self, num_rounds):
+        """As when nothing is out of the ordinary."""
+        for _ in range(num_rounds):
+            if len(self.in_flight) < 2:
+                self.launch()
+            if self.in_flight:
+                self.collect("go on")
+            self.end_copy(True)
+            self.end_copy(False)
+            self.advance(2)
 
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
@@ -475,7 +511,7 @@ class TieredMachine(AheadMachine):
     def advance(self, num_computed):
         self.engine.advance(num_computed)
 
-    @rule(length=st.sampled_from([65, 130, 200]), first=st.sampled_from([0, 1]))
+    @rule(length=st.sampled_from([65, 130, 200]), first=FAMILIES)
     def bring(self, length, first):
         names = list(map(name_of, keys(length, first)))
         self.num_brought += 1
@@ -497,7 +533,7 @@ class TieredMachine(AheadMachine):
 
     def teardown(self):
         self.is_over = True
-        while self.host.lanes[False]:
+        while self.engine.tier.is_restoring:
             self.end_copy(False)
             self.engine.advance()
         assert self.num_brought == 0
