@@ -14,11 +14,12 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job
 from services.ingest.lengths import Lengths
+from services.ingest.other_lines import OtherLines
 from services.ingest.threshold import local_threshold
 from services.ingest.work import Placed, Waiting
 from shared.blocks import BlockHash, hash_chain, root_hash
@@ -35,9 +36,6 @@ from shared.state.port import Placement, PlacementKey, State, StateUnavailable
 
 ROOM_POLL_S = 0.02
 BATCH_POLL_S = 0.1
-
-WAITS_FOR_ROOM_S = 0.1
-"""Who has waited for so long does so because there is no room, and not for its turn."""
 
 STATE_RETRY_S = 0.1
 
@@ -103,14 +101,9 @@ class Backlog:
         self.pace = WaitingLine(clock_s())
         self._blocked: tuple[Entry[Waiting], float] | None = None
         """Who was first and found no room, and since when."""
-        self._others_blocked: list[tuple[Blocked, float]] = []
-        """At other ingests, each with the time at which it was said."""
-        self._others_wait = False
-        """Somebody who is not batch waits for room at another ingest."""
         self._urgent_s = -math.inf
         """When somebody came last who is not batch."""
-        self._others_urgent_s = -math.inf
-        """The same at other ingests."""
+        self._others = OtherLines()
         self._usual: Usual | None = None
         self._grew = asyncio.Event()
         self._num_placed = 0
@@ -152,23 +145,12 @@ class Backlog:
 
     def note_others(self, reports: Sequence[BacklogReport]) -> None:
         """What other ingests said of their lines at their last beat."""
-        now_s = self._clock_s()
-        self._others_wait = any(report.oldest_wait_s >= WAITS_FOR_ROOM_S for report in reports)
-        self._others_blocked = [(report.blocked, now_s) for report in reports if report.blocked is not None]
-        quiet_s = [report.quiet_s for report in reports if report.quiet_s is not None]
-        self._others_urgent_s = now_s - min(quiet_s, default=math.inf)
+        self._others.note(reports, self._clock_s())
 
     def _blocked_first(self, now_s: float) -> Blocked | None:
         if self._blocked is None or self._blocked[0] is not self._line.first() or _is_batch(self._blocked[0].item):
             return None
         return Blocked.of(self._blocked[0].claim, now_s - self._blocked[1])
-
-    def _is_held_back(self, entry: Entry[Waiting]) -> bool:
-        """By who waits for room at another ingest."""
-        now_s = self._clock_s()
-        mine = self._blocked_first(now_s) or Blocked.of(entry.claim, 0.0)
-        others = (replace(other, for_s=other.for_s + now_s - said_s) for other, said_s in self._others_blocked)
-        return any(other.holds_back(mine) for other in others)
 
     def local_threshold(self) -> int | None:
         """See `threshold`, for choices such as those placed lately; None before there were any."""
@@ -186,7 +168,7 @@ class Backlog:
             if entry is None:
                 await self._wait_for_more(ROOM_POLL_S if len(self._line) else None)
                 continue
-            if not self._is_over(entry.item) and self._is_held_back(entry):
+            if self._is_held_back(entry):
                 await self._wait_for_room()
                 continue
             settled = await self._settle(entry.item)
@@ -202,6 +184,12 @@ class Backlog:
                 continue
             self._take_out(entry, settled)
             return entry.item, settled
+
+    def _is_held_back(self, entry: Entry[Waiting]) -> bool:
+        """By who waits for room at another ingest."""
+        now_s = self._clock_s()
+        mine = self._blocked_first(now_s) or Blocked.of(entry.claim, 0.0)
+        return self._others.hold_back(mine, now_s) and not self._is_over(entry.item)
 
     async def _overtaker(self) -> tuple[Entry[Waiting] | None, Settled | None]:
         """Somebody placed who may go before the first."""
@@ -227,6 +215,8 @@ class Backlog:
         if not (_is_batch(entry.item) or was_aside):
             leave = self.pace.place if is_placed else self.pace.leave
             leave()
+        if was_aside:
+            self._forget_aside()
 
     async def _wait_for_room(self) -> None:
         if not self._line.num_urgent:
@@ -249,15 +239,20 @@ class Backlog:
 
     def _bring_back(self) -> None:
         """Into the line: who would fit again, and whose prompt is not too long any more."""
-        self._too_large = [entry for entry in self._too_large if entry.is_aside]  # the others were late
         for entry in [entry for entry in self._too_large if self._may_fit(entry.item)]:
+            self._too_large.remove(entry)
             self._line.bring_back(entry)
             self.pace.join()
         quiet_s = self._quiet_s()
         while self._too_long and self._too_long[0][0] <= quiet_s:
             _, _, entry = heapq.heappop(self._too_long)
-            if entry.is_aside:
-                self._line.bring_back(entry)
+            self._line.bring_back(entry)
+
+    def _forget_aside(self) -> None:
+        """Who has left from there."""
+        self._too_large = [entry for entry in self._too_large if entry.is_aside]
+        self._too_long = [each for each in self._too_long if each[-1].is_aside]
+        heapq.heapify(self._too_long)
 
     def _may_fit(self, waiting: Waiting) -> bool:
         admitted = waiting.admitted
@@ -329,13 +324,13 @@ class Backlog:
         quiet_s, needed_s = self._quiet_s(), needed_quiet_s(chosen, self._rules)
         if quiet_s < needed_s:
             return _TooBusy(needed_s)
-        if self._others_wait or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
+        if self._others.somebody_waits or not leaves_others_alone(chosen, view, self._rules, quiet_s=quiet_s):
             return NoRoomNow()
         return chosen
 
     def _quiet_s(self) -> float:
         """For how long nobody but batch has come."""
-        return self._clock_s() - max(self._urgent_s, self._others_urgent_s)
+        return self._clock_s() - max(self._urgent_s, self._others.urgent_s)
 
     def _request_view(self, waiting: Waiting) -> RequestView:
         admitted = waiting.admitted

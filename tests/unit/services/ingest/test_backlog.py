@@ -318,6 +318,7 @@ async def test_a_long_batch_prompt_that_waits_aside_expires(slow_world):
         assert type((await placing)[1]) is Expired
         assert type((await world.backlog.next())[1]) is Expired
     assert not len(world.backlog._line)
+    assert not world.backlog._too_long, "its prompt is not kept"
 
 
 async def test_batch_waits_while_somebody_waits_for_room_at_another_ingest(world):
