@@ -360,16 +360,17 @@ async def test_a_large_one_is_placed_though_another_ingest_has_ever_so_many_smal
     """Each ingest keeps its own line, and one that looks fifty times a second finds all room that becomes free."""
     here, there = small_world, World(small_world.state)
     there.now_s = here.now_s
-    running, num_passed = deque(), 0
+    await there.cluster.refresh()
+    running = deque([(await there.placed(f"first{number}", max_tokens=30)).placement for number in range(4)])
+    num_passed = 0
 
-    async def go_on():
-        """One of those that run ends, and somebody has its room; time passes."""
+    async def time_passes():
+        """One of those that run ends, and the lines are told of."""
         here.now_s += 0.2
         there.now_s = here.now_s
-        if len(running) >= 4:
-            done = running.popleft()
-            for worker in (done.prefill, done.decode):
-                await here.state.give_back(done.id, worker.incarnation)
+        done = running.popleft()
+        for worker in (done.prefill, done.decode):
+            await here.state.give_back(done.id, worker.incarnation)
         for name, role in (("small prefill", Role.PREFILL), ("small decode", Role.DECODE)):
             await here.claim(name, role, num_pages=10)
         told = [each.backlog.report(0) for each in (here, there)]
@@ -378,16 +379,16 @@ async def test_a_large_one_is_placed_though_another_ingest_has_ever_so_many_smal
         for each in (here, there):
             await each.cluster.refresh()
 
-    running += [(await there.placed(f"first{number}", max_tokens=30)).placement for number in range(4)]
     in_line(here, here.waiting("large", max_tokens=400))
     placing = asyncio.create_task(here.backlog.next())
-    while not placing.done() and num_passed < 200:
+    await asyncio.sleep(0.05)
+    while not placing.done() and num_passed < 100:
+        await time_passes()
         in_line(there, there.waiting(f"small{num_passed}", max_tokens=30))
         with suppress(TimeoutError):
             async with asyncio.timeout(0.05):
                 _, settled = await there.backlog.next()
                 running.append(settled.placement)
                 num_passed += 1
-        await go_on()
     assert placing.done(), f"{num_passed} others were placed meanwhile"
     assert num_passed < 60
