@@ -1,5 +1,6 @@
 """What must be true of a schedule that has come to rest."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from shared.blocks import token_ids
 from shared.bus.port import Committed, Record
 from shared.engine.fake import fake_answer
 from shared.policy.fold import PartitionFold, RequestState
-from shared.request import FinishReason, PlacementId, RequestId, SamplingParams, WorkerRef
+from shared.request import FinishReason, Incarnation, PlacementId, RequestId, SamplingParams, WorkerRef
 from shared.state.memory import Credit
 from shared.wire.explanation import MAX_CANDIDATES
 from shared.wire.results import RESULT_DECODER, Result
@@ -32,9 +33,14 @@ MAX_LOSSES = 3
 RECOVERY_S = 10.0
 """Behind the end of all faults, for whatever they did: several times as long as a lease, and as late copies take."""
 
+WORK_GOES_S = 1.0
+"""When a prompt is computed its work is given back, by one call after the other."""
+
 SERVICE_S = 1.0
 SERVICE_STEPS = 40
-"""So long a request may take where nothing is wrong: its own steps, and those of as many others as there ever are."""
+SERVICE_MESSAGES = 20
+"""So long a request may take where nothing is wrong: its own steps, those of as many others as there ever are, and the
+messages in which its KV comes."""
 
 KEPT = ("num_running", "num_waiting", "num_held", "num_importing")
 """Of an engine's stats: what it has of requests."""
@@ -81,6 +87,7 @@ class Told:
         self.opens: defaultdict[tuple[RequestId, int], list[Open]] = defaultdict(list)
         self.cuts: list[tuple[Record, Cut]] = []
         self.entries: defaultdict[PlacementId, list[tuple[WorkerRef, FrameEntry]]] = defaultdict(list)
+        self.first_s: dict[tuple[PlacementId, Incarnation], float] = {}
         for partition in range(STREAM_OUT.num_partitions):
             fold = PartitionFold()
             for record in world.log.records(STREAM_OUT.name, partition):
@@ -94,6 +101,7 @@ class Told:
                     case Frame():
                         for entry in message.entries:
                             self.entries[entry.placement].append((message.worker, entry))
+                            self.first_s.setdefault((entry.placement, message.worker.incarnation), record.timestamp_s)
                     case _:
                         pass
             self.requests |= fold.requests
@@ -228,8 +236,9 @@ def _waits(world: World) -> Iterator[str]:
     }
     for request_id, record in accepted(world).items():
         waited_s = ended_s.get(request_id, world.clock_s()) - max(record.timestamp_s, world.calm_s)
-        limit_s = SERVICE_S + SERVICE_STEPS * world.conditions.step_s
-        if world.conditions.has_faults and record.timestamp_s < world.rested_s:
+        conditions = world.conditions
+        limit_s = SERVICE_S + SERVICE_STEPS * conditions.step_s + SERVICE_MESSAGES * conditions.delay_s
+        if conditions.has_faults and record.timestamp_s < world.rested_s:
             limit_s += RECOVERY_S
         if waited_s > limit_s:
             yield f"{request_id} took {waited_s:.1f} s, which nothing explains beyond {limit_s:.1f} s"
@@ -302,6 +311,22 @@ def _workers(world: World) -> Iterator[str]:
 def _credits(world: World, host: Host) -> dict[PlacementId, Credit]:
     traces = world.store.traces(host.incarnation)
     return traces.credits if traces is not None else {}
+
+
+def work_kept(world: World) -> Iterator[str]:
+    """Prompts that count as work though their first token is known, while nothing befalls anybody any more."""
+    kept = [
+        (placement, host.incarnation)
+        for host in world.running("prefill", "decode")
+        for placement, credit in _credits(world, host).items()
+        if credit.work_us
+    ]
+    if not kept:
+        return
+    told = Told(world)
+    for each in kept:
+        if world.clock_s() - max(world.calm_s, told.first_s.get(each, math.inf)) > WORK_GOES_S:
+            yield f"{each[1]}: {each[0]} still counts as work"
 
 
 def _ingests(world: World) -> Iterator[str]:

@@ -20,6 +20,7 @@ from shared.wire.codec import encode
 from shared.wire.to_ingest import Resume
 from shared.wire.to_stream_out import Cut
 from shared.wire.topics import INGEST_RESUME, PREFILL
+from shared.worker.credits import Credits
 from shared.worker.peers import GONE_AFTER_S, Peers
 from shared.worker.prefixes import Prefixes
 
@@ -168,6 +169,11 @@ def without_left_jobs() -> Patch:
     return patch.object(Partitions, "take_left", lambda self: [])
 
 
+def with_kept_work() -> Patch:
+    """A prompt counts as work until its answer ends."""
+    return patch.object(Credits, "computed", lambda self, placement, worker: None)
+
+
 MUTANTS: dict[str, Mutant] = {
     "placement-id": without_placement_id,
     "open-compare-and-set": without_compare_and_set,
@@ -181,6 +187,7 @@ MUTANTS: dict[str, Mutant] = {
     "trusted-hints": with_trusted_hints,
     "repayment": without_repayment,
     "left-jobs": without_left_jobs,
+    "kept-work": with_kept_work,
 }
 
 

@@ -17,7 +17,7 @@ from shared.transfer.local import LocalTransfer
 from shared.wire import topics
 from shared.wire.to_ingest import HEADER_PRIORITY
 from tests.flow.system import MODEL
-from tests.sim.checks import Asked, accepted, at_rest, findings
+from tests.sim.checks import Asked, accepted, at_rest, findings, work_kept
 from tests.sim.clients import Client, Manners
 from tests.sim.conditions import Conditions, draw_conditions, set_up
 from tests.sim.faults import FAULTS, FURTHER_FAULTS, LINK_FAULTS, SENDER_FAULTS, Fault, Strike, calm_down, outside
@@ -325,6 +325,8 @@ class Schedule:
 
     async def _rests(self) -> bool:
         """Whether nothing happens any more, late copies of records included."""
+        for kept in work_kept(self.world):
+            self.world.journal.error("world", kept)
         if not at_rest(self.world):
             return False
         await asyncio.sleep(max(LOOK_S, self.last_copy_s - self.loop.time() + LOOK_S))

@@ -23,6 +23,7 @@ KNOWN = {
     "trusted-hints": (0,),
     "repayment": (0,),
     "left-jobs": (17,),
+    "kept-work": (0,),
 }
 """Seeds whose schedules miss the rule. What runs when changes with the services: then others do, and are looked for."""
 
