@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.ingest.jobs import Job
-from services.ingest.partitions import GROUP
+from services.ingest.partitions import CLOCKS_DIFFER_S, GROUP
 from shared.bus.port import Bus, BusUnavailable, Record
 from shared.bus.to_end import read_to_end
 from shared.observe.log import Logger
@@ -59,8 +59,8 @@ class EndedJobs:
         self._clock_s = clock_s
         self._log = log
         self._held: dict[RequestId, _Held] = {}
-        self._unsure: defaultdict[_Lane, dict[RequestId, float]] = defaultdict(dict[RequestId, float])
-        """Who may have ended before it was taken in hand, and since when (unix seconds)."""
+        self._unsure: defaultdict[_Lane, dict[RequestId, tuple[float, float]]] = defaultdict(dict)
+        """Who may have ended before it was taken in hand; since when it may, and when it was (unix seconds)."""
         self._locks: defaultdict[_Lane, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def hold(self, job: Job, unsure_since_s: float | None = None) -> None:
@@ -72,7 +72,7 @@ class EndedJobs:
         held = self._held.setdefault(job.request_id, _Held((job.position.partition, job.priority is Priority.BATCH)))
         held.num += 1
         if unsure_since_s is not None:
-            self._unsure[held.lane][job.request_id] = unsure_since_s
+            self._unsure[held.lane][job.request_id] = unsure_since_s, self._clock_s()
 
     def let_go(self, request_id: RequestId) -> None:
         """Its job is not in hand any more."""
@@ -105,8 +105,10 @@ class EndedJobs:
             unsure = self._unsure[lane]
             while request_id in unsure:
                 asked = list(unsure)
+                since_s = min(since_s for since_s, _ in unsure.values())
+                held_s = max(held_s for _, held_s in unsure.values())
                 try:
-                    await self._read(lane[0], min(unsure.values()))
+                    await self._read(lane[0], since_s, held_s + CLOCKS_DIFFER_S)
                 except BusUnavailable as error:
                     self._log.warning("looking for results waits for the log", error=str(error))
                     await asyncio.sleep(BEAT_INTERVAL_S)
@@ -114,7 +116,9 @@ class EndedJobs:
                     for each in asked:
                         unsure.pop(each, None)
 
-    async def _read(self, partition: int, since_s: float) -> None:
-        """See the partition's results from then on. Raises BusUnavailable."""
+    async def _read(self, partition: int, since_s: float, until_s: float) -> None:
+        """See the partition's results of that time. Raises BusUnavailable."""
         async with self._bus.reader(RESULTS.name, group=GROUP) as reader:
-            await read_to_end(reader, {partition: await reader.offset_since(partition, since_s)}, self.see)
+            start = await reader.offset_since(partition, since_s)
+            end = await reader.offset_since(partition, until_s)
+            await read_to_end(reader, {partition: start}, self.see, {partition: end})

@@ -7,12 +7,18 @@ from shared.bus.port import Reader, Record
 READ_TIMEOUT_S = 0.2
 
 
-async def read_to_end(reader: Reader, starts: Mapping[int, int], see: Callable[[Record], None]) -> dict[int, int]:
+async def read_to_end(
+    reader: Reader, starts: Mapping[int, int], see: Callable[[Record], None], ends: Mapping[int, int] | None = None
+) -> dict[int, int]:
     """Let `see` have all records from the `starts` to where the partitions end now; the offsets behind those read.
 
     The reader is assigned these partitions, as far as there is something to read. Raises BusUnavailable.
+
+    Args:
+        ends: to read up to there and perhaps a little further, at most to where the partitions end now.
     """
-    ends = {partition: await reader.end_offset(partition) for partition in starts}
+    if ends is None:
+        ends = {partition: await reader.end_offset(partition) for partition in starts}
     positions = {partition: max(start, await reader.beginning_offset(partition)) for partition, start in starts.items()}
     await reader.assign({p: position for p, position in positions.items() if position < ends[p]})
     while any(position < ends[partition] for partition, position in positions.items()):

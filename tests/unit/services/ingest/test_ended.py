@@ -1,5 +1,6 @@
 import asyncio
 from random import Random
+from unittest.mock import patch
 
 import structlog
 
@@ -7,6 +8,7 @@ from services.ingest.ended import OLD_AFTER_S, EndedJobs
 from services.ingest.jobs import Job
 from shared.bus.memory import MemoryBus, MemoryLog
 from shared.bus.sending import Unsent
+from shared.bus.to_end import read_to_end
 from shared.request import Priority, RequestId, partition_of
 from shared.wire.to_ingest import LogPosition
 from shared.wire.topics import RESULTS
@@ -112,15 +114,30 @@ async def test_nobody_waits_until_the_results_since_a_batch_job_were_read(world)
     read = []
     read_since = world.ended._read
 
-    async def note(partition, since_s):
+    async def note(partition, since_s, until_s):
         read.append(since_s)
-        await read_since(partition, since_s)
+        await read_since(partition, since_s, until_s)
 
     world.ended._read = note
     await world.ended.has(urgent)
     assert read == [urgent.accepted_s]
     await world.ended.has(batch)
     assert read == [urgent.accepted_s, batch.accepted_s]
+
+
+@virtual
+async def test_what_came_while_a_job_was_in_hand_is_not_read_again(world):
+    """It was seen when it came; the job may have been put down for hours."""
+    began_s = world.clock_s()
+    world.result(NAMES[0])
+    jobs = [world.held(name, began_s, began_s) for name in NAMES[:2]]
+    world.result(NAMES[1])
+    await asyncio.sleep(3600)
+    world.result(NAMES[2])
+    with patch("services.ingest.ended.read_to_end", wraps=read_to_end) as reading:
+        assert [await world.ended.has(job) for job in jobs] == [True, True]
+    (_, starts, _, ends) = reading.call_args.args
+    assert (starts, ends) == ({PARTITION: 0}, {PARTITION: 2})
 
 
 @virtual
