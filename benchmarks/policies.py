@@ -1,25 +1,30 @@
 """`python -m benchmarks.policies`: ours beside the simple policies, and beside itself without its parts, simulated.
 
-For each trace, pair of goals and number of workers:
+For each trace, pair of goals, number of workers and network between them:
 
 1. the split into prefill and decode workers at which the better of least-loaded and prefix-affinity bears most, and
-   that at which ours does; all rows but one have the first;
+   that at which ours does, found with one seed on the first rows; the simple policies and ours have the first, ours
+   once more and without each of its parts the second;
 2. for each policy and seed the load at which the wanted share of requests keeps both goals, by search over the speed of
    the trace's clock: goodput is the requests a second of that load for each GPU;
 3. what users feel at fixed loads, as shares of what least-loaded bears: the same requests at the same times for all.
+
+The unit of work is one run. Each is written to the file of `--runs` when it ends, and none that is there is done again:
+who was interrupted starts the same command once more. A case is printed as soon as all of its runs are there.
 
 A seed draws when each row comes within its 3 s tick, how ties are broken, and what a policy draws. Intervals are 95%,
 over seeds; policies are compared seed by seed.
 """
 
 import json
-import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
@@ -29,12 +34,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.control_plane.machine import commit, machine
+from benchmarks.policy_runs import Run, Runs, Simulator, Stream, Threads, results
 from loadgen.simulator.baselines import BASELINES
 from loadgen.simulator.hardware import Hardware
-from loadgen.simulator.outcome import Interval, Outcome, interval, lru_hit_rate, outcome_of
-from loadgen.simulator.policies import ABLATIONS, OURS, Goals, contender
+from loadgen.simulator.outcome import Interval, Outcome, interval, lru_hit_rate
+from loadgen.simulator.policies import ABLATIONS, OURS, Goals
 from loadgen.simulator.search import STEP, find_speed
-from loadgen.simulator.simulation import Setup, simulate
 from loadgen.simulator.tables import latencies, percent
 from loadgen.simulator.workload import Workload, build_workload
 from loadgen.traces import read_trace
@@ -55,11 +60,18 @@ LOOSE = Goals(ttft_s=2.0, tpot_s=0.1)
 TIGHT = Goals(ttft_s=0.5, tpot_s=0.03)
 TIGHT_MAX_INPUT = 16_384
 
+NVLINK = ""
+NETWORKS = {NVLINK: None, "25 Gbit/s": 3.1e9}
+"""Bytes a second between workers; None: the profile's."""
+
 BASE_WORKERS = 8
 """The split is found for so many; for others it has the same shares. So many workers get one copy of the trace."""
 
+SPLIT_ROWS = 3000
+"""The first so many rows tell the best split."""
+
 NEXT_SEED_STEP = 1.1
-"""A search with another seed begins where the last one ended, with such steps."""
+"""A search with another seed begins where the first one ended, with such steps."""
 
 LOADS = (0.7, 0.9, 1.1)
 """Of what least-loaded bears."""
@@ -67,24 +79,26 @@ LOADS = (0.7, 0.9, 1.1)
 SPLIT_POLICIES = ("least-loaded", "prefix-affinity")
 
 OWN_SPLIT = "ours-own-split"
-"""Ours with the split at which it bears most, of as many workers."""
+"""Ours with the split at which it bears most, of as many workers; its parts are taken away there."""
 
 
 class Case(NamedTuple):
-    """A trace, what its users want, and how many workers there are."""
+    """A trace, what its users want, how many workers there are and what is between them."""
 
     trace: str
     goals: Goals
     num_workers: int
+    network: str = NVLINK
 
     @property
     def name(self) -> str:
-        return f"{self.trace} {self.goals.ttft_s:g}s/{self.goals.tpot_s * 1000:g}ms {self.num_workers} workers"
+        name = f"{self.trace} {self.goals.ttft_s:g}s/{self.goals.tpot_s * 1000:g}ms {self.num_workers} workers"
+        return f"{name}, {self.network}" if self.network else name
 
-    @property
-    def stream(self) -> tuple[str, bool, int]:
-        """Which workload it is: the trace, whether long chains are left out, copies."""
-        return self.trace, self.goals == TIGHT, max(1, self.num_workers // BASE_WORKERS)
+    def stream(self, num_rows: int | None) -> Stream:
+        """What comes: of tight goals only what can keep them."""
+        max_input = TIGHT_MAX_INPUT if self.goals == TIGHT else None
+        return Stream(self.trace, max_input, num_rows, max(1, self.num_workers // BASE_WORKERS))
 
 
 class Split(NamedTuple):
@@ -94,32 +108,12 @@ class Split(NamedTuple):
     own_num_prefill: int
 
     def of(self, row: str) -> int:
-        return self.own_num_prefill if row == OWN_SPLIT else self.num_prefill
-
-
-class Search(NamedTuple):
-    """Find what the policy of a row bears with each of the seeds."""
-
-    case: Case
-    num_prefill: int
-    row: str
-    seeds: tuple[int, ...]
-    first_speed: float
-
-
-class Look(NamedTuple):
-    """See what users feel at one speed."""
-
-    case: Case
-    num_prefill: int
-    row: str
-    seed: int
-    speed: float
+        return self.own_num_prefill if row == OWN_SPLIT or row in ABLATIONS else self.num_prefill
 
 
 @dataclass(frozen=True, slots=True)
 class Borne:
-    """What came of a `Search`.
+    """What came of a search.
 
     Attributes:
         speed: at which the wanted share kept the goals.
@@ -135,146 +129,130 @@ class Borne:
 
 
 class Bench:
-    """All that a process needs to run tasks. It is inherited by forking, not sent."""
+    """Searches and looks, made of runs."""
 
-    def __init__(self, workloads: Mapping[tuple[str, bool, int], Workload], hardware: Hardware, wanted: float) -> None:
-        self.workloads = workloads
-        self.hardware = hardware
-        self.wanted = wanted
+    def __init__(self, simulator: Simulator, runs: Runs, wanted: float, num_rows: int | None) -> None:
+        self._simulator = simulator
+        self._runs = runs
+        self._wanted = wanted
+        self._num_rows = num_rows
 
-    def run(self, task: Search | Look) -> list[Borne] | Outcome:
-        """Do one task."""
-        if isinstance(task, Look):
-            return self._simulate(task, task.seed, task.speed)
-        borne: list[Borne] = []
-        for seed in task.seeds:
-            if borne:
-                borne.append(self._search(task, seed, borne[-1].speed, NEXT_SEED_STEP))
-            else:
-                borne.append(self._search(task, seed, task.first_speed, STEP))
-        return borne
+    def look(self, case: Case, stream: Stream, num_prefill: int, row: str, seed: int, speed: float) -> Outcome:
+        """What users feel at one speed."""
+        goals, network = case.goals, NETWORKS[case.network]
+        policy = OURS if row == OWN_SPLIT else row
+        num_decode = case.num_workers - num_prefill
+        return self._runs.outcome(
+            Run(stream, goals.ttft_s, goals.tpot_s, network, num_prefill, num_decode, policy, seed, speed)
+        )
 
-    def _search(self, task: Search, seed: int, first_speed: float, step: float) -> Borne:
+    def search(
+        self, case: Case, stream: Stream, num_prefill: int, row: str, seed: int, first_speed: float | None
+    ) -> Borne:
+        """What the policy of a row bears; from an idle guess on, if `first_speed` is None."""
         outcomes: dict[float, Outcome] = {}
 
         def attainment_at(speed: float) -> float:
-            outcomes[speed] = self._simulate(task, seed, speed)
+            outcomes[speed] = self.look(case, stream, num_prefill, row, seed, speed)
             return outcomes[speed].attainment
 
-        found = find_speed(attainment_at, self.wanted, first_speed, step)
+        if first_speed is None:
+            found = find_speed(attainment_at, self._wanted, self._guessed_speed(stream, num_prefill), STEP)
+        else:
+            found = find_speed(attainment_at, self._wanted, first_speed, NEXT_SEED_STEP)
         nearest = min(outcomes, key=lambda speed: abs(speed - found.speed))
         return Borne(
             speed=found.speed,
-            per_gpu_s=outcomes[nearest].rate_per_s * found.speed / nearest / task.case.num_workers,
+            per_gpu_s=outcomes[nearest].rate_per_s * found.speed / nearest / case.num_workers,
             is_bracketed=found.is_bracketed,
             num_probes=len(found.probes),
             outcome=outcomes[nearest],
         )
 
-    def first_speed(self, case: Case, num_prefill: int) -> float:
+    def _guessed_speed(self, stream: Stream, num_prefill: int) -> float:
         """At which prefill would be busy for six tenths of the time, were nothing cached."""
-        workload = self.workloads[case.stream]
-        speeds = self.hardware.prefill.speeds
+        workload = self._simulator.workloads[stream]
+        speeds = self._simulator.hardware.prefill.speeds
         work_s = sum(speeds.prefill_s(row.num_input, 0) for row in workload.rows)
         return 0.6 * num_prefill * workload.span_s / work_s
 
-    def _simulate(self, task: Search | Look, seed: int, speed: float) -> Outcome:
-        case = task.case
-        chosen = contender(OURS if task.row == OWN_SPLIT else task.row, case.goals, seed)
-        setup = Setup(
-            self.hardware,
-            task.num_prefill,
-            case.num_workers - task.num_prefill,
-            speed=speed,
-            seed=seed,
-            gauges=chosen.gauges,
+    def report(self, case: Case, split: Split, rows: Sequence[str], seeds: Sequence[int], threads: "Asked") -> Any:
+        """All of a case: search with the first seed, then with the others from there; then look at the loads."""
+        stream = case.stream(self._num_rows)
+
+        def search(row: str, seed: int, first_speed: float | None) -> "Future[Borne]":
+            return threads.ask(partial(self.search, case, stream, split.of(row), row, seed, first_speed))
+
+        # Ours takes longest.
+        firsts = {search(row, seeds[0], None): row for row in reversed(rows)}
+        searches = {row: [first] for first, row in firsts.items()}
+        for first in as_completed(firsts):
+            row = firsts[first]
+            searches[row] += [search(row, seed, first.result().speed) for seed in seeds[1:]]
+        base_speed = fmean(borne.speed for borne in results(searches["least-loaded"]))
+        looks = {
+            (row, load): [
+                threads.ask(partial(self.look, case, stream, split.of(row), row, seed, base_speed * load))
+                for seed in seeds
+            ]
+            for row in reversed(rows)
+            if row not in ABLATIONS
+            for load in LOADS
+        }
+        workload, num_pages = self._simulator.workloads[stream], self._simulator.hardware.prefill.num_pages
+        return report_case(
+            case,
+            split,
+            rows,
+            {row: results(asked) for row, asked in searches.items()},
+            {each: results(asked) for each, asked in looks.items()},
+            {num_prefill: lru_hit_rate(workload, num_prefill * num_pages) for num_prefill in split},
         )
-        finished = simulate(self.workloads[case.stream], chosen.policy, chosen.lengths, setup)
-        return outcome_of(finished, case.goals)
+
+    def find_split(self, base: Case, threads: "Asked") -> Split:
+        """The best splits of BASE_WORKERS, found with one seed."""
+        stream = base.stream(min(SPLIT_ROWS, self._num_rows or SPLIT_ROWS))
+        asked = {
+            (row, num_prefill): threads.ask(partial(self.search, base, stream, num_prefill, row, 0, None))
+            for num_prefill in range(1, BASE_WORKERS)
+            for row in (OURS, *SPLIT_POLICIES)
+        }
+        borne = {each: future.result().per_gpu_s for each, future in asked.items()}
+
+        def best(rows: Sequence[str]) -> int:
+            return max((per_gpu_s, num_prefill) for (row, num_prefill), per_gpu_s in borne.items() if row in rows)[1]
+
+        return Split(best(SPLIT_POLICIES), best((OURS,)))
 
 
-class Crew:
-    """Processes that share the work of a bench."""
+class Asked(NamedTuple):
+    """Threads, with how urgent what they are asked for is."""
 
-    def __init__(self, bench: Bench, num_processes: int) -> None:
-        context = multiprocessing.get_context("fork")
-        self._tasks: Any = context.Queue()
-        self._done: Any = context.Queue()
-        self._processes = [
-            context.Process(target=_work, args=(bench, self._tasks, self._done), daemon=True)
-            for _ in range(num_processes)
-        ]
-        for process in self._processes:
-            process.start()
+    threads: Threads
+    urgency: int
 
-    def run(self, tasks: Sequence[Search | Look]) -> dict[Search | Look, Any]:
-        """Results by task; says on stderr how far it is."""
-        for task in tasks:
-            self._tasks.put(task)
-        results: dict[Search | Look, Any] = {}
-        began_s = time.monotonic()
-        for _ in tasks:
-            task, result, error = self._done.get()
-            if error is not None:
-                raise RuntimeError(f"{task}: {error}")
-            results[task] = result
-            if len(results) % 20 == 0 or len(results) == len(tasks):
-                sys.stderr.write(f"{len(results)} of {len(tasks)} after {time.monotonic() - began_s:.0f} s\n")
-        return results
-
-    def end(self) -> None:
-        for _ in self._processes:
-            self._tasks.put(None)
-        for process in self._processes:
-            process.join()
+    def ask(self, do: Any) -> "Future[Any]":
+        return self.threads.ask(self.urgency, do)
 
 
-def _work(bench: Bench, tasks: Any, done: Any) -> None:
-    while (task := tasks.get()) is not None:
-        try:
-            done.put((task, bench.run(task), None))
-        except Exception as error:  # noqa: BLE001 - told to the process that waits for it
-            done.put((task, None, repr(error)))
-
-
-def workloads_of(
-    cases: Iterable[Case], folder: Path | None, num_rows: int | None
-) -> dict[tuple[str, bool, int], Workload]:
-    """The workload of each case's stream."""
+def workloads_of(streams: Iterable[Stream], folder: Path | None) -> dict[Stream, Workload]:
+    """Of whole traces in a folder, or of the slices that come with loadgen."""
     names = FILES if folder else SLICES
     base = folder or Path(__file__).parents[1] / "loadgen" / "data"
-    workloads: dict[tuple[str, bool, int], Workload] = {}
-    for trace, is_tight, copies in {case.stream for case in cases}:
-        wanted = list(FILES) if trace == MIX else [trace]
-        workloads[trace, is_tight, copies] = build_workload(
-            [(name, read_trace(base / names[name])) for name in wanted],
-            max_input=TIGHT_MAX_INPUT if is_tight else None,
-            num_rows=num_rows,
-            copies=copies,
+    rows = {name: read_trace(base / file) for name, file in names.items()}
+    return {
+        stream: build_workload(
+            [(name, rows[name]) for name in (FILES if stream.trace == MIX else [stream.trace])],
+            max_input=stream.max_input,
+            num_rows=stream.num_rows,
+            copies=stream.copies,
         )
-    return workloads
+        for stream in set(streams)
+    }
 
 
-def find_splits(cases: Sequence[Case], bench: Bench, crew: Crew) -> dict[Case, Split]:
-    """The best splits of each case, found with one seed."""
-    bases = {case._replace(num_workers=BASE_WORKERS) for case in cases}
-    tasks = [
-        Search(base, num_prefill, row, (0,), bench.first_speed(base, num_prefill))
-        for base in sorted(bases, key=lambda base: base.name)
-        for num_prefill in range(1, BASE_WORKERS)
-        for row in (*SPLIT_POLICIES, OURS)
-    ]
-    borne = crew.run(tasks)
-
-    def best(base: Case, rows: Sequence[str]) -> int:
-        of_rows = [task for task in tasks if task.case == base and task.row in rows]
-        return max((borne[task][0].per_gpu_s, task.num_prefill) for task in of_rows)[1]
-
-    found = {base: Split(best(base, SPLIT_POLICIES), best(base, (OURS,))) for base in bases}
-    return {case: _scaled(found[case._replace(num_workers=BASE_WORKERS)], case.num_workers) for case in cases}
-
-
-def _scaled(split: Split, num_workers: int) -> Split:
+def scaled(split: Split, num_workers: int) -> Split:
+    """The same shares of another number."""
     return Split(*(min(max(round(num * num_workers / BASE_WORKERS), 1), num_workers - 1) for num in split))
 
 
@@ -295,12 +273,13 @@ def report_case(
     best = max(simple, key=lambda name: fmean(each.per_gpu_s for each in borne[name]))
     rows: dict[str, Any] = {}
     for name in policies:
-        ratios = [mine.per_gpu_s / others.per_gpu_s for mine, others in zip(borne[name], borne[best], strict=True)]
+        ratios = _ratios(borne[name], borne[best])
         rows[name] = {
             "num_prefill": split.of(name),
             "lru_hit_rate": lru_rates[split.of(name)],
             "goodput_per_gpu_s": asdict(interval([each.per_gpu_s for each in borne[name]])),
             "to_best_simple": asdict(interval(ratios)),
+            "to_own_split": asdict(interval(_ratios(borne[name], borne[OWN_SPLIT]))) if OWN_SPLIT in borne else None,
             "all_bracketed": all(each.is_bracketed for each in borne[name]),
             "hit_rate": asdict(interval([each.outcome.hit_rate for each in borne[name]])),
             "seeds": [asdict(each) for each in borne[name]],
@@ -314,11 +293,15 @@ def report_case(
         "goals": asdict(case.goals),
         "num_workers": case.num_workers,
         "num_prefill": split.num_prefill,
-        "copies": case.stream[2],
+        "network": case.network or "as the profile",
         "lru_hit_rate": lru_rates[split.num_prefill],
         "best_simple": best,
         "policies": rows,
     }
+
+
+def _ratios(mine: Sequence[Borne], others: Sequence[Borne]) -> list[float]:
+    return [one.per_gpu_s / other.per_gpu_s for one, other in zip(mine, others, strict=True)]
 
 
 def problems_of(report: Mapping[str, Any]) -> list[str]:
@@ -353,6 +336,7 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
     columns = (
         "req/s/GPU",
         "of best simple",
+        "of ours, own split",
         "goals kept",
         "TTFT s p50/p90/p99",
         "TPOT ms p50/p90/p99",
@@ -374,6 +358,7 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
             shown,
             str(rate) if load is None else f"{fmean(run['rate_per_s'] for run in runs) / workers:.3g}",
             str(Interval(**row["to_best_simple"])) if load is None else "",
+            str(Interval(**row["to_own_split"])) if load is None and row["to_own_split"] else "",
             percent(interval([run["attainment"] for run in runs])),
             latencies([tuple(run["ttft_s"]) for run in runs], 1.0, 3),
             latencies([tuple(run["tpot_s"]) for run in runs], 1000.0, 1),
@@ -386,117 +371,103 @@ def table_of(report: Mapping[str, Any], load: float | None) -> Table:
 
 
 def cases_of(traces: Sequence[str], sizes: Sequence[int], pattern: str) -> list[Case]:
-    """All whose name has the pattern in it."""
-    cases = [Case(trace, goals, size) for trace in traces for goals in (LOOSE, TIGHT) for size in sizes]
+    """All whose name has the pattern in it; a slow network lies between BASE_WORKERS only, and under one trace."""
+    cases = [Case(trace, goals, size) for size in sizes for trace in traces for goals in (LOOSE, TIGHT)]
+    if BASE_WORKERS in sizes:
+        cases += [Case(traces[0], LOOSE, BASE_WORKERS, network) for network in NETWORKS if network != NVLINK]
     return [case for case in cases if re.search(pattern, case.name)]
-
-
-def run_cases(
-    cases: Sequence[Case],
-    policies_of: Mapping[Case, Sequence[str]],
-    seeds: Sequence[int],
-    bench: Bench,
-    crew: Crew,
-    splits: Mapping[Case, Split],
-) -> list[dict[str, Any]]:
-    """Search, then look at the loads."""
-    searches = [
-        Search(case, splits[case].of(row), row, tuple(seeds), bench.first_speed(case, splits[case].of(row)))
-        for case in sorted(cases, key=lambda case: -case.num_workers)
-        for row in reversed(policies_of[case])
-    ]
-    borne = crew.run(searches)
-    base_speeds = {
-        task.case: fmean(each.speed for each in borne[task]) for task in searches if task.row == "least-loaded"
-    }
-    looks = [
-        Look(task.case, task.num_prefill, task.row, seed, base_speeds[task.case] * load)
-        for task in searches
-        for load in LOADS
-        for seed in seeds
-        if task.row not in ABLATIONS
-    ]
-    seen = crew.run(looks)
-    reports: list[dict[str, Any]] = []
-    for case in cases:
-        found = {task.row: borne[task] for task in searches if task.case == case}
-        by_policy = {policy: found[policy] for policy in policies_of[case]}
-        by_load = {
-            (policy, load): [
-                seen[look]
-                for look in looks
-                if look.case == case and look.row == policy and look.speed == base_speeds[case] * load
-            ]
-            for policy in policies_of[case]
-            if policy not in ABLATIONS
-            for load in LOADS
-        }
-        workload, num_pages = bench.workloads[case.stream], bench.hardware.prefill.num_pages
-        lru_rates = {num_prefill: lru_hit_rate(workload, num_prefill * num_pages) for num_prefill in splits[case]}
-        reports.append(report_case(case, splits[case], policies_of[case], by_policy, by_load, lru_rates))
-    return reports
 
 
 def main(
     *,
     traces: Annotated[str, typer.Option(help="Folder of the whole traces; without it the slices of 60 rows.")] = "",
     only: Annotated[str, typer.Option(help="Cases whose name has this regular expression in it.")] = "",
-    sizes: Annotated[str, typer.Option(help="Numbers of workers.")] = "4,8,16",
+    sizes: Annotated[str, typer.Option(help="Numbers of workers, in the order in which they are done.")] = "8,4,16",
     ablation_sizes: Annotated[str, typer.Option(help="Those for which parts of ours are taken away, too.")] = "8",
     seeds: Annotated[int, typer.Option(min=1, max=10)] = 5,
     rows: Annotated[int, typer.Option(min=0, help="At most so many rows of each trace; 0: all.")] = 0,
     profile: Annotated[str, typer.Option(help="As for loadgen simulate.")] = "h200-8b",
     attainment: Annotated[float, typer.Option(min=0.01, max=0.9999)] = 0.9,
     prefill: Annotated[
-        str, typer.Option(help="Prefill workers of 8, for all but ours and for ours, as 6,5; without it found.")
+        str, typer.Option(help="Prefill workers of 8, for the simple policies and for ours, as 6,5; without it found.")
     ] = "",
     policies: Annotated[str, typer.Option(help="These alone, and least-loaded.")] = "",
     processes: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
-    out: Annotated[str, typer.Option(help="Write the report to this file too.")] = "",
+    runs: Annotated[str, typer.Option(help="Keep runs in this file, and do none again that it has.")] = "",
+    out: Annotated[str, typer.Option(help="Write the report to this file too, as far as it is.")] = "",
 ) -> None:
     """Print the tables; exit with 1 if ours is behind anywhere."""
+    num_rows = rows or None
     cases = cases_of([*FILES, MIX], [int(size) for size in sizes.split(",")], only)
     if not cases:
         raise typer.BadParameter(f"--only {only}: no case has it in its name")
     with_parts = {int(size) for size in ablation_sizes.split(",") if size}
-    policies_of = {
-        case: _chosen(policies) or [*BASELINES, OURS, OWN_SPLIT, *(ABLATIONS if case.num_workers in with_parts else ())]
-        for case in cases
-    }
     began_s = time.monotonic()
-    bases = [case._replace(num_workers=BASE_WORKERS) for case in cases]
-    workloads = workloads_of([*cases, *bases], Path(traces) if traces else None, rows or None)
-    bench = Bench(workloads, Hardware.read(profile), attainment)
-    crew = Crew(bench, processes)
+    bases = {case: case._replace(num_workers=BASE_WORKERS) for case in cases}
+    split_streams = [base.stream(min(SPLIT_ROWS, num_rows or SPLIT_ROWS)) for base in bases.values()]
+    workloads = workloads_of(
+        [*(case.stream(num_rows) for case in cases), *split_streams], Path(traces) if traces else None
+    )
+    hardware = Hardware.read(profile)
+    simulator = Simulator(workloads, hardware)
+    made_by = {"commit": commit(), "profile": hardware.model_dump(mode="json"), "traces": "whole" if traces else "60"}
+    try:
+        done = Runs(simulator, processes, Path(runs) if runs else None, made_by)
+    except ValueError as error:
+        raise typer.BadParameter(f"--runs: {error}") from error
+    bench = Bench(simulator, done, attainment, num_rows)
+    threads = Threads(processes)
+    clerks = Threads(2 * len(cases))
     if prefill:
         given = Split(*(int(num) for num in prefill.split(",")))
-        splits = {case: _scaled(given, case.num_workers) for case in cases}
+        found = dict.fromkeys(bases.values(), given)
     else:
-        splits = find_splits(cases, bench, crew)
-    reports = run_cases(cases, policies_of, range(seeds), bench, crew, splits)
-    crew.end()
-    problems = [problem for report in reports for problem in problems_of(report)]
-    console = Console(width=170)
-    for report in reports:
+        asked = {base: clerks.ask(0, partial(bench.find_split, base, Asked(threads, 0))) for base in bases.values()}
+        found = {base: future.result() for base, future in asked.items()}
+    splits = {case: scaled(found[base], case.num_workers) for case, base in bases.items()}
+    reports: list[dict[str, Any]] = []
+    console = Console(width=190)
+    waited_for = [
+        clerks.ask(
+            0,
+            partial(
+                bench.report,
+                case,
+                splits[case],
+                _chosen(policies)
+                or [*BASELINES, OURS, OWN_SPLIT, *(ABLATIONS if case.num_workers in with_parts else ())],
+                range(seeds),
+                Asked(threads, urgency),
+            ),
+        )
+        for urgency, case in enumerate(cases)
+    ]
+    problems: list[str] = []
+    for future in as_completed(waited_for):
+        report = future.result()
+        reports.append(report)
         console.print(table_of(report, None))
         for load in LOADS:
             console.print(table_of(report, load))
-    for problem in problems:
-        console.print(f"behind: {problem}", highlight=False)
-    if out:
-        whole = {
-            "problems": problems,
-            "seeds": seeds,
-            "attainment": attainment,
-            "profile": bench.hardware.model_dump(mode="json"),
-            "rows": rows or "all",
-            "took_s": time.monotonic() - began_s,
-            "machine": machine(),
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "cases": reports,
-        }
-        Path(out).write_text(json.dumps(whole, indent=1) + "\n")
+        for problem in problems_of(report):
+            problems.append(problem)
+            console.print(f"behind: {problem}", highlight=False)
+        if out:
+            whole = {
+                "problems": problems,
+                "seeds": seeds,
+                "attainment": attainment,
+                "rows": rows or "all",
+                **made_by,
+                "took_s": time.monotonic() - began_s,
+                "machine": machine(),
+                "date": time.strftime("%Y-%m-%d"),
+                "cases": reports,
+            }
+            Path(out).write_text(json.dumps(whole, indent=1) + "\n")
+    clerks.end()
+    threads.end()
+    done.end()
     sys.exit(1 if problems else 0)
 
 

@@ -87,31 +87,31 @@ def _random(rng: Random) -> Pick:
     return pick
 
 
-def _least_loaded(rng: Random) -> Pick:
+def least_loaded(workers: Sequence[WorkerView], rng: Random) -> WorkerView:
     """The fewest requests, of several one at random."""
+    fewest = min(worker.num_credits for worker in workers)
+    least = [worker for worker in workers if worker.num_credits == fewest]
+    return least[rng.randrange(len(least))]
 
+
+def _least_loaded(rng: Random) -> Pick:
     def pick(workers: Sequence[WorkerView], request: RequestView, holders: Holders) -> WorkerView:
         del request, holders
-        fewest = min(worker.num_credits for worker in workers)
-        least = [worker for worker in workers if worker.num_credits == fewest]
-        return least[rng.randrange(len(least))]
+        return least_loaded(workers, rng)
 
     return pick
 
 
 def _longest_prefix(rng: Random) -> Pick:
     """The longest run of the prompt's pages; of several, or where none is long, the least loaded one."""
-    least_loaded = _least_loaded(rng)
 
     def pick(workers: Sequence[WorkerView], request: RequestView, holders: Holders) -> WorkerView:
         matches = holders.matches(request.blocks)
         runs = [matches.get(worker.ref.incarnation, (0, 0))[1] for worker in workers]
         longest = max(runs)
         if longest < MIN_PREFIX * len(request.blocks):
-            return least_loaded(workers, request, holders)
-        return least_loaded(
-            [worker for worker, run in zip(workers, runs, strict=True) if run == longest], request, holders
-        )
+            return least_loaded(workers, rng)
+        return least_loaded([worker for worker, run in zip(workers, runs, strict=True) if run == longest], rng)
 
     return pick
 

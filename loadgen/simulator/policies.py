@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
-from loadgen.simulator.baselines import BASELINES
+from loadgen.simulator.baselines import BASELINES, least_loaded, with_room
 from loadgen.simulator.lengths import LearntLengths, Lengths, PlainLengths
-from shared.blocks import BlockHash
+from shared.blocks import BlockHash, pages_for
 from shared.errors import StartupError
 from shared.policy.holders import Holders
 from shared.policy.placement import Decision, Rules, place
@@ -64,6 +64,24 @@ class _Blind:
         return self._policy.decide(request, cluster, self._nobody, tie_break=tie_break)
 
 
+class _DecodeFirst:
+    """A policy that has no say in where a request decodes: that is the worker with room that has the fewest, so no
+    decode worker is weighed against another by what is there of the prompt, by its steps, or with a way to prefill."""
+
+    def __init__(self, policy: Policy, rng: Random) -> None:
+        self._policy = policy
+        self._rng = rng
+
+    def decide(self, request: RequestView, cluster: ClusterView, holders: Holders, *, tie_break: int) -> Decision:
+        roomy = with_room(cluster.decode, pages_for(request.num_tokens + request.reserve_new_tokens))
+        if roomy:
+            chosen = least_loaded(roomy, self._rng)
+            # The others stay: they lend pages, and what is free there is free.
+            decode = tuple(view if view is chosen else replace(view, max_context=0) for view in cluster.decode)
+            cluster = ClusterView(cluster.prefill, decode)
+        return self._policy.decide(request, cluster, holders, tie_break=tie_break)
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One row of a comparison.
@@ -105,7 +123,7 @@ def contender(name: str, goals: Goals, seed: int) -> Contender:
         case "no-prediction":
             return Contender(Placement(rules, tie_offset), PlainLengths())
         case "no-co-scheduling":
-            return Contender(Placement(replace(rules, num_decode_candidates=1), tie_offset), predicted)
+            return Contender(_DecodeFirst(Placement(rules, tie_offset), rng), predicted)
         case "no-locality":
             return Contender(_Blind(Placement(rules, tie_offset)), predicted)
         case "no-local-prefill":

@@ -1,81 +1,111 @@
+import json
+from dataclasses import asdict
+
+import pytest
 from rich.console import Console
 
 from benchmarks.policies import (
-    BASE_WORKERS,
     LOADS,
     LOOSE,
     OWN_SPLIT,
     TIGHT,
+    Asked,
     Bench,
+    Borne,
     Case,
-    Look,
-    Search,
     Split,
     cases_of,
-    find_splits,
     problems_of,
-    run_cases,
+    scaled,
     table_of,
     workloads_of,
 )
+from benchmarks.policy_runs import Run, Runs, Simulator, Threads
 from loadgen.simulator.hardware import Hardware
 
-
-class OneProcess:
-    """A crew of this process."""
-
-    def __init__(self, bench):
-        self.bench = bench
-        self.tasks = []
-
-    def run(self, tasks):
-        self.tasks += tasks
-        return {task: self.bench.run(task) for task in tasks}
+MADE_BY = {"commit": "c", "traces": "60"}
 
 
-def bench_of(cases, num_rows):
-    return Bench(workloads_of(cases, None, num_rows), Hardware.read("h200-8b"), 0.9)
+@pytest.fixture
+def threads():
+    threads = Threads(2)
+    yield Asked(threads, 0)
+    threads.end()
 
 
-def test_a_case_is_searched_and_looked_at_and_told():
+class Here:
+    """Runs of this process."""
+
+    def __init__(self, simulator):
+        self.simulator = simulator
+        self.done = []
+
+    def outcome(self, run):
+        self.done.append(run)
+        return self.simulator.outcome(run)
+
+
+def simulator_of(*streams):
+    return Simulator(workloads_of(streams, None), Hardware.read("h200-8b"))
+
+
+def test_a_case_is_searched_and_looked_at_and_told(threads):
     case = Case("mooncake", LOOSE, 4)
-    bench = bench_of([case], 40)
-    policies = ["least-loaded", "prefix-affinity", "ours", OWN_SPLIT, "no-fetch"]
-    crew = OneProcess(bench)
-    (report,) = run_cases([case], {case: policies}, range(2), bench, crew, {case: Split(2, 1)})
-    assert (report["num_prefill"], report["policies"][OWN_SPLIT]["num_prefill"]) == (2, 1)
-    assert report["best_simple"] in policies[:2]
-    assert [len(report["policies"][name]["seeds"]) for name in policies] == [2, 2, 2, 2, 2]
+    simulator = simulator_of(case.stream(40))
+    runs = Here(simulator)
+    rows = ["least-loaded", "prefix-affinity", "ours", OWN_SPLIT, "no-fetch"]
+    report = Bench(simulator, runs, 0.9, 40).report(case, Split(2, 1), rows, range(2), threads)
+    prefill = {name: row["num_prefill"] for name, row in report["policies"].items()}
+    assert prefill == {"least-loaded": 2, "prefix-affinity": 2, "ours": 2, OWN_SPLIT: 1, "no-fetch": 1}
+    assert report["best_simple"] in rows[:2]
+    assert [len(report["policies"][name]["seeds"]) for name in rows] == [2, 2, 2, 2, 2]
     assert all(row["goodput_per_gpu_s"]["mean"] > 0 for row in report["policies"].values())
+    assert report["policies"][OWN_SPLIT]["to_own_split"] == {"mean": 1, "half": 0}
     assert set(report["policies"]["ours"]["loads"]) == set(map(str, LOADS))
     assert not report["policies"]["no-fetch"]["loads"], "parts taken away are searched alone"
-    looks = [task for task in crew.tasks if isinstance(task, Look)]
-    assert len({task.speed for task in looks}) == len(LOADS), "all policies at the same loads"
-    console = Console(width=170, record=True)
+    random_or_not = {run.policy for run in runs.done}
+    assert random_or_not == {"least-loaded", "prefix-affinity", "ours", "no-fetch"}
+    console = Console(width=190, record=True)
     console.print(table_of(report, None))
     console.print(table_of(report, LOADS[0]))
     assert "no-fetch" in console.export_text()
 
 
-def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most():
-    case, other = Case("conv", TIGHT, 16), Case("conv", LOOSE, 4)
+def test_the_split_is_the_one_at_which_the_better_simple_policy_bears_most(threads):
+    class Known(Bench):
+        def search(self, case, stream, num_prefill, row, seed, first_speed):
+            best = {"least-loaded": 3, "prefix-affinity": 5, "ours": 2}[row]
+            return Borne(1.0, 10 - abs(num_prefill - best) + (best == 5), True, 1, None)
 
-    class Crew(OneProcess):
-        def run(self, tasks):
-            assert {task.case.num_workers for task in tasks} == {BASE_WORKERS}
-            results = {}
-            for task in tasks:
-                assert isinstance(task, Search)
-                best = {"least-loaded": 3, "prefix-affinity": 5, "ours": 2}[task.row]
-                results[task] = [Borne(10 - abs(task.num_prefill - best) + (best == 5))]
-            return results
+    split = Known(None, None, 0.9, None).find_split(Case("conv", TIGHT, 8), threads)
+    assert (split, scaled(split, 16), scaled(split, 4)) == (Split(5, 2), Split(10, 4), Split(2, 1))
 
-    class Borne:
-        def __init__(self, per_gpu_s):
-            self.per_gpu_s = per_gpu_s
 
-    bench = bench_of([case._replace(num_workers=8), other._replace(num_workers=8)], 40)
-    assert find_splits([case, other], bench, Crew(bench)) == {case: Split(10, 4), other: Split(2, 1)}
+A_CASE = Case("code", LOOSE, 2, "25 Gbit/s")
+A_RUN = Run(A_CASE.stream(20), 2.0, 0.1, 3.1e9, 1, 1, "least-loaded", 0, 1.0)
+
+
+# Whoever else has threads left in this process.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_run_that_the_file_has_is_not_done_again(tmp_path):
+    path = tmp_path / "runs"
+    simulator = simulator_of(A_RUN.stream)
+    first = Runs(simulator, 1, path, MADE_BY)
+    outcome = first.outcome(A_RUN)
+    first.end()
+    assert outcome == simulator.outcome(A_RUN)
+    path.write_text(path.read_text() + '[["cut sho')  # by a kill
+    again = Runs(Simulator({}, simulator.hardware), 1, path, MADE_BY)
+    assert again.outcome(A_RUN) == outcome
+    with pytest.raises(RuntimeError, match="KeyError"):
+        again.outcome(A_RUN._replace(seed=1))
+    again.end()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        MADE_BY,
+        [[list(A_RUN.stream), *A_RUN[1:]], json.loads(json.dumps(asdict(outcome)))],
+    ]
+    with pytest.raises(ValueError, match="was made by"):
+        Runs(simulator, 1, path, MADE_BY | {"commit": "d"})
 
 
 def report_of(ours, other, *, hit=0.2, attainments=(0.9, 0.9)):
@@ -101,3 +131,5 @@ def test_ours_is_behind_only_beyond_the_interval():
 
 def test_cases_are_chosen_by_name():
     assert [case.name for case in cases_of(["code", "conv"], [4, 8], "conv 0.5s.* 8 w")] == ["conv 0.5s/30ms 8 workers"]
+    assert cases_of(["code", "conv"], [8, 4], "Gbit") == [Case("code", LOOSE, 8, "25 Gbit/s")]
+    assert cases_of(["code"], [4], "Gbit") == []
