@@ -51,7 +51,7 @@ class Simple:
             num_decode_pages=num_decode_pages,
             prefill_s=0.0,
             fetch=None,
-            explanation=self._explanation,
+            explain=lambda: self._explanation,
         )
 
 

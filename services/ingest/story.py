@@ -42,7 +42,7 @@ class StoryWriter:
         """Work record, then `open`, each acknowledged: an `open` always stands for work that is on its way."""
         job, placement = waiting.admitted.job, placed.placement
         placed_s = self._clock_s()
-        explanation = UNKNOWN if placed.chosen is None else placed.chosen.explanation.brief()
+        explanation = UNKNOWN if placed.chosen is None else placed.chosen.explain().brief()
         topic, work = work_of(waiting, placed, self._wire_loss.allowed(job.tenant))
         await self._producer.send(topic.name, work.target.slot, encode(work))
         await self._tell(

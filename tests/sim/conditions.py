@@ -38,6 +38,7 @@ class Conditions:
     delay_s, bytes_per_s: of a link between workers; None: nobody measured how many bytes it carries.
     speed: of a worker, as it says itself; None: it has measured nothing.
     misled: share of the placements that stand where the policy would not have them.
+    num_asked: requests that come, beside those of rushes.
     histories: conversations that prompts may go on with.
     max_batch_in_hand: batch jobs beyond so many are put down.
     named_after_s: jobs that wait for longer are named in what ingest commits.
@@ -56,6 +57,7 @@ class Conditions:
     speed: SpeedProfile | None
     rules: Rules
     misled: float
+    num_asked: int
     histories: tuple[list[int], ...]
     max_batch_in_hand: int
     named_after_s: float
@@ -75,13 +77,15 @@ def draw_conditions(seed: int) -> Conditions:
     rng = Random(f"conditions {seed}")
     step_s = rng.choice((0.02, 0.1, 0.3))
     max_batch_tokens = rng.choice((64, 256))
+    num_host_pages = rng.choice((0, 0, 0, 16, 64))
+    num_histories = 3 if num_host_pages else rng.choice((0, 1, 1, 2))
     speed = SpeedProfile(step_s, 0.0, 0.0, step_s / max_batch_tokens, 0.0) if rng.random() < 0.6 else None
     return Conditions(
         age_s=AGED_S if rng.random() < 0.15 else 0.0,
         num_joining=rng.choice((0, 0, 1, 2)),
         step_s=step_s,
-        num_pages=rng.choice((12, 24)),
-        num_host_pages=rng.choice((0, 0, 8, 64)),
+        num_pages=rng.choice((8, 8, 12) if num_host_pages else (12, 24)),
+        num_host_pages=num_host_pages,
         host_looks=rng.choice((1, 2, 5)),
         max_batch_tokens=max_batch_tokens,
         delay_s=rng.choice((0.01, 0.01, 0.2)),
@@ -94,7 +98,8 @@ def draw_conditions(seed: int) -> Conditions:
             fetch=rng.random() < 0.8,
         ),
         misled=rng.choice((0.0, 0.0, 0.3, 1.0)),
-        histories=tuple([rng.randrange(3, 990) for _ in range(320)] for _ in range(rng.choice((0, 1, 1, 2)))),
+        num_asked=rng.randint(8, 12) if num_host_pages else rng.randint(3, 6),
+        histories=tuple([rng.randrange(3, 990) for _ in range(320)] for _ in range(num_histories)),
         max_batch_in_hand=rng.choice((1, 2, 1024)),
         named_after_s=rng.choice((0.5, low_water.NAMED_AFTER_S)),
         has_faults=rng.random() < 0.9,
@@ -115,7 +120,7 @@ class Misled:
         rng = self._rng
         if not isinstance(decision, Chosen) or rng.random() >= self._conditions.misled:
             return decision
-        chosen = replace(decision, explanation=ELSEWHERE)
+        chosen = replace(decision, explain=lambda: ELSEWHERE)
         prefill = [worker.ref for worker in cluster.prefill if worker.takes_work]
         if rules.local_prefill and (not prefill or rng.random() < 0.5):
             chosen = replace(chosen, prefill=chosen.decode, num_prefill_pages=0)
@@ -144,6 +149,7 @@ PLAIN = Conditions(
     speed=None,
     rules=Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False),
     misled=0.0,
+    num_asked=5,
     histories=(),
     max_batch_in_hand=1024,
     named_after_s=low_water.NAMED_AFTER_S,

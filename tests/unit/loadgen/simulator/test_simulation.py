@@ -34,7 +34,7 @@ class Fixed:
         if self.fetch_from is not None and not elsewhere:
             fetch = Fetch(cluster.prefill[self.fetch_from].ref, self.num_pages)
         pages = -(-(request.num_tokens + request.reserve_new_tokens) // 64)
-        return Chosen(prefill, decode, 0 if self.local else 2, pages, 0.5, fetch, Explanation("fixed", 1, ()))
+        return Chosen(prefill, decode, 0 if self.local else 2, pages, 0.5, fetch, lambda: Explanation("fixed", 1))
 
 
 def fixed(**options):

@@ -49,7 +49,7 @@ class World:
 
 
 def a_chosen(prefill, decode, num_prefill_pages=3, num_decode_pages=5, prefill_s=0.1):
-    return Chosen(prefill, decode, num_prefill_pages, num_decode_pages, prefill_s, None, Explanation("", 0))
+    return Chosen(prefill, decode, num_prefill_pages, num_decode_pages, prefill_s, None, lambda: Explanation("", 0))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def may_start(*, prefill_s=0.1, num_pages=10, quiet_s=0.0, local=False, queued_s
     decoder = a_worker(1, **{"profile": PROFILE, "max_running": 64, "num_pages": 100, **decode})
     if local:
         prefiller = decoder = dataclasses.replace(decoder, queued_prefill_s=queued_s)
-    chosen = Chosen(prefiller.ref, decoder.ref, 0, num_pages, prefill_s, None, Explanation("", 0, ()))
+    chosen = Chosen(prefiller.ref, decoder.ref, 0, num_pages, prefill_s, None, lambda: Explanation("", 0))
     view = ClusterView(() if local else (prefiller,), (decoder,))
     return leaves_others_alone(chosen, view, RULES, quiet_s=quiet_s)
 
@@ -65,6 +65,6 @@ def test_a_long_prompt_starts_when_nobody_came_for_as_long():
 
 def test_workers_that_are_gone_take_nothing():
     decoder = a_worker(1)
-    chosen = Chosen(a_worker(0).ref, decoder.ref, 1, 1, 0.0, None, Explanation("", 0, ()))
+    chosen = Chosen(a_worker(0).ref, decoder.ref, 1, 1, 0.0, None, lambda: Explanation("", 0))
     assert not leaves_others_alone(chosen, ClusterView((), (decoder,)), RULES, quiet_s=0.0)
     assert not leaves_others_alone(chosen, ClusterView((a_worker(0),), ()), RULES, quiet_s=0.0)

@@ -11,6 +11,7 @@ from shared.blocks import PAGE_TOKENS, pages_for
 from shared.policy.costs import UNMEASURED
 from shared.policy.holders import Holders
 from shared.policy.placement import (
+    NUM_DECODE_CANDIDATES,
     Chosen,
     Fetch,
     NeverFits,
@@ -29,6 +30,7 @@ RULES = Rules(ttft_goal_s=2.0, tpot_goal_s=0.1)
 REMOTE = dataclasses.replace(RULES, local_prefill=False)
 FAST = LinkRate(latency_s=3.5e-4, bytes_per_s=3.4e11)
 LINKS = {Incarnation(f"w{slot}"): FAST for slot in range(64)}
+ROUNDING_S = 1e-9
 SLOW = SpeedProfile(base_s=8.6e-3, row_s=2.0e-5, context_s=6.0e-8, token_s=4.32e-5, pair_s=2.0e-9)
 
 
@@ -51,7 +53,7 @@ def cost_of(*args, **kwargs):
     """The least cost there is."""
     decision = decide(*args, **kwargs)
     assert isinstance(decision, Chosen)
-    return decision.explanation.candidates[0].cost_s
+    return decision.explain().candidates[0].cost_s
 
 
 def held(*counts, on_host=()):
@@ -101,7 +103,7 @@ def test_a_prefix_is_fetched_where_a_peer_has_it_and_the_queue_is_short():
     decision = decide(prefill, [a_worker(2)], request, held(40))
     assert slots(decision) == (1, 2)
     assert decision.fetch == Fetch(prefill[0].ref, 40)
-    assert decision.explanation.candidates[0].fetched_pages == 40
+    assert decision.explain().candidates[0].fetched_pages == 40
     unfetched = decide(prefill, [a_worker(2)], request, held(40), dataclasses.replace(REMOTE, fetch=False))
     assert unfetched.fetch is None
     assert unfetched.prefill_s > decision.prefill_s
@@ -149,7 +151,7 @@ def test_an_idle_decode_worker_computes_the_prompt_itself_and_one_with_rows_leav
     assert slots(decision) == (1, 1)
     assert decision.num_prefill_pages == 0
     assert decision.num_decode_pages == 9
-    assert decision.explanation.candidates[0].is_local
+    assert decision.explain().candidates[0].is_local
     busy = a_worker(1, num_credits=30, num_context_tokens=30_000)
     assert slots(decide([a_worker(0)], [busy], rules=RULES)) == (0, 1)
     queue = a_worker(0, queued_prefill_s=1.0)
@@ -223,7 +225,7 @@ def test_capacity_is_unknown_while_a_role_is_missing():
 def test_a_decision_explains_itself():
     prefill = [a_worker(0, queued_prefill_s=0.3), a_worker(1, profile=None)]
     decision = decide(prefill, [a_worker(2), a_worker(3, num_credits=9)], a_request(640), held(4), RULES)
-    explanation = decision.explanation
+    explanation = decision.explain()
     assert explanation.num_considered == 2 * 2 + 2
     assert len(explanation.candidates) == 5
     best = explanation.candidates[0]
@@ -237,8 +239,8 @@ def test_a_decision_explains_itself():
 
 
 def test_the_only_way_and_equal_ways():
-    assert decide([a_worker(0)], [a_worker(1)]).explanation.reason == "the only way"
-    assert decide([a_worker(0)], [a_worker(1), a_worker(2)]).explanation.reason == "as good as the next"
+    assert decide([a_worker(0)], [a_worker(1)]).explain().reason == "the only way"
+    assert decide([a_worker(0)], [a_worker(1), a_worker(2)]).explain().reason == "as good as the next"
 
 
 def test_below_the_threshold_and_not_above_it_decode_computes_prompts_itself():
@@ -306,14 +308,18 @@ def test_nobody_gets_more_than_there_is_room_for(cluster, request, holders, tie_
 @given(clusters(), requests, holdings, st.integers(0, 100), st.randoms())
 def test_the_order_of_a_view_does_not_matter(cluster, request, holders, tie_break, rng):
     shuffled = [rng.sample(pool, len(pool)) for pool in cluster]
-    assert decide(*cluster, request, holders, RULES, tie_break) == decide(*shuffled, request, holders, RULES, tie_break)
+    one, other = (decide(*pools, request, holders, RULES, tie_break) for pools in (cluster, shuffled))
+    assert one == other
+    if isinstance(one, Chosen) and isinstance(other, Chosen):
+        assert one.explain().brief() == other.explain().brief()
 
 
 @given(clusters(), requests, holdings)
 def test_the_cheapest_pair_is_picked(cluster, request, holders):
     """Each pair's cost is what it costs where nobody else takes work. (Then nobody else lends either: no fetch.)"""
     prefill, decode = cluster
-    rules = dataclasses.replace(RULES, fetch=False, num_decode_candidates=len(decode))
+    assume(len(decode) <= NUM_DECODE_CANDIDATES)
+    rules = dataclasses.replace(RULES, fetch=False)
     decision = decide(prefill, decode, request, holders, rules)
 
     def alone(first, second):
@@ -324,9 +330,9 @@ def test_the_cheapest_pair_is_picked(cluster, request, holders):
         return decide(map(closed, prefill), map(closed, decode), request, holders, local)
 
     pairs = [alone(*pair) for pair in product([*prefill], decode)] + [alone(worker, worker) for worker in decode]
-    costs = [pair.explanation.candidates[0].cost_s for pair in pairs if isinstance(pair, Chosen)]
+    costs = [pair.explain().candidates[0].cost_s for pair in pairs if isinstance(pair, Chosen)]
     if isinstance(decision, Chosen):
-        assert decision.explanation.candidates[0].cost_s == min(costs)
+        assert decision.explain().candidates[0].cost_s == pytest.approx(min(costs))
     else:
         assert not costs
 
@@ -353,7 +359,7 @@ def test_more_cached_pages_never_raise_a_pair_s_cost(cluster, request, cached, m
             holders.update(decode[0].ref.incarnation, 0, BLOCKS[:on_decode], ())
         return cost_of(prefill, decode, request, holders, rules)
 
-    assert cost(cached + more) <= cost(cached)
+    assert cost(cached + more) <= cost(cached) + ROUNDING_S
 
 
 @given(clusters(), requests, st.floats(0, 5), st.booleans(), st.booleans())
@@ -363,4 +369,4 @@ def test_a_longer_queue_never_lowers_a_pair_s_cost(cluster, request, longer_s, i
     before = cost_of(prefill, decode, request, rules=rules)
     grown = decode if is_local or on_decode else prefill
     grown[0] = dataclasses.replace(grown[0], queued_prefill_s=grown[0].queued_prefill_s + longer_s)
-    assert cost_of(prefill, decode, request, rules=rules) >= before
+    assert cost_of(prefill, decode, request, rules=rules) >= before - ROUNDING_S
