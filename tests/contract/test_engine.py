@@ -140,7 +140,7 @@ class InterpretedKind(TritonKind):
 
     lengths = FEW_EDGES
     num_new = 6
-    random_operations = 60
+    random_operations = 30
 
 
 FAKES = {"fake": FakeKind(num_ahead=0), "fake-ahead": FakeKind(num_ahead=1)}

@@ -383,12 +383,13 @@ class Contents:
             return pages
 
         self.engine.pool.acquire = acquire_and_write
-        fail = self.engine.fail
+        fail, self.failed = self.engine.fail, set()
 
         def fail_and_spoil(sequence):
             own = [page for page in sequence.pages if self.engine.pool._references[page] == 1]
             fail(sequence)
             self.write(own, SPOILT)
+            self.failed.add(sequence)
 
         self.engine.fail = fail_and_spoil
 
@@ -405,15 +406,17 @@ class Contents:
             assert self._pages[page, 0] == self._pages[page, -1] == number_of(key), f"{what}: page {page}"
 
     def check_read(self, row, sequence, what):
-        """A row needs all full blocks before it; those of a sequence that arrived rounded are its own affair."""
-        if sequence.is_exact:
+        """A row needs all full blocks before it; those of a sequence that arrived rounded, or failed, are its own
+        affair."""
+        if sequence.is_exact and sequence not in self.failed:
             self.check(row.pages, blocks_of(sequence, row.start), what)
 
     def compute(self, row, sequence):
         blocks = blocks_of(sequence, row.end)
         for index in range(row.start // PAGE_TOKENS, pages_for(row.end)):
             value = number_of(blocks[index]) if index < len(blocks) else UNFINISHED
-            self.write([row.pages[index]], value if sequence.is_exact else ROUNDED)
+            is_right = sequence.is_exact and sequence not in self.failed
+            self.write([row.pages[index]], value if is_right else ROUNDED)
 
     def check_found(self):
         """All that anybody could find now."""
@@ -528,7 +531,7 @@ class TieredMachine(AheadMachine):
         for loan in self.loans:
             self.contents.check(loan.pages, loan.keys, "lent")
         for sequence, pages in self.held.values():
-            if sequence.state is SequenceState.HELD:
+            if sequence.state is SequenceState.HELD and sequence not in self.contents.failed:
                 self.contents.check(pages[: sequence.num_published], sequence.keys, "held")
 
     def teardown(self):
