@@ -99,6 +99,13 @@ class EndedJobs:
             await self._look_through(self._held[job.request_id].lane, job.request_id)
         return self.has_seen(job)
 
+    async def look_back(self) -> None:
+        """Look through for all of whom that is not known yet: who was young waits perhaps for longer than owners know
+        what ended."""
+        for lane, unsure in list(self._unsure.items()):
+            if unsure:
+                await self._look_through(lane, next(iter(unsure)))
+
     async def _look_through(self, lane: _Lane, request_id: RequestId) -> None:
         """Once for all of a lane that are in hand by now."""
         async with self._locks[lane]:

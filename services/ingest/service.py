@@ -19,7 +19,7 @@ from services.ingest.admission import Admission, Admitted
 from services.ingest.again import RecordsAgain
 from services.ingest.backlog import Backlog, EndedBefore, Expired, Settled
 from services.ingest.cluster import Cluster
-from services.ingest.ended import EndedJobs
+from services.ingest.ended import OLD_AFTER_S, EndedJobs
 from services.ingest.hands import Hands
 from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.lengths import Lengths
@@ -163,6 +163,7 @@ class IngestService:
                 _every(FEED_INTERVAL_S, self._follow_feeds),
                 _every(THRESHOLD_INTERVAL_S, self._tell_threshold),
                 follow_results(self._bus, self._see_result, self._ended.follows, self._log),
+                _every(OLD_AFTER_S, self._ended.look_back),
                 self._read_for_ever(jobs, partitions, self._take_job),
                 self._read_for_ever(resumes, partitions, self._take_resume),
                 _every(TAKE_UP_INTERVAL_S, self._take_up_parked),

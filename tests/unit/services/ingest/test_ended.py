@@ -149,6 +149,19 @@ async def test_a_young_job_is_not_looked_for(world):
 
 
 @virtual
+async def test_of_a_young_job_that_waits_it_is_known_a_little_later(world):
+    came_s = world.clock_s() - 1
+    world.result(NAMES[0])
+    await asyncio.sleep(1)
+    job = world.held(NAMES[0], came_s, came_s)
+    assert not await world.ended.has(job)
+    await world.ended.look_back()
+    assert world.ended.has_seen(job)
+    world.log.away = True
+    await world.ended.look_back()
+
+
+@virtual
 async def test_it_waits_for_a_log_that_is_away_and_until_results_are_followed(world):
     began_s = world.clock_s()
     world.result(NAMES[0])
