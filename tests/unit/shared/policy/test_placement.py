@@ -11,7 +11,6 @@ from shared.blocks import PAGE_TOKENS, pages_for
 from shared.policy.costs import UNMEASURED
 from shared.policy.holders import Holders
 from shared.policy.placement import (
-    NUM_DECODE_CANDIDATES,
     Chosen,
     Fetch,
     NeverFits,
@@ -22,6 +21,7 @@ from shared.policy.placement import (
     place,
 )
 from shared.policy.profile import LinkRate, SpeedProfile
+from shared.policy.scoring import NUM_DECODE_CANDIDATES
 from shared.policy.views import ClusterView
 from shared.request import Incarnation
 from tests.unit.shared.policy.views import BLOCKS, a_request, a_worker

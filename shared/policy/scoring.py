@@ -1,0 +1,354 @@
+"""What each way to run a choice is predicted to cost: one worker computes its prompt, one decodes it, maybe the same.
+
+All decode workers are scored alone; the best few are tried with all prefill workers, and every one with itself. What a
+way costs is `costs`' matter. What depends on one worker is computed once for it, and a pair is not looked at closer
+once five are known that beat it whatever its transfer takes.
+"""
+
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shared.blocks import PAGE_TOKENS, pages_for
+from shared.policy import costs
+from shared.policy.holders import Holders
+from shared.policy.profile import SpeedProfile
+from shared.policy.views import ClusterView, RequestView, WorkerView
+from shared.request import NUM_SLOTS, Incarnation
+from shared.wire.explanation import MAX_CANDIDATES, Candidate, Explanation
+
+Matches = Mapping[Incarnation, tuple[int, int]]
+NOTHING_HELD = (0, 0)
+
+NUM_DECODE_CANDIDATES = 4
+"""Decode workers that are best by themselves, to be tried with all prefill workers. Where all links are alike one would
+do; where half of them are 100 times slower (two hosts, 25 Gbit/s between them) four keep 0.5% more goals than one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the operator wants of placements.
+
+    Attributes:
+        ttft_goal_s: time to the first token within which a request counts as served well.
+        tpot_goal_s: mean time of each later token, likewise.
+        local_prefill: a decode worker may compute a prompt itself.
+        fetch: a worker may get a prompt's beginning from another that holds it.
+    """
+
+    ttft_goal_s: float
+    tpot_goal_s: float
+    local_prefill: bool = True
+    fetch: bool = True
+
+
+class _Beginning(NamedTuple):
+    """What of the prompt one worker need not compute.
+
+    Attributes:
+        num_held: pages that it has.
+        num_found: these, and those that it fetches from `source`.
+        found_s: until all of them are on its GPU.
+        rest_s: to compute what is behind them.
+        copied_s: to compute those that another worker has and this one will have, too.
+    """
+
+    num_held: int
+    num_found: int
+    found_s: float
+    rest_s: float
+    copied_s: float
+    source: WorkerView | None
+
+
+class _Way(NamedTuple):
+    """How one worker would compute the prompt. No two have the same `tie`, which settles equal losses.
+
+    Attributes:
+        loss: of the time to the first token, and of pages kept twice; if the worker decodes, too, also what its rows
+            lose by the work.
+        compute_s: its work.
+        ttft_s: from now until the first token.
+    """
+
+    loss: float
+    tie: int
+    worker: WorkerView
+    profile: SpeedProfile
+    beginning: _Beginning
+    queue_s: float
+    compute_s: float
+    ttft_s: float
+
+    @property
+    def fetch_s(self) -> float:
+        """Until pages are there, beyond the queue."""
+        return max(0.0, self.beginning.found_s - self.queue_s)
+
+
+class _Seat(NamedTuple):
+    """What it means for one decode worker to run the request, whoever computes the prompt. `tie` as for a way.
+
+    Attributes:
+        loss: of the request's time per token, and what its row adds to the others'.
+        tpot_s: of each token of a row there, with this request's row and with what stalls them already.
+        rows_loss: of `loss`, the others' part.
+        num_held: pages of the prompt that the worker has.
+    """
+
+    loss: float
+    tie: int
+    worker: WorkerView
+    profile: SpeedProfile
+    tpot_s: float
+    rows_loss: float
+    num_held: int
+
+
+class Ranked(NamedTuple):
+    """A way and a seat, with the loss that they mean together; equal ones by `tie`."""
+
+    loss: float
+    tie: int
+    way: _Way
+    seat: _Seat
+
+    @property
+    def is_local(self) -> bool:
+        return self.way.worker is self.seat.worker
+
+
+class Scoring:
+    """One decision's constants, and what follows from them for a worker and for a pair."""
+
+    def __init__(
+        self, request: RequestView, cluster: ClusterView, holders: Holders, rules: Rules, tie_break: int
+    ) -> None:
+        self._rules = rules
+        self._tie_break = tie_break
+        self._num_tokens = request.num_tokens
+        self._num_pages = pages_for(request.num_tokens)
+        self._num_later = max(request.expected_new_tokens, 1.0)
+        self._num_context = request.num_tokens + round(request.expected_new_tokens / 2)
+        # The last token of a prompt is always computed.
+        self._matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
+        prefill = [worker for worker in cluster.prefill if worker.model == request.model]
+        decode = [worker for worker in cluster.decode if worker.model == request.model]
+        self._most_held = max((num_held for _, num_held in self._matches.values()), default=0)
+        num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
+        self._stall_price = costs.price_of_stall(decode, num_decode_pages, rules.ttft_goal_s)
+        self._sources = self._find_sources((*prefill, *decode)) if rules.fetch and self._matches else []
+        self._assumed = _assumed_profiles(prefill) | _assumed_profiles(decode)
+        self._num_ways = 0
+
+    def rank(self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> list[Ranked]:
+        """The best ways, best first."""
+        seats = [self._seat(worker, (index + self._tie_break) % len(decode)) for index, worker in enumerate(decode)]
+        seats.sort()
+        best: list[Ranked] = []
+        self._try_remote(prefill, self._best_seats(seats), best)
+        if self._rules.local_prefill:
+            self._try_local(seats, best)
+        return best
+
+    def _try_remote(self, prefill: Sequence[WorkerView], seats: Sequence[_Seat], best: list[Ranked]) -> None:
+        ways = [self._remote_way(worker, (i + self._tie_break) % len(prefill)) for i, worker in enumerate(prefill)]
+        ways.sort()
+        for seat in seats:
+            layout = seat.worker.layout_fingerprint
+            equal = [way for way in ways if way.worker.layout_fingerprint == layout]
+            self._num_ways += len(equal)
+            for way in equal:
+                if len(best) == MAX_CANDIDATES and way.loss + seat.loss > best[-1].loss:
+                    break
+                # Local ways come before all others that are as good, and one seat's before the next one's.
+                tie = (seat.tie + 1) * NUM_SLOTS + way.tie
+                _keep(best, Ranked(self._remote_loss(way, seat), tie, way, seat))
+
+    def _try_local(self, seats: Sequence[_Seat], best: list[Ranked]) -> None:
+        self._num_ways += len(seats)
+        for seat in seats:
+            if len(best) == MAX_CANDIDATES and seat.loss > best[-1].loss:
+                break
+            way = self._local_way(seat)
+            _keep(best, Ranked(way.loss + seat.loss, seat.tie, way, seat))
+
+    def _best_seats(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
+        """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
+        num_best = NUM_DECODE_CANDIDATES
+        best = list(seats[:num_best])
+        if self._matches and num_best < len(seats):
+            nearest = max(seats[num_best:], key=_num_held)
+            if nearest.num_held > max(map(_num_held, best)):
+                best.append(nearest)
+        return best
+
+    def _seat(self, worker: WorkerView, tie: int) -> _Seat:
+        profile = worker.profile or self._assumed[worker.ref.slot]
+        goal_s, num_rows = self._rules.tpot_goal_s, worker.num_credits
+        stalled_s = worker.queued_prefill_s / self._num_later
+        now_s = profile.decode_step_s(num_rows, worker.num_context_tokens) + stalled_s
+        tpot_s = now_s + profile.row_s + profile.context_s * self._num_context
+        own_loss = costs.loss(tpot_s / goal_s)
+        rows_loss = costs.added_loss(num_rows, now_s / goal_s, tpot_s / goal_s)
+        num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)[1]
+        return _Seat(own_loss + rows_loss, tie, worker, profile, tpot_s, rows_loss, num_held)
+
+    def _remote_way(self, worker: WorkerView, tie: int) -> _Way:
+        profile = worker.profile or self._assumed[worker.ref.slot]
+        beginning = self._beginning(worker, profile)
+        queue_s, compute_s = worker.queued_prefill_s, beginning.rest_s
+        ttft_s = max(queue_s, beginning.found_s) + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
+        return _Way(loss, tie, worker, profile, beginning, queue_s, compute_s, ttft_s)
+
+    def _local_way(self, seat: _Seat) -> _Way:
+        worker, profile = seat.worker, seat.profile
+        beginning = self._beginning(worker, profile)
+        num_before, num_rows = beginning.num_found * PAGE_TOKENS, worker.num_credits
+        num_new = self._num_tokens - num_before
+        chunk = costs.local_chunk(worker.max_batch_tokens, num_rows)
+        stall_s = costs.local_stall_s(profile, num_new, num_before, chunk)
+        queue_s = worker.queued_prefill_s
+        compute_s = stall_s + -(-num_new // chunk) * profile.decode_step_s(num_rows, worker.num_context_tokens)
+        ttft_s = max(queue_s, beginning.found_s) + compute_s
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
+        loss += self._stall_loss(seat, stall_s)
+        return _Way(loss, 0, worker, profile, beginning, queue_s, compute_s, ttft_s)
+
+    def _copies_loss(self, beginning: _Beginning) -> float:
+        return costs.USES_OF_A_PAGE * beginning.copied_s / self._rules.ttft_goal_s
+
+    def _stall_loss(self, seat: _Seat, stall_s: float) -> float:
+        """What a prompt's chunks take from the rows beside them, each of which makes about as many tokens as this
+        request will, and from those who wait for one of them to leave."""
+        goal_s = self._rules.tpot_goal_s
+        after = (seat.tpot_s + stall_s / self._num_later) / goal_s
+        rows_loss = costs.added_loss(seat.worker.num_credits, seat.tpot_s / goal_s, after)
+        return rows_loss + self._stall_price * stall_s
+
+    def _beginning(self, worker: WorkerView, profile: SpeedProfile) -> _Beginning:
+        """With a fetch, if that is worth it."""
+        num_on_gpu, num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
+        rest_s = self._rest_s(worker, profile, num_held)
+        load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes) if num_held > num_on_gpu else 0.0
+        if num_held >= self._most_held:
+            return _Beginning(num_held, num_held, load_s, rest_s, 0.0, None)
+        copied_s = rest_s - self._rest_s(worker, profile, self._most_held)
+        for source, num_on_its_gpu, num_there in self._sources:
+            link = worker.links.get(source.ref.incarnation)
+            if link is None or source.layout_fingerprint != worker.layout_fingerprint:
+                continue
+            num_on_its_host = max(0, num_there - max(num_on_its_gpu, num_held))
+            found_s = load_s + link.pull_s((num_there - num_held) * worker.page_bytes)
+            found_s += costs.HOST_LINK.pull_s(num_on_its_host * worker.page_bytes)
+            fetched_rest_s = self._rest_s(worker, profile, num_there)
+            if found_s + fetched_rest_s < load_s + rest_s:
+                return _Beginning(num_held, num_there, found_s, fetched_rest_s, copied_s, source)
+            break
+        return _Beginning(num_held, num_held, load_s, rest_s, copied_s, None)
+
+    def _rest_s(self, worker: WorkerView, profile: SpeedProfile, num_found: int) -> float:
+        num_before = num_found * PAGE_TOKENS
+        return costs.prefill_s(profile, self._num_tokens - num_before, num_before, worker.max_batch_tokens)
+
+    def _find_sources(self, workers: Iterable[WorkerView]) -> list[tuple[WorkerView, int, int]]:
+        """Who has any of the prompt, with the pages on its GPU and in all; most first, on the GPU before elsewhere."""
+        sources = [(worker, *self._matches[worker.ref.incarnation]) for worker in workers if self._may_lend(worker)]
+        turn = self._tie_break
+        sources.sort(key=lambda source: (-source[2], -source[1], (source[0].ref.slot + turn) % NUM_SLOTS))
+        return sources
+
+    def _may_lend(self, worker: WorkerView) -> bool:
+        return worker.takes_work and worker.ref.incarnation in self._matches
+
+    def _remote_loss(self, way: _Way, seat: _Seat) -> float:
+        """Decode's wait for KV counts as one for the first token: behind it stands the second."""
+        waited_share = (way.ttft_s + self._transfer_s(way, seat)) / self._rules.ttft_goal_s
+        return costs.loss(waited_share) + self._copies_loss(way.beginning) + seat.loss
+
+    def _transfer_s(self, way: _Way, seat: _Seat) -> float:
+        worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.beginning.num_found * PAGE_TOKENS
+        link = worker.links.get(way.worker.ref.incarnation, costs.UNMEASURED_LINK)
+        num_bytes = (self._num_pages - seat.num_held) * worker.page_bytes
+        before_last_s = costs.prefill_s(way.profile, self._num_tokens - num_before - chunk, num_before, chunk)
+        return costs.transfer_s(link, num_bytes, pages_for(chunk) * worker.page_bytes, before_last_s)
+
+    def explain(self, ranked: Sequence[Ranked]) -> Explanation:
+        """Why the first of `ranked` was chosen."""
+        shown = [(each, self.cost_of(each)) for each in ranked]
+        reason = _reason([cost for _, cost in shown])
+        if self._assumed:
+            reason += f"; speeds assumed of slots {', '.join(map(str, sorted(self._assumed)))}"
+        return Explanation(reason, self._num_ways, tuple(_candidate(each, cost) for each, cost in shown))
+
+    def cost_of(self, ranked: Ranked) -> costs.Cost:
+        """The parts of a pair's loss, in seconds."""
+        way, seat, goal_s = ranked.way, ranked.seat, self._rules.ttft_goal_s
+        wait_s = 0.0 if ranked.is_local else self._transfer_s(way, seat)
+        first_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
+        copies_loss = self._copies_loss(way.beginning)
+        return costs.Cost(
+            queue_s=way.queue_s,
+            fetch_s=way.fetch_s,
+            compute_s=way.compute_s,
+            transfer_s=wait_s,
+            tpot_s=seat.tpot_s,
+            own_s=goal_s * (first_loss + seat.loss - seat.rows_loss),
+            rows_s=goal_s * seat.rows_loss,
+            stall_s=goal_s * (way.loss - first_loss - copies_loss) if ranked.is_local else 0.0,
+            copies_s=goal_s * copies_loss,
+        )
+
+
+def _keep(best: list[Ranked], ranked: Ranked) -> None:
+    """Among the best so far, if it is one of them."""
+    insort(best, ranked)
+    if len(best) > MAX_CANDIDATES:
+        best.pop()
+
+
+def _assumed_profiles(pool: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
+    """By slot, of those that have measured none."""
+    if all(worker.profile is not None for worker in pool):
+        return {}
+    mean = costs.mean_profile(pool)
+    return {worker.ref.slot: mean for worker in pool if worker.profile is None}
+
+
+def _reason(ranked: Sequence[costs.Cost]) -> str:
+    if len(ranked) == 1:
+        return "the only way"
+    best, other = ranked[:2]
+    saved = {
+        "its own times": other.own_s - best.own_s,
+        "rows it joins": other.rows_s - best.rows_s,
+        "rows it stalls": other.stall_s - best.stall_s,
+        "pages kept once": other.copies_s - best.copies_s,
+    }
+    if best.cost_s == other.cost_s:
+        return "as good as the next"
+    return (
+        f"{other.cost_s - best.cost_s:.3g} s better than the next, most by {max(saved, key=lambda part: saved[part])}"
+    )
+
+
+def _candidate(ranked: Ranked, cost: costs.Cost) -> Candidate:
+    way, seat = ranked.way, ranked.seat
+    return Candidate(
+        prefill=way.worker.ref.slot,
+        decode=seat.worker.ref.slot,
+        ttft_s=cost.ttft_s,
+        tpot_s=cost.tpot_s,
+        cost_s=cost.cost_s,
+        cached_pages=way.beginning.num_held,
+        fetched_pages=way.beginning.num_found - way.beginning.num_held,
+        queue_s=cost.queue_s,
+        transfer_s=cost.transfer_s,
+        is_local=ranked.is_local,
+    )
+
+
+def _num_held(seat: _Seat) -> int:
+    return seat.num_held
