@@ -63,7 +63,6 @@ class End:
             metrics=self._metrics,
             log=structlog.get_logger(),
             clock_s=time.perf_counter,
-            is_gone=lambda _: False,
             profile=lambda: None,
             tasks=self._tasks,
         )
