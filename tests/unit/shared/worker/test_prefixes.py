@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from shared.transfer.local import LocalNetwork, LocalTransfer
 from shared.wire.to_worker import FetchTicket
 from shared.worker.lending import EngineLender
 from shared.worker.prefixes import UNMEASURED_LIMIT_S, Prefixes
+from tests.late_host_pages import LateHostPages
 from tests.virtual_loop import run_virtually
 
 NUM_NEW = 3
@@ -82,7 +84,8 @@ class Worker:
     def __init__(self, place, name, address, num_pages, **engine_settings):
         self.name = Incarnation(name)
         self.metrics = WorkerMetrics(CollectorRegistry(), "m")
-        engine = fake_engine(num_pages=num_pages, max_batch_tokens=128, **engine_settings)
+        late = partial(LateHostPages, max_looks=3)
+        engine = fake_engine(num_pages=num_pages, max_batch_tokens=128, host_pages=late, **engine_settings)
         self.engine = SteppedEngine(engine, place.tasks)
         self.transfer = LocalTransfer(
             place.network,
@@ -127,12 +130,12 @@ class Place:
         self._numbers = count()
         self.num_tickets = 0
 
-    async def start(self, num_pages=16, source_pages=16, **source_settings):
+    async def start(self, num_pages=16, source_pages=16, **host_memory):
         self.source_life = AsyncExitStack()
-        self.source = Worker(self, "source", ADDRESS, source_pages, **source_settings)
+        self.source = Worker(self, "source", ADDRESS, source_pages, **host_memory)
         await self.source_life.enter_async_context(self.source.transfer)
         self.source.transfer.lend_from(self.source.lender)
-        self.puller = Worker(self, "puller", "puller:1", num_pages)
+        self.puller = Worker(self, "puller", "puller:1", num_pages, **host_memory)
         await self._lifetime.enter_async_context(self.puller.transfer)
 
     async def die(self):
