@@ -123,10 +123,11 @@ class Backlog:
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
         now_s = self._clock_s()
+        placed_per_s = self.pace.beat(now_s)
         return BacklogReport(
             self.pace.num_waiting + num_unread,
-            self._oldest_wait_s(now_s, is_batch=False),
-            self.pace.beat(now_s),
+            max(self._oldest_wait_s(now_s, is_batch=False), self.pace.in_vain_s),
+            placed_per_s,
             num_standard=self._line.num_standard,
             oldest_batch_wait_s=self._oldest_wait_s(now_s, is_batch=True),
             outlook=self._outlook(),

@@ -158,7 +158,7 @@ class BacklogReport:
     Attributes:
         num_waiting: choices that wait for a placement, and jobs that are not admitted or not read yet; not those that
             are known to be batch.
-        oldest_wait_s: for which the first of them has waited.
+        oldest_wait_s: for which the first of them has waited, as far as it is known.
         placed_per_s: placements of such while one always waited; None where nobody had to wait lately, so that nothing
             is known of how fast it can go.
         num_standard: of `num_waiting`, those that let interactive ones go first.
@@ -182,10 +182,15 @@ class BacklogReport:
 
 
 class WaitingLine:
-    """Counts who waits, and how fast they are placed while somebody always does."""
+    """Counts who waits, and how fast they are placed while somebody always does.
+
+    Attributes:
+        in_vain_s: for so long of the last RATE_WINDOW_S somebody waited, and nobody was placed; as of the last beat.
+    """
 
     def __init__(self, now_s: float) -> None:
         self.num_waiting = 0
+        self.in_vain_s = 0.0
         self._began_s = now_s
         self._num_placed = 0
         self._was_empty = True
@@ -217,7 +222,9 @@ class WaitingLine:
         while self._beats and self._beats[0][0] < now_s - RATE_WINDOW_S:
             self._beats.popleft()
         total_s = sum(length_s for _, length_s, _ in self._beats)
-        return sum(num_placed for _, _, num_placed in self._beats) / total_s if total_s else None
+        num_placed = sum(num_placed for _, _, num_placed in self._beats)
+        self.in_vain_s = 0.0 if num_placed else total_s
+        return num_placed / total_s if total_s else None
 
 
 def predicted_wait_s(
@@ -226,7 +233,8 @@ def predicted_wait_s(
     """How long one more would wait for a placement.
 
     By the pace of the lines; where nobody waited lately, by the outlooks, and 0 where there are none: a report will
-    tell as soon as the limit is reached. Where nothing is placed, at least as long as the first in line has waited.
+    tell as soon as the limit is reached. Where nothing is placed, each is guessed to wait behind the one before it for as
+    long as the first has waited in vain, up to RATE_WINDOW_S, and who comes now at least as long as that one.
 
     Batch waits for idle workers, of which the pace of now says nothing: as long as the first of it has waited.
 
@@ -239,8 +247,10 @@ def predicted_wait_s(
     rates = [backlog.placed_per_s for backlog in backlogs if backlog.placed_per_s is not None]
     if not rates:
         return _wait_for_ends_s(_worst(backlogs), num_ahead)
-    wait_s = num_ahead / max(sum(rates), 1 / RATE_WINDOW_S)
-    return wait_s if sum(rates) else max(wait_s, *(backlog.oldest_wait_s for backlog in backlogs))
+    if sum(rates) > 0:
+        return num_ahead / sum(rates)
+    vain_s = max(backlog.oldest_wait_s for backlog in backlogs)
+    return max(num_ahead * min(vain_s, RATE_WINDOW_S), vain_s)
 
 
 def _wait_for_ends_s(outlook: Outlook | None, num_ahead: float) -> float:

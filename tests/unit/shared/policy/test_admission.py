@@ -39,7 +39,13 @@ def test_who_waited_long_behind_a_longer_line_says_nothing_of_a_line_that_moves(
 
 def test_where_nothing_is_placed_one_waits_as_long_as_the_first_in_line_at_least():
     assert predicted_wait_s([BacklogReport(1, 45.0, 0.0)], 0) == 45
-    assert predicted_wait_s([BacklogReport(8, 1.0, 0.0)], 1) == 90
+    assert predicted_wait_s([BacklogReport(8, 20.0, 0.0)], 1) == 90
+
+
+def test_a_line_that_has_stood_still_for_a_moment_is_no_outage():
+    """Some requests behind one large prompt: nothing was placed in the half second since they came."""
+    assert predicted_wait_s([BacklogReport(4, 0.5, 0.0)], 1) == 2.5
+    assert a_forecast(BacklogReport(4, 0.5, 0.0)).check(20.0, 30, STANDARD) is None
 
 
 def test_half_of_a_requests_time_is_for_running():
@@ -212,10 +218,10 @@ def test_a_line_that_stands_still_has_rate_0_and_old_beats_are_forgotten():
     for beat in range(2, 22):
         line.place()
         rate = line.beat(beat / 2)
-    assert rate == pytest.approx(2.0)
+    assert (rate, line.in_vain_s) == (pytest.approx(2.0), 0)
     for beat in range(22, 44):
         rate = line.beat(beat / 2)
-    assert rate == 0.0
+    assert (rate, line.in_vain_s) == (0.0, pytest.approx(10, abs=0.6))
     line.leave(80)
     for beat in range(44, 70):
         rate = line.beat(beat / 2)
