@@ -233,8 +233,8 @@ def predicted_wait_s(
     """How long one more would wait for a placement.
 
     By the pace of the lines; where nobody waited lately, by the outlooks, and 0 where there are none: a report will
-    tell as soon as the limit is reached. Where nothing is placed, each is guessed to wait behind the one before it for as
-    long as the first has waited in vain, up to RATE_WINDOW_S, and who comes now at least as long as that one.
+    tell as soon as the limit is reached. Where nothing is placed, each is guessed to wait behind the one before it as
+    long as the first has waited in vain, up to RATE_WINDOW_S; who comes now, at least as long as that one.
 
     Batch waits for idle workers, of which the pace of now says nothing: as long as the first of it has waited.
 
