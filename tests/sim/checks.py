@@ -37,10 +37,10 @@ WORK_GOES_S = 1.0
 """When a prompt is computed its work is given back, by one call after the other."""
 
 SERVICE_S = 1.0
-SERVICE_STEPS = 40
+SERVICE_STEPS = 5
+"""For each request that there is, and of eight at least."""
 SERVICE_MESSAGES = 20
-"""So long a request may take where nothing is wrong: its own steps, those of as many others as there ever are, and the
-messages in which its KV comes."""
+"""In which its KV comes. Together so long a request may take where nothing is wrong."""
 
 KEPT = ("num_running", "num_waiting", "num_held", "num_importing")
 """Of an engine's stats: what it has of requests."""
@@ -234,10 +234,11 @@ def _waits(world: World) -> Iterator[str]:
         for partition in range(RESULTS.num_partitions)
         for record in reversed(world.log.records(RESULTS.name, partition))
     }
+    num_steps = SERVICE_STEPS * max(8, len(accepted(world)))
     for request_id, record in accepted(world).items():
         waited_s = ended_s.get(request_id, world.clock_s()) - max(record.timestamp_s, world.calm_s)
         conditions = world.conditions
-        limit_s = SERVICE_S + SERVICE_STEPS * conditions.step_s + SERVICE_MESSAGES * conditions.delay_s
+        limit_s = SERVICE_S + num_steps * conditions.step_s + SERVICE_MESSAGES * conditions.delay_s
         if conditions.has_faults and record.timestamp_s < world.rested_s:
             limit_s += RECOVERY_S
         if waited_s > limit_s:

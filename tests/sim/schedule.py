@@ -118,7 +118,8 @@ class Schedule:
             await asyncio.sleep(0.1)
             await world.ready()
         await asyncio.sleep(self.conditions.age_s)
-        work = [asyncio.create_task(self._ask(rng.uniform(0, 0.6 * TROUBLE_S))) for _ in range(rng.randint(3, 6))]
+        times_s = [rng.uniform(0, 0.6 * TROUBLE_S) for _ in range(self.conditions.num_asked)]
+        work = [asyncio.create_task(self._ask(at_s)) for at_s in times_s]
         for _ in range(self.conditions.num_joining):
             kind, at_s = rng.choice((Role.PREFILL, Role.PREFILL, Role.DECODE)), rng.uniform(0, 0.6 * TROUBLE_S)
             self.keepers.append(asyncio.create_task(self._keep(kind, at_s)))
@@ -193,7 +194,7 @@ class Schedule:
     def _prompt(self, rng: Random) -> list[int]:
         new = [rng.randrange(3, 990) for _ in range(rng.choice((3, 20, 70, 140)))]
         histories = self.conditions.histories
-        if histories and rng.random() < 0.7:
+        if histories and rng.random() < 0.8:
             return rng.choice(histories)[: rng.choice((64, 130, 192, 260))] + new
         return new
 
