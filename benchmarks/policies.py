@@ -19,6 +19,7 @@ over seeds; policies are compared seed by seed.
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -395,8 +396,11 @@ def main(
     processes: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
     runs: Annotated[str, typer.Option(help="Keep runs in this file, and do none again that it has.")] = "",
     out: Annotated[str, typer.Option(help="Write the report to this file too, as far as it is.")] = "",
+    revision: Annotated[str, typer.Option(help="Commit to name in the result where git cannot tell.")] = "",
 ) -> None:
     """Print the tables; exit with 1 if ours is behind anywhere."""
+    # Whoever is interrupted takes its processes along.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     num_rows = rows or None
     cases = cases_of([*FILES, MIX], [int(size) for size in sizes.split(",")], only)
     if not cases:
@@ -410,7 +414,11 @@ def main(
     )
     hardware = Hardware.read(profile)
     simulator = Simulator(workloads, hardware)
-    made_by = {"commit": commit(), "profile": hardware.model_dump(mode="json"), "traces": "whole" if traces else "60"}
+    made_by = {
+        "commit": revision or commit(),
+        "profile": hardware.model_dump(mode="json"),
+        "traces": "whole" if traces else "60",
+    }
     try:
         done = Runs(simulator, processes, Path(runs) if runs else None, made_by)
     except ValueError as error:
