@@ -442,12 +442,13 @@ class TieredMachine(AheadMachine):
     """The same with host memory, whose copies end when they like, and with what stands in the pages."""
 
     def __init__(self):
-        tiered = Tiered(num_pages=6, num_host_pages=5, max_running=3, max_batch_tokens=100)
+        tiered = Tiered(num_pages=6, num_host_pages=8, max_running=3, max_batch_tokens=100)
         super().__init__(tiered.engine)
         self.host = tiered.host
         self.contents = Contents(tiered)
         self.is_over = False
         self.num_brought = 0
+        self.num_pushed = 0
         for first in range(3):
             self.add(130, first, 1, hold_kv=False)
         self.go_on(20)
@@ -513,6 +514,20 @@ class TieredMachine(AheadMachine):
     @rule(num_computed=st.integers(0, 2))
     def advance(self, num_computed):
         self.engine.advance(num_computed)
+
+    @rule()
+    def push_out(self):
+        """Whatever nobody uses goes from the pages, most of it to host memory."""
+        for _ in range(2):
+            self.engine.advance(4)
+            self.end_copy(True)
+        self.engine.advance()
+        num_pages = self.engine._spare_for_import()[1]
+        self.num_pushed += 1
+        length = max(0, num_pages) * PAGE_TOKENS + 1
+        fill = self.engine.fill(request("r", prompt(length, 1000 * self.num_pushed), greedy(1)), num_pages)
+        if fill is not None:
+            self.engine.filled(fill, 0)
 
     @rule(length=st.sampled_from([65, 130, 200]), first=FAMILIES)
     def bring(self, length, first):
