@@ -157,6 +157,7 @@ def a_request(prompt: TokenIds) -> RequestView:
         num_tokens=len(prompt),
         max_new_tokens=1024,
         expected_new_tokens=200.0,
+        usual_new_tokens=200.0,
         reserve_new_tokens=400,
         blocks=tuple(hash_chain(ROOT, prompt)),
     )

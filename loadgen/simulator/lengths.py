@@ -23,6 +23,10 @@ class Lengths(Protocol):
         """Expected tokens, and tokens to keep room for."""
         ...
 
+    def usual(self) -> float:
+        """Tokens of any answer, on average."""
+        ...
+
     def learn(self, row: SimRow, asked: Asked) -> None:
         """The row's answer has ended."""
         ...
@@ -35,6 +39,9 @@ class PlainLengths:
         del row
         plain = min(PLAIN_TOKENS, asked.at_most)
         return float(plain), plain
+
+    def usual(self) -> float:
+        return float(PLAIN_TOKENS)
 
     def learn(self, row: SimRow, asked: Asked) -> None:
         """Nothing is learnt."""
@@ -49,6 +56,9 @@ class LearntLengths:
     def predict(self, row: SimRow, asked: Asked) -> tuple[float, int]:
         expected = expect(self._predictor.predict(_key(row), asked.at_most), at_least=asked.at_least)
         return expected.new_tokens, expected.reserve_tokens
+
+    def usual(self) -> float:
+        return self._predictor.usual_tokens()
 
     def learn(self, row: SimRow, asked: Asked) -> None:
         self._predictor.observe(_key(row), row.num_output, is_cut=row.num_output >= asked.at_most)

@@ -266,6 +266,7 @@ class Simulation:
             num_tokens=row.num_input,
             max_new_tokens=asked.at_most,
             expected_new_tokens=expected,
+            usual_new_tokens=self._lengths.usual(),
             reserve_new_tokens=reserve,
             blocks=row.prompt,  # pyright: ignore[reportArgumentType] - a sequence that a policy hands to Holders
         )

@@ -343,6 +343,7 @@ class Backlog:
             num_tokens=waiting.num_ids,
             max_new_tokens=admitted.sampling.max_tokens - len(waiting.accepted_ids),
             expected_new_tokens=expected.new_tokens,
+            usual_new_tokens=self._lengths.usual_tokens(),
             reserve_new_tokens=expected.reserve_tokens,
             blocks=self._blocks(waiting),
         )

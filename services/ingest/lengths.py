@@ -60,6 +60,10 @@ class Lengths:
         prediction = self._predictor.predict(key, sampling.max_tokens)
         return expect(prediction, num_made=len(waiting.accepted_ids), at_least=at_least)
 
+    def usual_tokens(self) -> float:
+        """Of an answer, on average, whoever's."""
+        return self._predictor.usual_tokens()
+
     def learn(self, result: Record) -> None:
         """From a record of `results`."""
         ended = read_ended(result.value)

@@ -39,6 +39,9 @@ leave theirs to the long ones. Were lengths geometric, that many pages would hol
 93 times of 100, and 64 answers 997 times of 1000; and most have not come to their ends yet. For single answers a higher
 quantile would be surer, and leave pages empty all day; whoever finds none is computed again, which is counted."""
 
+ALL: tuple[object, ...] = ()
+"""The level of all answers."""
+
 BINS_PER_OCTAVE = 8
 MAX_LENGTH = 2**17
 """Longer answers count as this long."""
@@ -264,8 +267,15 @@ class LengthPredictor:
 
     def predict(self, key: LengthKey, max_new_tokens: int) -> Prediction:
         """The length of an answer of at most `max_new_tokens`, by all that was seen so far, or nearly all."""
+        return self._predict(_names(key), max_new_tokens)
+
+    def usual_tokens(self) -> float:
+        """Of answers on average, whoever's."""
+        return self._predict((ALL,), MAX_LENGTH).mean_remaining(0)
+
+    def _predict(self, names: tuple[tuple[object, ...], ...], max_new_tokens: int) -> Prediction:
         found, shrinkage = self._guess, MIN_SHRINKAGE
-        for name in reversed(_names(key)):
+        for name in reversed(names):
             level = self._levels.get(name)
             if level is None:
                 break
@@ -295,5 +305,5 @@ def _names(key: LengthKey) -> tuple[tuple[object, ...], ...]:
         (model, endpoint, tenant, (num_prompt_tokens**2).bit_length()),
         (model, endpoint, tenant),
         (model, endpoint),
-        (),
+        ALL,
     )

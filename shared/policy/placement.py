@@ -97,7 +97,17 @@ def local_threshold_tokens(prefill: WorkerView, decode: WorkerView, rules: Rules
 
     def is_local(num_tokens: int) -> bool:
         num_new = round(expected_new_tokens)
-        request = RequestView(RequestId(""), 0, decode.model, num_tokens, num_new, expected_new_tokens, num_new, ())
+        request = RequestView(
+            request_id=RequestId(""),
+            choice=0,
+            model=decode.model,
+            num_tokens=num_tokens,
+            max_new_tokens=num_new,
+            expected_new_tokens=expected_new_tokens,
+            usual_new_tokens=expected_new_tokens,
+            reserve_new_tokens=num_new,
+            blocks=(),
+        )
         scoring = Scoring(request, ClusterView((prefill,), (decode,)), Holders(), rules, 0)
         return scoring.rank([prefill], [decode])[0].is_local
 

@@ -130,6 +130,7 @@ class Scoring:
         self._num_tokens = request.num_tokens
         self._num_pages = pages_for(request.num_tokens)
         self._num_later = max(request.expected_new_tokens, 1.0)
+        self._num_later_of_others = max(request.usual_new_tokens, 1.0)
         self._num_context = request.num_tokens + round(request.expected_new_tokens / 2)
         # The last token of a prompt is always computed.
         self._matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
@@ -221,10 +222,9 @@ class Scoring:
         return costs.USES_OF_A_PAGE * beginning.copied_s / self._rules.ttft_goal_s
 
     def _stall_loss(self, seat: _Seat, stall_s: float) -> float:
-        """What a prompt's chunks take from the rows beside them, each of which makes about as many tokens as this
-        request will, and from those who wait for one of them to leave."""
+        """What a prompt's chunks take from the rows beside them, and from those who wait for one of them to leave."""
         goal_s = self._rules.tpot_goal_s
-        after = (seat.tpot_s + stall_s / self._num_later) / goal_s
+        after = (seat.tpot_s + stall_s / self._num_later_of_others) / goal_s
         rows_loss = costs.added_loss(seat.worker.num_credits, seat.tpot_s / goal_s, after)
         return rows_loss + self._stall_price * stall_s
 

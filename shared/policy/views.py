@@ -61,6 +61,7 @@ class RequestView:
         num_tokens: prompt and accepted tokens, whose KV prefill computes or finds.
         max_new_tokens: tokens it may still make.
         expected_new_tokens: how many it will make, in the mean; at most `max_new_tokens`.
+        usual_new_tokens: how many others make, in the mean, whoever they are.
         reserve_new_tokens: for how many room is kept: more of them are unlikely; at most `max_new_tokens`.
         blocks: hashes of the full blocks of those tokens.
     """
@@ -71,5 +72,6 @@ class RequestView:
     num_tokens: int
     max_new_tokens: int
     expected_new_tokens: float
+    usual_new_tokens: float
     reserve_new_tokens: int
     blocks: tuple[BlockHash, ...]

@@ -171,3 +171,12 @@ def test_sixty_requests_of_a_real_trace_are_enough_to_be_near(name):
     drawn = random.Random(3).choices(rows, k=1500)
     assert covered(drawn, 0.9) == pytest.approx(0.9, abs=0.04)
     assert covered(rows, 0.9) > 0.75
+
+
+def test_what_is_usual_is_the_mean_of_all():
+    predictor = LengthPredictor()
+    assert predictor.usual_tokens() == pytest.approx(GUESSED_MEAN_TOKENS, rel=0.05)
+    for _ in range(400):
+        predictor.observe(LengthKey("one", "m", "chat", 100), 20, is_cut=False)
+        predictor.observe(LengthKey("other", "m", "chat", 100), 580, is_cut=False)
+    assert predictor.usual_tokens() == pytest.approx(300, rel=0.1)

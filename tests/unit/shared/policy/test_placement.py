@@ -256,6 +256,19 @@ def test_below_the_threshold_and_not_above_it_decode_computes_prompts_itself():
     assert local_threshold_tokens(longer, idle, RULES, expected_new_tokens=64.0) == 64_000
 
 
+def test_who_makes_few_tokens_stalls_others_over_many():
+    """Rows lose what a prompt of theirs takes over their own answers, however short the one behind it is."""
+    prefill = [a_worker(0, queued_prefill_s=0.2)]
+    decode = [a_worker(1, num_credits=30, num_credit_pages=300, num_context_tokens=30_000)]
+
+    def is_local(usual_new_tokens):
+        short = dataclasses.replace(a_request(1024, max_new_tokens=16), usual_new_tokens=usual_new_tokens, blocks=())
+        return slots(decide(prefill, decode, short, rules=RULES)) == (1, 1)
+
+    assert is_local(400.0)
+    assert not is_local(10.0)
+
+
 loads = st.fixed_dictionaries(
     {
         "num_credits": st.integers(0, 64),

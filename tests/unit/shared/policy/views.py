@@ -37,4 +37,4 @@ def a_request(num_tokens=512, max_new_tokens=64) -> RequestView:
     """One that is expected to use all of its new tokens, up to 256."""
     likely = min(max_new_tokens, 256)
     blocks = BLOCKS[: num_tokens // 64] * ceil(num_tokens / 64 / len(BLOCKS))
-    return RequestView(RequestId("r"), 0, "m", num_tokens, max_new_tokens, float(likely), likely, blocks)
+    return RequestView(RequestId("r"), 0, "m", num_tokens, max_new_tokens, float(likely), float(likely), likely, blocks)
