@@ -201,12 +201,15 @@ class WaitingLine:
         self.num_waiting += num
 
     def leave(self, num: int = 1) -> None:
+        """If nobody is left, the times in which nothing was placed tell of no limit any more: after an outage an empty
+        line would look like a long wait."""
         self.num_waiting -= num
-        self._was_empty |= self.num_waiting == 0
+        if not self.num_waiting:
+            self._was_empty = True
+            self._beats = deque(beat for beat in self._beats if beat[2])
 
     def place(self) -> None:
-        """One leaves because there was room for it. If it was the last one, the limit that was measured is none any
-        more: after an outage, for whose length nothing was placed, an empty line would look like a long wait."""
+        """One leaves because there was room for it. If it was the last one, no limit is known any more."""
         self._num_placed += 1
         self.leave()
         if not self.num_waiting:

@@ -228,6 +228,16 @@ def test_a_line_that_stands_still_has_rate_0_and_old_beats_are_forgotten():
     assert rate is None
 
 
+def test_a_line_that_all_have_left_in_vain_tells_of_no_limit():
+    line = WaitingLine(0.0)
+    line.join(4)
+    for beat in range(1, 22):
+        rate = line.beat(beat / 2)
+    assert (rate, line.in_vain_s) == (0.0, pytest.approx(10, abs=0.6))
+    line.leave(4)
+    assert (line.beat(11.0), line.in_vain_s) == (None, 0.0), "nobody waits, and nobody is refused for it"
+
+
 def test_a_line_that_was_placed_to_its_last_one_tells_of_no_limit():
     line = WaitingLine(0.0)
     line.join(4)
