@@ -118,12 +118,7 @@ class Schedule:
             await asyncio.sleep(0.1)
             await world.ready()
         await asyncio.sleep(self.conditions.age_s)
-        times_s = [rng.uniform(0, 0.6 * TROUBLE_S) for _ in range(self.conditions.num_asked)]
-        work = [asyncio.create_task(self._ask(at_s)) for at_s in times_s]
-        for _ in range(self.conditions.num_joining):
-            kind, at_s = rng.choice((Role.PREFILL, Role.PREFILL, Role.DECODE)), rng.uniform(0, 0.6 * TROUBLE_S)
-            self.keepers.append(asyncio.create_task(self._keep(kind, at_s)))
-            work += [asyncio.create_task(self._ask(at_s + rng.uniform(0, 0.5))) for _ in range(2)]
+        work = self._draw_requests()
         if self.conditions.has_faults:
             work += self._draw_faults()
         await asyncio.sleep(TROUBLE_S)
@@ -152,6 +147,16 @@ class Schedule:
         )
 
     # What is asked
+
+    def _draw_requests(self) -> list[asyncio.Task]:
+        """Those that come by themselves, and rushes, each of which brings a worker."""
+        rng = self.rng
+        times_s = [rng.uniform(0, 0.6 * TROUBLE_S) for _ in range(self.conditions.num_asked)]
+        for _ in range(self.conditions.num_joining):
+            kind, at_s = rng.choice((Role.PREFILL, Role.PREFILL, Role.DECODE)), rng.uniform(0, 0.6 * TROUBLE_S)
+            self.keepers.append(asyncio.create_task(self._keep(kind, at_s)))
+            times_s += [at_s + rng.uniform(0, 0.5) for _ in range(2)]
+        return [asyncio.create_task(self._ask(at_s)) for at_s in times_s]
 
     async def _ask(self, at_s: float) -> None:
         rng = Random(self.rng.random())
