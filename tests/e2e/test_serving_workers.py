@@ -18,6 +18,7 @@ async def stream(serving, prompt: str, started: asyncio.Event) -> list[Event]:
     """All events of an answer; `started` is set at the third."""
     url, told = f"{serving.edge()}/v1/completions", []
     async with serving.http.stream("POST", url, json=WISH | {"prompt": prompt, "stream": True}) as response:
+        assert response.status_code == 200, await response.aread()
         async for event in events_of(response):
             told.append(event)
             if len(told) == 3:
@@ -37,11 +38,11 @@ async def test_a_worker_that_is_drained_hands_its_requests_over(serving, name):
     pid = serving.stack.pid(name)
     again = await serving.metric_of_all("edge", "baton_placed_again_total")
     started = [asyncio.Event() for _ in PROMPTS]
-    streams = [asyncio.create_task(stream(serving, *pair)) for pair in zip(PROMPTS, started, strict=True)]
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:
+        streams = [tasks.create_task(stream(serving, *pair)) for pair in zip(PROMPTS, started, strict=True)]
         await asyncio.gather(*[one.wait() for one in started])
         serving.stack.send_signal(name, signal.SIGTERM)
-        told = await asyncio.gather(*streams)
+    told = [each.result() for each in streams]
     handed_over = await serving.metric_of_all("edge", "baton_placed_again_total") - again
     if name.startswith("decode"):
         assert handed_over >= 1  # half of them ran there
