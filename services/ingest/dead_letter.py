@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from shared.bus.port import Bus, Record
+from shared.bus.to_end import read_to_end
 from shared.errors import BatonError
 from shared.request import REQUEST_ID_PATTERN, RequestId, partition_of
 from shared.wire.results import (
@@ -19,7 +20,6 @@ from shared.wire.to_ingest import HEADER_DEADLINE, HEADER_TENANT
 from shared.wire.topics import DEAD_LETTER, INGEST
 
 GROUP = "dead-letter"
-READ_TIMEOUT_S = 1.0
 
 
 class NotReplayed(BatonError):
@@ -84,14 +84,8 @@ async def read_letters(bus: Bus) -> list[DeadLetter]:
     """All that are kept, the oldest first. Raises BusUnavailable."""
     letters: list[DeadLetter] = []
     async with bus.reader(DEAD_LETTER.name, group=GROUP) as reader:
-        partitions = range(DEAD_LETTER.num_partitions)
-        ends = {partition: await reader.end_offset(partition) for partition in partitions}
-        positions = {partition: await reader.beginning_offset(partition) for partition in partitions}
-        await reader.assign({p: position for p, position in positions.items() if position < ends[p]})
-        while any(positions[partition] < ends[partition] for partition in partitions):
-            for record in await reader.read(READ_TIMEOUT_S):
-                positions[record.partition] = record.offset + 1
-                letters.append(read_letter(record))
+        starts = dict.fromkeys(range(DEAD_LETTER.num_partitions), 0)
+        await read_to_end(reader, starts, lambda record: letters.append(read_letter(record)))
     return sorted(letters, key=lambda letter: letter.written_s)
 
 

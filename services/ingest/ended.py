@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from services.ingest.jobs import Job
 from services.ingest.partitions import GROUP
-from shared.bus.port import Bus, BusUnavailable
+from shared.bus.port import Bus, BusUnavailable, Record
+from shared.bus.to_end import read_to_end
 from shared.observe.log import Logger
 from shared.request import RequestId
 from shared.state.keys import BEAT_INTERVAL_S
@@ -22,15 +23,13 @@ OLD_AFTER_S = 30.0
 """A job that came so long ago may have been answered. Far less than the time for which owners know what ended: what is
 sent of a younger one may be late."""
 
-READ_TIMEOUT_S = 0.2
-
 
 @dataclass(slots=True)
 class _Tail:
     """The results of one partition that the log took in since `since_s`.
 
     Attributes:
-        position: behind what was read.
+        position: up to where it was read.
         read_s: when that was.
     """
 
@@ -38,6 +37,9 @@ class _Tail:
     position: int
     read_s: float = 0.0
     ids: set[RequestId] = field(default_factory=set[RequestId])
+
+    def see(self, record: Record) -> None:
+        self.ids.add(RequestId((record.key or b"").decode("utf-8", "replace")))
 
 
 class EndedJobs:
@@ -76,14 +78,10 @@ class EndedJobs:
         now_s = self._clock_s()
         self._tails = {each: tail for each, tail in self._tails.items() if tail.read_s >= now_s - 2 * OLD_AFTER_S}
         async with self._bus.reader(RESULTS.name, group=GROUP) as reader:
-            end_offset = await reader.end_offset(partition)
             tail = self._tails.get(partition)
             if tail is None or tail.since_s > since_s:
                 tail = self._tails[partition] = _Tail(since_s, await reader.offset_since(partition, since_s))
-            await reader.assign({partition: tail.position})
-            while tail.position < end_offset:
-                for record in await reader.read(READ_TIMEOUT_S):
-                    tail.position = record.offset + 1
-                    tail.ids.add(RequestId((record.key or b"").decode("utf-8", "replace")))
+            ends = await read_to_end(reader, {partition: tail.position}, tail.see)
+        tail.position = ends[partition]
         tail.read_s = now_s
         return tail

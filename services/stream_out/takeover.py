@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shared.bus.port import Bus, Committed, Reader, Record
+from shared.bus.to_end import read_to_end
 from shared.request import RequestId, partition_of
 from shared.wire.results import HEADER_STORY_OFFSET
 from shared.wire.topics import RESULTS, STREAM_OUT
 
 GROUP = "stream-out"
 """Names the edges' leases and commits."""
-
-READ_TIMEOUT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +74,14 @@ def _note_of(committed: Committed | None) -> int:
 async def _read_results(bus: Bus, starts: Mapping[int, int]) -> tuple[dict[int, dict[RequestId, Done]], dict[int, int]]:
     """The results from `starts` to the end, by partition and request; and the ends."""
     done: dict[int, dict[RequestId, Done]] = {partition: {} for partition in starts}
+
+    def see(record: Record) -> None:
+        if record.key is not None:
+            request_id = RequestId(record.key.decode("utf-8", "replace"))
+            done[record.partition].setdefault(request_id, Done(record.offset, _story_offset(record)))
+
     async with bus.reader(RESULTS.name, group=GROUP) as reader:
-        ends = {partition: await reader.end_offset(partition) for partition in starts}
-        positions = {
-            partition: max(start, await reader.beginning_offset(partition)) for partition, start in starts.items()
-        }
-        await reader.assign({p: position for p, position in positions.items() if position < ends[p]})
-        while any(position < ends[partition] for partition, position in positions.items()):
-            for record in await reader.read(READ_TIMEOUT_S):
-                positions[record.partition] = record.offset + 1
-                if record.key is not None:
-                    request_id = RequestId(record.key.decode("utf-8", "replace"))
-                    done[record.partition].setdefault(request_id, Done(record.offset, _story_offset(record)))
-    return done, ends
+        return done, await read_to_end(reader, starts, see)
 
 
 def _story_offset(record: Record) -> int | None:

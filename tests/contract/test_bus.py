@@ -10,6 +10,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from shared.bus import kafka_reader, sending
 from shared.bus.kafka import KafkaBus
 from shared.bus.port import RECORD_OVERHEAD_BYTES, BusUnavailable, Committed, Start
+from shared.bus.to_end import read_to_end
 from shared.wire.topics import MAX_RECORD_BYTES
 from tests.contract.bus_worlds import KafkaWorld, MemoryWorld, drain, first_copies, values
 
@@ -264,6 +265,19 @@ async def test_a_start_that_is_no_longer_kept_reads_from_the_oldest_record(world
     assert values(records, 0) == [b"3", b"4"]
     assert values(records, 1) == [b"2", b"3", b"4"]
     assert (await reader.beginning_offset(0), await reader.end_offset(0)) == (3, 5)
+
+
+async def test_what_stands_now_is_read_to_its_end(world, topic, producer, reader):
+    for number in range(5):
+        await producer.send(topic, 0, f"{number}".encode())
+        await producer.send(topic, 1, f"{number}".encode())
+    await producer.send(topic, 2, b"not asked for")
+    await world.trim(topic, 0, 3)
+    records = []
+    assert await read_to_end(reader, {0: 1, 1: 4}, records.append) == {0: 5, 1: 5}
+    assert (values(records, 0), values(records, 1), len(records)) == ([b"3", b"4"], [b"4"], 3)
+    assert await read_to_end(reader, {0: 5}, records.append) == {0: 5}
+    assert len(records) == 3
 
 
 async def test_the_largest_record_passes_and_a_larger_one_is_refused(topic, producer, reader):
