@@ -14,7 +14,7 @@ from typing import Any
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import FORGET_AFTER_S, PartitionOwner
 from services.stream_out.streams import Hold, PartitionLog
-from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, find_done
+from services.stream_out.takeover import GROUP, find_done
 from shared.bus.port import Bus, BusUnavailable, Reader, Record
 from shared.errors import Overloaded
 from shared.policy.fold import Change
@@ -23,6 +23,8 @@ from shared.state.keys import LEASE_MS, LEASE_S
 from shared.state.port import RequestHint, State, StateUnavailable
 from shared.text.tokeniser import Tokeniser
 from shared.wire.topics import MAX_DEADLINE_S, STREAM_OUT
+
+READ_TIMEOUT_S = 0.2
 
 LOOK_TIMEOUT_S = 10.0
 """Finding a request, or cancelling it, takes no longer, or the client is asked to try again."""

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.stream_out.admission import Admission
-from services.stream_out.following import Following, Partition
+from services.stream_out.following import READ_TIMEOUT_S, Following, Partition
 from services.stream_out.metrics import EdgeMetrics
 from services.stream_out.owner import EXPIRE_AFTER_S, Duty, PartitionOwner, WriteResult
 from services.stream_out.results import (
@@ -29,7 +29,7 @@ from services.stream_out.results import (
 from services.stream_out.settings import Settings
 from services.stream_out.sight import Alive, Sight
 from services.stream_out.streams import PartitionLog
-from services.stream_out.takeover import GROUP, READ_TIMEOUT_S, TakeOver, prepare
+from services.stream_out.takeover import GROUP, TakeOver, prepare
 from services.stream_out.tenants import Tenants
 from shared.bus.dead_letter import dead_letter
 from shared.bus.one_record import record_at

@@ -12,8 +12,6 @@ from shared.wire.topics import RESULTS, STREAM_OUT
 GROUP = "stream-out"
 """Names the edges' leases and commits."""
 
-READ_TIMEOUT_S = 0.2
-
 
 @dataclass(frozen=True, slots=True)
 class Done:
