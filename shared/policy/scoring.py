@@ -22,8 +22,8 @@ Matches = Mapping[Incarnation, tuple[int, int]]
 NOTHING_HELD = (0, 0)
 
 NUM_DECODE_CANDIDATES = 4
-"""Decode workers that are best by themselves, to be tried with all prefill workers. Where all links are alike one would
-do; where half of them are 100 times slower (two hosts, 25 Gbit/s between them) four keep 0.5% more goals than one."""
+"""Decode workers that are best by themselves, to be tried with all prefill workers. One would do where all links are
+alike; more are there for links that differ, where the pair decides how long KV takes."""
 
 
 @dataclass(frozen=True, slots=True)
