@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.stream_out.metrics import EdgeMetrics
 from shared.bus.kafka import KafkaBus
 from shared.bus.metrics import BusMetrics
+from shared.observe.log import logger
 from shared.observe.metrics import IngestMetrics, WorkerMetrics, process_registry
+from shared.state.unreadable import Unreadable
 from shared.worker.link_metrics import LinkMetrics
 
 
@@ -48,6 +50,7 @@ def families() -> Iterator[Metric]:
         registry = process_registry()
         make_metrics(registry)
         registry.register(BusMetrics(KafkaBus("nowhere:1", client_id="test")))
+        registry.register(Unreadable(logger("test")))
         for family in text_string_to_metric_families(generate_latest(registry).decode()):
             if not family.name.endswith("_created"):
                 yield family
@@ -55,5 +58,5 @@ def families() -> Iterator[Metric]:
 
 def asked_for(expr: str) -> set[str]:
     """Names of the series in a PromQL expression."""
-    bare = re.sub(r'"[^"]*"|\'[^\']*\'|{[^}]*}|\[[^\]]*\]|by \([^)]*\)', "", expr)
+    bare = re.sub(r'"[^"]*"|\'[^\']*\'|{[^}]*}|\[[^\]]*\]|(by|ignoring|group_left) \([^)]*\)', "", expr)
     return set(re.findall(r"[A-Za-z_:][\w:]*", bare)) - KEYWORDS

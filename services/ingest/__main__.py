@@ -35,6 +35,7 @@ async def serve(settings: IngestProcessSettings, stop: asyncio.Event) -> None:
     registry.register(BusMetrics(bus))
     async with redis_state(settings.redis, settings.redis_access()) as state:
         await state.check_access()
+        registry.register(state.unreadable)
         service = IngestService(
             bus=bus,
             state=state,

@@ -39,6 +39,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     registry.register(BusMetrics(bus))
     async with redis_state(settings.redis, settings.redis_access()) as state:
         await state.check_access()
+        registry.register(state.unreadable)
         edge = StreamOut(
             bus,
             state,

@@ -223,12 +223,12 @@ class StreamOut:
         owners = [found.owner for found in self._partitions.values() if found.owner is not None]
         needed = frozenset(worker for owner in owners for worker in owner.needed())
         edges = await self.state.group_members(GROUP)
-        workers = await self.state.workers(num_slots=NUM_SLOTS)
+        registry = await self.state.registry(num_slots=NUM_SLOTS)
         up_ms = await self.state.up_ms(lease_ms=LEASE_MS)
         now_s = self.clock_s()
         self._sight.look(now_s, up_ms=up_ms, silent_s=self.bus.silent_s())
-        heard = frozenset(worker.card.incarnation for worker in workers if not worker.load.log_away)
-        return Alive(edges, needed - heard) if self._sight.is_clear(now_s) else None
+        unheard = frozenset(worker.card.incarnation for worker in registry.workers if worker.load.log_away)
+        return Alive(edges, needed - (registry.holders - unheard)) if self._sight.is_clear(now_s) else None
 
     async def _prepare(self, partitions: frozenset[int]) -> None:
         while partitions:

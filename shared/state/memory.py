@@ -22,6 +22,7 @@ from shared.state.port import (
     Placement,
     PlacementKey,
     PublishedBacklog,
+    Registry,
     Renewed,
     RequestHint,
     StateUnavailable,
@@ -234,7 +235,10 @@ class MemoryState:
         await self._call("release_slot", release)
 
     async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
-        def look() -> list[LiveWorker]:
+        return (await self.registry(num_slots=num_slots)).workers
+
+    async def registry(self, *, num_slots: int) -> Registry:
+        def look() -> Registry:
             found: list[LiveWorker] = []
             for slot in sorted(self._store.contents.slots):
                 held = self._store.holder(slot) if slot < num_slots else None
@@ -243,7 +247,7 @@ class MemoryState:
                     work_us = sum(credit.work_us for credit in taken)
                     pages = sum(credit.num_pages for credit in taken)
                     found.append(LiveWorker(slot, held.card, held.load, pages, len(taken), work_us / MICROSECONDS))
-            return found
+            return Registry(found)
 
         return await self._call("workers", look)
 

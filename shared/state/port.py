@@ -110,6 +110,25 @@ class LiveWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Registry:
+    """Who holds the slots.
+
+    Attributes:
+        workers: by slot.
+        unreadable: they hold slots too, but what they say of themselves is of another version than this process: they
+            live, and no more is known of them.
+    """
+
+    workers: Sequence[LiveWorker]
+    unreadable: frozenset[Incarnation] = frozenset()
+
+    @property
+    def holders(self) -> frozenset[Incarnation]:
+        """All of them."""
+        return self.unreadable.union(worker.card.incarnation for worker in self.workers)
+
+
+@dataclass(frozen=True, slots=True)
 class PlacementKey:
     """Names one decision: place this choice for this epoch."""
 
@@ -210,8 +229,12 @@ class State(Protocol):
         """Give the slot back, if this incarnation holds it."""
         ...
 
+    async def registry(self, *, num_slots: int) -> Registry:
+        """All workers whose lease stands."""
+        ...
+
     async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
-        """All workers whose lease stands, by slot."""
+        """The registry's workers, as far as they can be read: not for judging who lives."""
         ...
 
     async def up_ms(self, *, lease_ms: int) -> int:

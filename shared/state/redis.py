@@ -19,7 +19,7 @@ from struct import Struct
 from typing import Any, TypeVar
 
 import orjson
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -39,6 +39,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from shared.blocks import BlockHash
 from shared.errors import StartupError
+from shared.observe.log import logger
 from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId
@@ -51,12 +52,15 @@ from shared.state.port import (
     Placement,
     PlacementKey,
     PublishedBacklog,
+    Registry,
     Renewed,
     RequestHint,
     StateUnavailable,
     WorkerCard,
     WorkerLoad,
 )
+from shared.state.unreadable import Unreadable
+from shared.wire.codec import first_problem
 
 CALL_TIMEOUT_S = 1.0
 """A call is not tried again after this; with the last try it may take another ATTEMPT_TIMEOUT_S or two."""
@@ -76,7 +80,7 @@ WANTS_BLOCKS = 2
 
 MICROSECONDS = 1_000_000
 
-WORKER_ROW = 8
+WORKER_ROW = 9
 """Values that workers.lua answers for each."""
 
 VERSION_BYTES = 8
@@ -184,7 +188,11 @@ def _path(path: Path | None) -> str | None:
 
 
 class RedisState:
-    """See `State`."""
+    """See `State`.
+
+    Attributes:
+        unreadable: what was passed over at the last look.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -198,6 +206,7 @@ class RedisState:
         # As it was when last read: what did not change since is neither sent nor read again, and is the same object.
         self._said: dict[int, Said] = {}
         self._live: dict[tuple[Any, ...], LiveWorker] = {}
+        self.unreadable = Unreadable(logger("state"))
 
     async def close(self) -> None:
         """Let calls end that somebody gave up, then close the connections."""
@@ -218,6 +227,9 @@ class RedisState:
         await self._run("release_slot", [keys.slot(slot), keys.worker(incarnation)], [incarnation])
 
     async def workers(self, *, num_slots: int) -> Sequence[LiveWorker]:
+        return (await self.registry(num_slots=num_slots)).workers
+
+    async def registry(self, *, num_slots: int) -> Registry:
         nobody = Incarnation("")
         known = self._said
         versions = [known[slot].version if slot in known else b"" for slot in range(num_slots)]
@@ -226,25 +238,37 @@ class RedisState:
             [keys.slot(number) for number in range(num_slots)],
             [keys.worker(nobody), keys.worker_credits(nobody), *versions],
         )
-        rows = [tuple(answer[start : start + WORKER_ROW]) for start in range(0, len(answer), WORKER_ROW)]
-        said = {
-            slot: known[slot] if card is None else self._read(version, card, speeds)
-            for slot, version, *_, card, speeds in rows
-        }
-        live = {row[:-2]: self._live.get(row[:-2]) or self._live_worker(row, said[row[0]]) for row in rows}
+        said: dict[int, Said] = {}
+        live: dict[tuple[Any, ...], LiveWorker] = {}
+        unreadable: dict[str, str] = {}
+        for start in range(0, len(answer), WORKER_ROW):
+            *told, card, speeds = answer[start : start + WORKER_ROW]
+            row = tuple(told)
+            slot, incarnation, version, *_ = row
+            try:
+                is_known = slot in known and known[slot].version == version
+                said[slot] = known[slot] if is_known else self._read(version, card, speeds)
+                live[row] = self._live.get(row) or self._live_worker(row, said[slot])
+            except ValidationError as error:
+                unreadable[incarnation.decode()] = first_problem(error)
         self._said, self._live = said, live
-        return list(live.values())
+        self.unreadable.note("worker", unreadable)
+        return Registry(list(live.values()), frozenset(map(Incarnation, unreadable)))
 
-    def _read(self, version: bytes, card: bytes, speeds: bytes) -> Said:
-        return Said(version, self._card_reader.validate_json(card), self._speeds_reader.validate_json(speeds))
+    def _read(self, version: bytes, card: bytes | None, speeds: bytes | None) -> Said:
+        """Raises ValidationError."""
+        return Said(
+            version, self._card_reader.validate_json(card or b""), self._speeds_reader.validate_json(speeds or b"")
+        )
 
     def _live_worker(self, row: tuple[Any, ...], said: Said) -> LiveWorker:
-        slot, _, load, num_pages, num_credits, work_us, *_ = row
+        """Raises ValidationError."""
+        slot, _, _, load, num_pages, num_credits, work_us = row
         measured = said.speeds
         return LiveWorker(
             slot=slot,
             card=said.card,
-            load=replace(self._load_reader.validate_json(load), profile=measured.profile, links=measured.links),
+            load=replace(self._load_reader.validate_json(load or b""), profile=measured.profile, links=measured.links),
             num_credit_pages=num_pages,
             num_credits=num_credits,
             credit_work_s=work_us / MICROSECONDS,
@@ -313,10 +337,17 @@ class RedisState:
 
     async def backlogs(self, *, lease_ms: int) -> Sequence[PublishedBacklog]:
         answer: list[Any] = await self._run("backlogs", [keys.backlogs()], [lease_ms])
-        return [
-            PublishedBacklog(Incarnation(member.decode()), self._report_reader.validate_json(report), age_ms / 1000)
-            for member, age_ms, report in zip(answer[::3], answer[1::3], answer[2::3], strict=True)
-        ]
+        found: list[PublishedBacklog] = []
+        unreadable: dict[str, str] = {}
+        for member, age_ms, report in zip(answer[::3], answer[1::3], answer[2::3], strict=True):
+            try:
+                read = self._report_reader.validate_json(report)
+            except ValidationError as error:
+                unreadable[member.decode()] = first_problem(error)
+            else:
+                found.append(PublishedBacklog(Incarnation(member.decode()), read, age_ms / 1000))
+        self.unreadable.note("backlog", unreadable)
+        return found
 
     async def take_place(
         self, tenant: str, request_id: RequestId, limits: TenantLimits, *, num_tokens: int, keep_ms: int

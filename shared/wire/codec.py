@@ -95,6 +95,12 @@ def encode(message: Any) -> bytes:
     return orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
 
 
+def first_problem(error: ValidationError) -> str:
+    """The field that is wrong, and how, without its value."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    return f"field {'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 M = TypeVar("M")
 
 
@@ -112,5 +118,4 @@ class Decoder(Generic[M]):
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise UndecodableMessage(f"no message of this topic: {error!r}") from error
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise UndecodableMessage(f"field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise UndecodableMessage(first_problem(error)) from error

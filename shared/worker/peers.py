@@ -8,7 +8,7 @@ reading for some leases found it: an emptied store knows nobody for a beat.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shared.errors import KvTransferFailed, StartupError
@@ -16,7 +16,7 @@ from shared.observe.log import Logger
 from shared.policy.profile import LinkRate
 from shared.request import Incarnation
 from shared.state import keys
-from shared.state.port import LiveWorker, Role, State, StateUnavailable, WorkerCard
+from shared.state.port import Role, State, StateUnavailable, WorkerCard
 from shared.transfer.plan import GROUP_COST_S
 from shared.transfer.port import LinkReport, Transfer
 from shared.wire.topics import NUM_SLOTS
@@ -109,12 +109,12 @@ class Peers:
     async def refresh(self) -> None:
         """Read the registry and connect to the sources that we lack. Without the store all stays as it is."""
         try:
-            workers = await self._state.workers(num_slots=NUM_SLOTS)
+            registry = await self._state.registry(num_slots=NUM_SLOTS)
         except StateUnavailable:
             self._read_since_s = self._read_s = self._clock_s()
             return
-        self._cards = {each.card.incarnation: each.card for each in workers if self._may_pull_from(each.card)}
-        self._note_seen(workers)
+        self._cards = {each.card.incarnation: each.card for each in registry.workers if self._may_pull_from(each.card)}
+        self._note_seen(registry.holders)
         self._failures = {peer: failure for peer, failure in self._failures.items() if peer in self._cards}
         self._tested = {peer: report for peer, report in self._tested.items() if peer in self._cards}
         for card in self._missing():
@@ -181,13 +181,13 @@ class Peers:
                     f"{link.report.warning or 'no cause is known; docs/links.md tells what to look at'}"
                 )
 
-    def _note_seen(self, workers: Sequence[LiveWorker]) -> None:
+    def _note_seen(self, workers: Iterable[Incarnation]) -> None:
         now_s = self._clock_s()
         if now_s - self._read_s > keys.LEASE_S:
             self._read_since_s = now_s
         self._read_s = now_s
         self._seen_s = {peer: at_s for peer, at_s in self._seen_s.items() if at_s >= now_s - GONE_AFTER_S}
-        self._seen_s |= dict.fromkeys((each.card.incarnation for each in workers), now_s)
+        self._seen_s |= dict.fromkeys(workers, now_s)
 
     def _may_pull_from(self, card: WorkerCard) -> bool:
         return card.incarnation != self._incarnation and card.layout_fingerprint == self._layout_fingerprint

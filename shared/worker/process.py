@@ -178,6 +178,7 @@ async def serve_worker(
             port=settings.transfer_port,
         ) as transfer,
     ):
+        registry.register(state.unreadable)
         worker = Worker(
             WorkerParts(
                 role_name=role_name,

@@ -5,7 +5,10 @@ import socket
 from dataclasses import replace
 from random import Random
 
+import orjson
 import pytest
+import structlog
+from prometheus_client import CollectorRegistry
 
 from shared.blocks import BlockHash
 from shared.policy.admission import BacklogReport, Outlook, TenantLimits, Verdict
@@ -679,6 +682,43 @@ async def test_a_cancelled_call_leaves_its_connection_in_order(redis_url):
             call.cancel()
             following = (number + 7) % 50
             assert await world.state.find_request(RequestId(f"r{following}")) == RequestHint(0, following)
+
+
+async def test_who_is_of_another_version_is_passed_over_told_of_once_and_lives(redis_url):
+    async with redis_world(redis_url) as world:
+        state, server, registry = world.state, world.state._client, CollectorRegistry()
+        registry.register(state.unreadable)
+        for name in ("good", "lacks a field", "has strange speeds", "has a strange load", "says nothing", "newer"):
+            await state.claim_slot(a_card(name), a_load(), num_slots=8, lease_ms=KEEP_MS)
+        cards = {name: orjson.loads(orjson.dumps(a_card(name))) for name in ("lacks a field", "newer")}
+        del cards["lacks a field"]["page_bytes"]
+        cards["newer"]["a_field_of_tomorrow"] = 7
+        for name, told in (
+            ("lacks a field", {"card": orjson.dumps(cards["lacks a field"]), "version": "2"}),
+            ("newer", {"card": orjson.dumps(cards["newer"]), "version": "2"}),
+            ("has strange speeds", {"speeds": b'{"profile": {"base_s": "fast"}}', "version": "2"}),
+            ("has a strange load", {"load": b'{"num_free_pages": 3}'}),
+        ):
+            await server.hset(keys.worker(Incarnation(name)), mapping=told)
+        await server.hdel(keys.worker(Incarnation("says nothing")), "version", "card", "load", "speeds")
+        await state.report_backlog(Incarnation("good"), BacklogReport(3, 1.5, None), lease_ms=KEEP_MS)
+        at_ms = (await server.hget(keys.backlogs(), "good")).split()[0]
+        await server.hset(keys.backlogs(), "strange", at_ms + b' {"num_waiting": "many"}')
+
+        with structlog.testing.capture_logs() as lines:
+            for _ in range(3):
+                found = await state.registry(num_slots=8)
+                assert [each.card.incarnation for each in found.workers] == ["good", "newer"]
+                assert found.unreadable == {"lacks a field", "has strange speeds", "has a strange load", "says nothing"}
+                assert [each.member for each in await state.backlogs(lease_ms=KEEP_MS)] == ["good"]
+        assert sorted(line["incarnation"] for line in lines) == sorted([*found.unreadable, "strange"])
+        assert "page_bytes" in next(line["error"] for line in lines if line["incarnation"] == "lacks a field")
+        assert registry.get_sample_value("baton_unreadable_reports", {"kind": "worker"}) == 4
+        assert registry.get_sample_value("baton_unreadable_reports", {"kind": "backlog"}) == 1
+
+        await state.beat(1, a_card("lacks a field"), a_load(), lease_ms=KEEP_MS)
+        assert len((await state.registry(num_slots=8)).workers) == 3
+        assert registry.get_sample_value("baton_unreadable_reports", {"kind": "worker"}) == 3
 
 
 # Admission

@@ -30,7 +30,7 @@ from shared.request import (
 )
 from shared.runtime.run import health_routes
 from shared.state.memory import MemoryState, MemoryStore
-from shared.state.port import LiveWorker, RequestHint, Role, WorkerCard, WorkerLoad
+from shared.state.port import LiveWorker, Registry, RequestHint, Role, WorkerCard, WorkerLoad
 from shared.text.tokeniser import Tokeniser
 from shared.wire.codec import encode
 from shared.wire.results import RESULT_DECODER
@@ -145,8 +145,9 @@ class PretendState(MemoryState):
         super().__init__(world.store)
         self._world = world
 
-    async def workers(self, *, num_slots):
-        return [*await super().workers(num_slots=num_slots), *self._world.workers]
+    async def registry(self, *, num_slots):
+        found = await super().registry(num_slots=num_slots)
+        return Registry([*found.workers, *self._world.workers], self._world.unreadable)
 
 
 def pretend_worker(ref, role):
@@ -207,6 +208,7 @@ class World:
         self.log = MemoryLog(clock=self.clock_s, random=Random(7))
         self.store = MemoryStore(clock=self.clock_s)
         self.workers = [pretend_worker(PREFILL, Role.PREFILL), pretend_worker(DECODE, Role.DECODE)]
+        self.unreadable = frozenset()
         self._stack = AsyncExitStack()
         self._nodes = []
         self._num_seen = dict.fromkeys(range(16), 0)

@@ -40,6 +40,17 @@ async def test_a_lost_worker_is_cut_and_the_choice_goes_to_be_placed_again(world
 
 
 @scenario
+async def test_a_worker_that_cannot_be_read_lives(world):
+    edge = await world.owner("a")
+    edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")
+    job = await world.job()
+    job.open()
+    world.workers, world.unreadable = [], frozenset({PREFILL.incarnation, DECODE.incarnation})
+    await asyncio.sleep(10)
+    assert not world.story(job.id, Cut)
+
+
+@scenario
 async def test_prefill_may_go_once_decode_has_begun(world):
     edge = await world.owner("a")
     edge.call("POST", "/v1/completions", COMPLETION, idempotency_key="k")

@@ -44,13 +44,22 @@ class Told:
         return [fields for _, said, fields in self.lines if said == event]
 
 
+class WithUnreadable(MemoryState):
+    """Workers of another version hold slots too."""
+
+    unreadable = frozenset()
+
+    async def registry(self, *, num_slots):
+        return replace(await super().registry(num_slots=num_slots), unreadable=self.unreadable)
+
+
 class Place:
     """One host with prefill workers that come and go, and our decode worker."""
 
     def __init__(self, lifetime):
         self.clock_s = asyncio.get_running_loop().time
         self.store = MemoryStore(clock=self.clock_s)
-        self.state = MemoryState(self.store)
+        self.state = WithUnreadable(self.store)
         self.network = LocalNetwork(delay_s=20e-6, bytes_per_s=2 * GB)
         self.told = Told()
         self._lifetime = lifetime
@@ -471,6 +480,17 @@ def test_a_peer_is_gone_when_the_registry_read_all_the_time_lacks_it():
             await asyncio.sleep(4 * BEAT_S)
             assert peers.is_gone(a, 0.0)
             assert not peers.is_gone(b, 0.0)
+
+    on_one_host(check)
+
+
+def test_a_peer_that_cannot_be_read_is_not_gone():
+    async def check(place):
+        peers = place.peers(await place.transfer("me"))
+        place.state.unreadable = frozenset({Incarnation("newer")})
+        async with running(peers):
+            await asyncio.sleep(2 * GONE_AFTER_S)
+            assert not peers.is_gone(Incarnation("newer"), 0.0)
 
     on_one_host(check)
 
