@@ -3,6 +3,7 @@
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from shared.blocks import NAME_BYTES, BlockHash, BlockKey, token_ids
 from shared.request import Incarnation
@@ -67,10 +68,11 @@ class BlocksClaim:
     names: Sequence[BlockHash]
 
     def proofs(self, keys: Sequence[BlockKey]) -> bytes:
-        """Of the blocks with these keys, which the first of the names are of: `PROOF_BYTES` each."""
+        """Of the blocks with these keys, which the first of the names are of: `PROOF_BYTES` each, of the HMAC under the
+        block's key of the claim's digest (a long prompt has thousands of blocks, and the claim names them all)."""
         parts = (b"blocks", self.challenge, self.puller.encode(), self.ucx_address, b"".join(self.names))
-        told = _told(parts)
-        return b"".join(hmac.digest(key, told, "sha256")[:PROOF_BYTES] for key in keys)
+        digest = sha256(_told(parts)).digest()
+        return b"".join(hmac.digest(key, digest, "sha256")[:PROOF_BYTES] for key in keys)
 
     def are_proven(self, proofs: bytes, keys: Sequence[BlockKey]) -> bool:
         """Whether the first of the blocks, which have these keys, are all proven."""

@@ -1,8 +1,9 @@
+import hmac
 from dataclasses import replace
 
 import pytest
 
-from shared.blocks import key_chain, name_of, root_hash, token_ids
+from shared.blocks import BlockHash, BlockKey, key_chain, name_of, root_hash, token_ids
 from shared.transfer.proof import PROOF_BYTES, BlocksClaim, Claim, names_of
 
 CLAIM = Claim(b"c" * 16, "puller", b"address", "key", (0, 3))
@@ -70,6 +71,22 @@ def test_each_block_must_be_proven(change):
         "swapped": last + proofs[PROOF_BYTES:-PROOF_BYTES] + first,
     }
     assert not BLOCKS.are_proven(wrong[change], KEYS)
+
+
+def test_what_a_long_prompt_s_proofs_take_grows_with_its_blocks(monkeypatch):
+    """The event loop makes them."""
+    read, digest = [], hmac.digest
+
+    def noted(key, message, name):
+        read.append(len(message))
+        return digest(key, message, name)
+
+    monkeypatch.setattr(hmac, "digest", noted)
+    for num_blocks in (10, 1000):
+        keys = [BlockKey(BlockHash(number.to_bytes(32, "big"))) for number in range(num_blocks)]
+        replace(BLOCKS, names=tuple(map(name_of, keys))).proofs(keys)
+        assert sum(read) == 32 * num_blocks
+        read.clear()
 
 
 def test_names_that_are_cut_short_name_nothing():
