@@ -112,7 +112,8 @@ class PrefillRole:
             case Stop():
                 self._stop(message.placement)
             case DecodeWork() | LocalWork() | FirstToken():
-                self._context.log.error("a message to decode came to a prefill worker", message=repr(message))
+                kind = type(message).__name__  # what stands in it is none of the log's business
+                self._context.log.error("a message to decode came to a prefill worker", kind=kind)
 
     def unfinished(self) -> Sequence[Assignment]:
         left = (Stage.COMPUTING, Stage.PUBLISHING)

@@ -13,7 +13,7 @@ from shared.blocks import token_ids
 from shared.engine.fake import END_AT, fake_answer, fake_engine
 from shared.request import FinishReason, PlacementId, RequestId, SamplingParams
 from shared.transfer.port import Outcome
-from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, PrefillWork, Stop
+from shared.wire.to_worker import Assignment, DecodeWork, FirstToken, LocalWork, PrefillWork, Stop
 from shared.wire.wire_format import WireFormat
 from shared.worker.engine_thread import Step
 from tests.unit.services.worker_context import DECODE, PREFILL, InlineEngine, a_context, settled
@@ -248,6 +248,16 @@ def test_a_stop_before_the_work_and_work_that_comes_twice_do_nothing():
         stage.role.take(some_work(placement=PlacementId("b")))
         await stage.compute()
         assert len(stage.context.frames.entries) == 1
+
+    run(scene)
+
+
+def test_of_a_message_that_is_not_for_prefill_the_log_tells_nothing_but_what_it_is():
+    async def scene(stage):
+        told = []
+        stage.context.log = SimpleNamespace(error=lambda _, **details: told.append(details))
+        stage.role.take(LocalWork(some_work().assignment, token_ids(IDS), PREFILL))
+        assert told == [{"kind": "LocalWork"}]
 
     run(scene)
 
