@@ -337,25 +337,40 @@ QUEUES = Row(
     "Queues",
     [
         Panel(
-            title="Backlog",
-            description="Choices that ingest has admitted and could not place yet, as no worker has room. If it "
-            "grows, requests come faster than they are served. Batch jobs wait there until workers are idle; those "
-            "beyond the first thousand are parked in the log.",
+            title="Line, by class",
+            description="Choices that ingest has admitted and could not place yet, as no worker has room. If "
+            "interactive or standard grows, requests come faster than they are served. Batch waits there until "
+            "workers are idle; what is beyond the first thousand of it is parked in the log.",
             queries=[
-                Query("baton_backlog_requests", WORKER),
-                Query("baton_batch_jobs_parked", f"parked, {WORKER}"),
+                Query("sum by (priority) (baton_backlog_requests)", "{{priority}}"),
+                Query("sum (baton_batch_jobs_parked)", "batch, parked"),
             ],
         ),
         Panel(
-            title="Line",
+            title="Overtakings and lengths learnt",
             description="Choices placed before the first in line, for which there was no room; answers whose lengths "
-            "ingest learnt from, and results that told it of none.",
+            "ingest learnt from, and results that told it of none. Each ingest learns from all.",
             queries=[
                 Query(rate("baton_backlog_overtakings_total"), "overtakings"),
                 Query(rate("baton_answers_learnt_total"), "answers learnt"),
                 Query(rate("baton_results_passed_over_total"), "results passed over"),
             ],
             unit=Unit.PER_S,
+        ),
+        Panel(
+            title="Answers within their prediction",
+            description="Share of answers no longer than a quantile of the lengths predicted for their like: 50, 75 "
+            "and 90% if the predictions are right. Limits that cut answers raise them. Room is kept for the 75% "
+            "quantile: far below it, workers run out of pages; see 'Computed again'.",
+            queries=[
+                Query(
+                    f"{rate('baton_answers_within_prediction_total', 'quantile', window='5m')}"
+                    f" / ignoring (quantile) group_left () {rate('baton_answers_learnt_total', window='5m')}",
+                    "within the {{quantile}} quantile",
+                )
+            ],
+            unit=Unit.SHARE,
+            most=1,
         ),
         Panel(
             title="Time to place",
@@ -735,6 +750,12 @@ PROCESSES = Row(
             description="Appends to Kafka that failed and were repeated, per second and role.",
             queries=[Query(rate("baton_bus_failed_appends_total", "role"), "{{role}}")],
             unit=Unit.PER_S,
+        ),
+        Panel(
+            title="Of another version",
+            description="Workers and ingests whose word about themselves a process cannot read, and passes over. For "
+            "a moment in a rolling update it may be so; what lasts gets no work.",
+            queries=[Query("max by (role, kind) (baton_unreadable_reports)", "{{kind}}s, by {{role}}")],
         ),
         Panel(
             title="Open files",

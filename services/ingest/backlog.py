@@ -117,8 +117,11 @@ class Backlog:
         if not _is_batch(waiting):
             self._urgent_s = self._clock_s()
             self.pace.join()
-        self._metrics.backlog.set(len(self._line))
+        self._tell_length(job.priority)
         self._grew.set()
+
+    def _tell_length(self, priority: Priority) -> None:
+        self._metrics.backlog[priority].set(self._line.num_of[priority])
 
     def report(self, num_unread: int) -> BacklogReport:
         """What edges must know of the line, once a beat; behind it are `num_unread` jobs in the log."""
@@ -212,7 +215,7 @@ class Backlog:
             self._line.place(entry)
         else:
             self._line.leave(entry)
-        self._metrics.backlog.set(len(self._line))
+        self._tell_length(entry.claim.priority)
         if not (_is_batch(entry.item) or was_aside):
             leave = self.pace.place if is_placed else self.pace.leave
             leave()

@@ -70,9 +70,17 @@ class Lengths:
         if ended is None:
             self._metrics.results_passed_over.inc()
             return
+        self._compare(ended)
         for _ in range(ended.num_answers):
             self._predictor.observe(ended.key, ended.num_tokens, is_cut=ended.is_cut)
         self._metrics.answers_learnt.inc(ended.num_answers)
+
+    def _compare(self, ended: Ended) -> None:
+        """With what would have been predicted. One that was cut is covered by whoever expected it to come so far."""
+        prediction = self._predictor.predict(ended.key, ended.num_tokens if ended.is_cut else MAX_INT32)
+        for quantile, answers_within in self._metrics.answers_within.items():
+            if ended.num_tokens <= prediction.quantile(quantile):
+                answers_within.inc(ended.num_answers)
 
 
 def read_ended(result: bytes) -> Ended | None:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from shared.errors import BodyTooLarge, ContextTooLong, InvalidRequest, ModelNotFound, RequestError, RequestFailed
+from shared.request import Priority
 from shared.wire.wire_format import WireFormat
 
 LATENCY_BUCKETS_S = tuple(
@@ -46,6 +47,9 @@ class PrefixFetch(StrEnum):
     NEEDLESS = "needless"
     """Nothing was lacking that was not on its way."""
 
+
+TOLD_QUANTILES = (0.5, 0.75, 0.9)
+"""Of answers' predicted lengths: it is told how many answers they cover. Room is kept for the one in the middle."""
 
 HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
 IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
@@ -88,7 +92,10 @@ class IngestMetrics:
             "baton_undecodable_records_total", "Records of ingest-resume that were skipped", registry=registry
         )
         self.placed = Counter("baton_placements_total", "Placements made", registry=registry)
-        self.backlog = Gauge("baton_backlog_requests", "Choices admitted and not placed yet", registry=registry)
+        backlog = Gauge(
+            "baton_backlog_requests", "Choices admitted and not placed yet", ["priority"], registry=registry
+        )
+        self.backlog = {priority: backlog.labels(priority) for priority in Priority}
         self.parked = Gauge(
             "baton_batch_jobs_parked",
             "Batch jobs beyond those in the backlog, known by their place in the log only",
@@ -102,6 +109,13 @@ class IngestMetrics:
         self.answers_learnt = Counter(
             "baton_answers_learnt_total", "Answers whose lengths predictions are made from", registry=registry
         )
+        within = Counter(
+            "baton_answers_within_prediction_total",
+            "Answers learnt from that were no longer than a quantile of what was predicted of them before",
+            ["quantile"],
+            registry=registry,
+        )
+        self.answers_within = {quantile: within.labels(quantile) for quantile in TOLD_QUANTILES}
         self.results_passed_over = Counter(
             "baton_results_passed_over_total",
             "Results that nothing was learnt from: no answer, too long to read, or a stranger's",

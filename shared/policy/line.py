@@ -110,7 +110,11 @@ class Entry(Generic[T]):
 
 
 class Line(Generic[T]):
-    """Those that wait, of all classes."""
+    """Those that wait, of all classes.
+
+    Attributes:
+        num_of: each class, with those aside.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry[T]] = {}
@@ -119,6 +123,7 @@ class Line(Generic[T]):
         self._resumed: deque[Entry[T]] = deque()
         self._lanes = {priority: _Lane[T]() for priority in Priority}
         self._resumed_batch: deque[Entry[T]] = deque()
+        self.num_of = dict.fromkeys(Priority, 0)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -143,6 +148,7 @@ class Line(Generic[T]):
         entry = Entry(item, claim, self._num_added)
         self._num_added += 1
         self._entries[entry.number] = entry
+        self.num_of[claim.priority] += 1
         heapq.heappush(self._deadlines, (claim.deadline_s, entry.number))
         if len(self._deadlines) > 2 * len(self._entries) + _SLACK:
             self._deadlines = [(each.claim.deadline_s, number) for number, each in self._entries.items()]
@@ -215,6 +221,7 @@ class Line(Generic[T]):
 
     def _leave(self, entry: Entry[T], *, charge: float) -> None:
         del self._entries[entry.number]
+        self.num_of[entry.claim.priority] -= 1
         if not entry.is_aside:
             self._leave_turn(entry, charge)
         entry.is_aside = False

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -41,6 +43,23 @@ def test_all_that_is_asked_for_is_exported():
     asked = {name for _, panel in PANELS for query in panel.queries for name in asked_for(query.expr)}
     assert asked
     assert not asked - exported().keys() - {"up", "ALERTS"}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of the package prometheus, is not installed")
+def test_prometheus_understands_all_that_it_is_asked(tmp_path):
+    asked = [query.expr for _, panel in PANELS for query in panel.queries]
+    known = [expr.replace("$__rate_interval", "1m").replace("$__range", "1m") for expr in asked]
+    rules = [{"record": f"asked:{number}", "expr": expr} for number, expr in enumerate(known)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", "rules.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_labels_that_legends_name_are_kept_by_the_query():

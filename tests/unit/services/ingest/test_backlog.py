@@ -233,6 +233,11 @@ async def test_something_small_goes_by_while_there_is_no_room_for_the_first(smal
     assert world.backlog.report(0).num_waiting == 19
 
 
+def told_of_line(world):
+    """What metrics say of the line, by class."""
+    return {priority: gauge._value.get() for priority, gauge in world.backlog._metrics.backlog.items()}
+
+
 async def test_batch_leaves_room_for_who_comes_next_and_waits(world):
     """A quarter of the decode workers' pages and places stay free, however much of it waits."""
     await world.claim("roomy prefill", Role.PREFILL, max_running=100)
@@ -246,6 +251,8 @@ async def test_batch_leaves_room_for_who_comes_next_and_waits(world):
         assert worker.num_credits == 0.75 * worker.max_running
     report = world.backlog.report(0)
     assert (report.num_waiting, report.oldest_batch_wait_s, report.placed_per_s) == (0, 0.0, None)
+    num_placed = sum(worker.num_credits for worker in view.decode)
+    assert told_of_line(world) == {Priority.INTERACTIVE: 0, Priority.STANDARD: 0, Priority.BATCH: 40 - num_placed}
     world.now_s += 1
     assert world.backlog.report(0).oldest_batch_wait_s == 1
     in_line(world, world.waiting("urgent"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 from array import array
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from services.ingest.results import NUM_READ_BACK, follow_results
 from services.ingest.work import Waiting
 from shared.bus.memory import MemoryBus, MemoryLog
 from shared.observe.metrics import IngestMetrics
-from shared.policy.lengths import GUESSED_MEAN_TOKENS, LengthKey
+from shared.policy.lengths import GUESSED_MEAN_TOKENS, RESERVE_QUANTILE, LengthKey
 from shared.request import FinishReason, SamplingParams
 from shared.wire.codec import encode
 from shared.wire.openai_answers import AnswerChoice, AnswerHead, Usage, chat_completion, completion
@@ -128,6 +129,24 @@ async def test_a_new_ingest_learns_from_what_ended_before_and_goes_on():
             await asyncio.sleep(0.001)
     assert world.lengths.expect(a_choice()).reserve_tokens in range(280, 320)
     following.cancel()
+
+
+def test_it_is_told_how_many_answers_are_within_what_was_predicted():
+    world, rng = World(), random.Random(1)
+    assert RESERVE_QUANTILE in world.metrics.answers_within
+    for _ in range(1000):
+        record = SimpleNamespace(value=a_result(FinishReason.STOP, num_tokens=math.ceil(rng.expovariate(1 / 200))))
+        world.lengths.learn(record)
+    for quantile, answers_within in world.metrics.answers_within.items():
+        assert answers_within._value.get() == pytest.approx(1000 * quantile, abs=60)
+
+
+def test_an_answer_that_was_cut_is_within_if_it_was_expected_to_come_so_far():
+    """Its limit is what placements expect at most, so no answer is longer."""
+    world = World()
+    for num_tokens, within in ((10, [1, 1, 1]), (300, [1, 2, 2]), (3000, [1, 2, 2])):
+        world.lengths.learn(SimpleNamespace(value=a_result(FinishReason.LENGTH, num_tokens=num_tokens)))
+        assert [each._value.get() for each in world.metrics.answers_within.values()] == within
 
 
 def test_what_may_not_end_before_is_expected_to_be_so_long():

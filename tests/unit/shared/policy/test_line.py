@@ -43,8 +43,10 @@ def test_classes_go_in_their_order_and_who_ran_before_goes_first():
         lost_later=claim(priority=INTERACTIVE, resumed=True, deadline_s=1),
     )
     assert (len(line), line.num_batch, line.num_standard) == (6, 2, 1)
+    assert line.num_of == {INTERACTIVE: 2, STANDARD: 2, BATCH: 2}
     assert place_all(line) == ["lost", "lost_later", "i", "s", "lost_b", "b"]
     assert (len(line), line.num_batch, line.num_standard, line.first(), line.late(1e12)) == (0, 0, 0, None, None)
+    assert line.num_of == {INTERACTIVE: 0, STANDARD: 0, BATCH: 0}
 
 
 def test_inside_a_tenant_the_earliest_deadline_goes_first_and_of_equal_ones_who_came_first():
