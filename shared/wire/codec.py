@@ -1,8 +1,8 @@
 """Messages as JSON: `{"v": 1, "type": "<snake case class name>", ...fields}`.
 
 Fields at their default are left out; unknown fields are ignored, so a field may be added with a default without a new
-version. Token ids travel as base64 of little-endian int32, other bytes as base64. What two workers must agree on
-before KV moves between them is not here but in `KvLayout.fingerprint`.
+version. A named tuple travels as an array, without names. Token ids travel as base64 of little-endian int32, other
+bytes as base64. What two workers must agree on before KV moves between them is not here but in `KvLayout.fingerprint`.
 """
 
 import re
@@ -68,7 +68,7 @@ def _to_jsonable(value: object) -> object:
     kind = value.__class__
     if kind in _PLAIN:
         return value
-    if kind is tuple or kind is list:
+    if issubclass(kind, tuple | list):
         return [_to_jsonable(item) for item in cast("Iterable[object]", value)]
     if kind is array:
         return token_ids_to_text(cast("TokenIds", value))

@@ -315,7 +315,7 @@ PREFILL_REF, DECODE_REF = WorkerRef(60, Incarnation("gone-p")), WorkerRef(61, In
 
 
 CANDIDATE = Candidate(60, 61, 0.1, 0.01, 1.0, 3, 1, 0.0, 1e308, is_local=False)
-WHY = Explanation("least of all", 10**9, (CANDIDATE, replace(CANDIDATE, prefill=61, is_local=True)))
+WHY = Explanation("least of all", 10**9, (CANDIDATE, CANDIDATE._replace(prefill=61, is_local=True)))
 
 
 def story(name: str, seen: View, *entries: FrameEntry) -> list:

@@ -41,13 +41,13 @@ def test_an_open_of_an_older_ingest_tells_no_reason():
 @pytest.mark.parametrize(("name", "value"), [("decode", 64), ("cached_pages", -1), ("ttft_s", None)])
 def test_no_reader_gets_numbers_out_of_bounds(name, value):
     record = orjson.loads(encode(OPEN))
-    record["explanation"]["candidates"][0][name] = value
+    record["explanation"]["candidates"][0][Candidate._fields.index(name)] = value
     with pytest.raises(UndecodableMessage):
         STREAM_OUT_DECODER.decode(orjson.dumps(record))
 
 
 def test_it_is_written_in_brief():
-    many = replace(EXPLANATION, candidates=tuple(replace(A_CANDIDATE, decode=slot) for slot in range(20))).brief()
+    many = replace(EXPLANATION, candidates=tuple(A_CANDIDATE._replace(decode=slot) for slot in range(20))).brief()
     assert [each.decode for each in many.candidates] == list(range(MAX_CANDIDATES))
     first = many.candidates[0]
     assert (first.ttft_s, first.tpot_s, first.cost_s, first.queue_s, first.transfer_s) == (
@@ -58,7 +58,20 @@ def test_it_is_written_in_brief():
         1e-12,
     )
     assert many.brief() == many
-    assert len(encode(replace(OPEN, explanation=many))) < 1500
+    assert len(encode(replace(OPEN, explanation=many))) < 600
+
+
+def test_no_name_of_a_candidate_travels():
+    (candidate,) = orjson.loads(encode(OPEN))["explanation"]["candidates"]
+    assert candidate == [0, 63, 0.123456, 0.0056789, 12345.6, 5, 0, 0.0, 1e-12, False]
+
+
+@pytest.mark.parametrize("candidate", [[0, 63], [0] * 11, "0", {"decode": 3}])
+def test_no_reader_gets_half_a_candidate(candidate):
+    record = orjson.loads(encode(OPEN))
+    record["explanation"]["candidates"] = [candidate]
+    with pytest.raises(UndecodableMessage):
+        STREAM_OUT_DECODER.decode(orjson.dumps(record))
 
 
 def test_people_see_all_of_it():
