@@ -122,9 +122,13 @@ class EngineThread:
     async def call_beside(self, command: Callable[[Engine], T]) -> T:
         """Run `command`, which only calls what `Engine.let_in` allows, on a thread of its own: between two steps, or
         while a step waits for its batch. Cancelled, it may run all the same."""
-        result = await asyncio.to_thread(self._run_in_turn, command)
-        self._commands.put(_look_again)  # there may be work now
-        return result
+        return await asyncio.to_thread(self._run_beside, command)
+
+    def _run_beside(self, command: Callable[[Engine], T]) -> T:
+        try:
+            return self._run_in_turn(command)
+        finally:
+            self._commands.put(_look_again)  # there may be work now
 
     def _run_in_turn(self, command: Callable[[Engine], T]) -> T:
         with self._turn:

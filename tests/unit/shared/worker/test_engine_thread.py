@@ -78,7 +78,8 @@ async def test_pages_are_lent_while_a_step_waits_for_its_batch():
         gated.engine.check()
 
 
-async def test_whoever_lends_beside_steps_wakes_an_engine_that_has_work_by_that():
+@pytest.mark.parametrize("is_awaited", [True, False])
+async def test_whoever_lends_beside_steps_wakes_an_engine_that_has_work_by_that(is_awaited):
     gated = GatedEngine()
     thread = EngineThread(gated.engine, time.monotonic)
     with thread.running():
@@ -89,7 +90,19 @@ async def test_whoever_lends_beside_steps_wakes_an_engine_that_has_work_by_that(
         await thread.call(lambda engine: engine.add(request("b", whole, greedy(1))))
         await asyncio.sleep(0.02)
         assert thread.steps.empty()
-        await thread.call_beside(lambda engine: engine.give_back(loan))
+        begun, may_go_on = threading.Event(), threading.Event()
+
+        def give_back(engine):
+            begun.set()
+            may_go_on.wait(5)
+            engine.give_back(loan)
+
+        asked = asyncio.create_task(thread.call_beside(give_back))
+        await until(begun.is_set)
+        if not is_awaited:
+            asked.cancel()
+        may_go_on.set()
+        await asyncio.gather(asked, return_exceptions=True)
         await take_token(thread)
 
 
