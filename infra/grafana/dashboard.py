@@ -358,6 +358,19 @@ QUEUES = Row(
             unit=Unit.PER_S,
         ),
         Panel(
+            title="Time to first token over its prediction",
+            description="From the placement on, of choices that ran where they were placed first. 1: as predicted. The "
+            "hops of Kafka are not predicted: with a small model they make it larger. Placements take it that a third "
+            "of all times is off by more than a factor of 1.35, one way or the other.",
+            queries=quantiles("baton_ttft_prediction_ratio", shares=(0.1, 0.5, 0.9)),
+        ),
+        Panel(
+            title="Time per token over its prediction",
+            description="The same for the mean time of a choice's later tokens. Lasting medians far from 1: see 'Error "
+            "of the speeds', and whether workers share their GPUs or cores with others.",
+            queries=quantiles("baton_tpot_prediction_ratio", shares=(0.1, 0.5, 0.9)),
+        ),
+        Panel(
             title="Answers within their prediction",
             description="Share of answers no longer than a quantile of the lengths predicted for their like: 50, 75 "
             "and 90% if the predictions are right. Limits that cut answers raise them. Room is kept for the 75% "
@@ -666,7 +679,8 @@ EDGES = Row(
         ),
         Panel(
             title="Refused at the door",
-            description="By reason. overloaded: it would have waited too long. streams: BATON_MAX_STREAMS clients at "
+            description="By cause. wait: it would have waited too long, in line or for room in decode. run: beside "
+            "those that run, its answer would have come after its deadline. streams: BATON_MAX_STREAMS clients at "
             "once. concurrent, requests, tokens: a tenant's limits. not asked: Redis was away, so nobody was refused.",
             queries=[
                 Query(rate("baton_edge_refused_total", "reason"), "{{reason}}"),

@@ -122,7 +122,7 @@ class Admission:
         forecast = Forecast.of(backlogs, self._num_accepted_since(priority), priority, max_new_tokens)
         refusal = forecast.check(deadline_s - now_s, self._settings.max_queue_s, priority)
         if refusal is not None:
-            self._metrics.refused.labels("overloaded").inc()
+            self._metrics.refused.labels(refusal.cause).inc()
             raise Overloaded(refusal.told, retry_after_s=min(max(refusal.excess_s, FULL_RETRY_S), MAX_RETRY_S))
 
     def count(self, num_choices: int, priority: Priority) -> None:

@@ -6,9 +6,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.stream_out.results import COMPLETED, WORKER_LOST, WORKERS_LOST, timings_of
 from shared.observe.metrics import LATENCY_BUCKETS_S
+from shared.policy.admission import TooLate
 from shared.policy.fold import ChoiceState, RequestState
 from shared.request import Event
 from shared.state.port import Role
+from shared.wire.explanation import Candidate
 from shared.wire.openai_answers import ENDS_AS_ERROR, Usage
 
 FRAME_AGE_BUCKETS_S = (*(n / 4000 for n in range(1, 21)), *(bound for bound in LATENCY_BUCKETS_S if bound > 0.005))
@@ -18,11 +20,14 @@ STAGE_BUCKETS_S = tuple(round(mantissa * 10.0**exponent, 6) for exponent in rang
 """From 0.1 ms to 50 s, coarser than other latencies: a request has eight stages, and a scrape holds up the loop that
 reads frames for some 6 µs a bucket."""
 
+RATIO_BUCKETS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 3.0, 5.0, 10.0)
+"""Of a time to the one that was predicted."""
+
 CUT_REASONS = ("deadline", "client gone", WORKER_LOST, WORKERS_LOST)
 """Why an owner cuts."""
 
-REFUSAL_REASONS = ("overloaded", "streams", "concurrent", "requests", "tokens")
-"""What an edge refuses by: the wait, its own clients at once, a tenant's limits."""
+REFUSAL_REASONS = (*TooLate, "streams", "concurrent", "requests", "tokens")
+"""What an edge refuses by: the forecast, its own clients at once, a tenant's limits."""
 
 
 class EdgeMetrics:
@@ -34,6 +39,9 @@ class EdgeMetrics:
 
         def latency(name: str, text: str) -> Histogram:
             return Histogram(name, text, buckets=LATENCY_BUCKETS_S, registry=registry)
+
+        def ratio(name: str, text: str) -> Histogram:
+            return Histogram(name, text, buckets=RATIO_BUCKETS, registry=registry)
 
         self.http_answers = counter("baton_http_answers", "HTTP answers", "route", "status")
         self.unknown_fields = counter("baton_edge_unknown_fields", "Request fields that were ignored as unknown")
@@ -75,6 +83,12 @@ class EdgeMetrics:
             "vllm:request_time_per_output_token_seconds", "A choice's mean time per token behind its first"
         )
         self.e2e = latency("vllm:e2e_request_latency_seconds", "From acceptance to the last token")
+        self.ttft_ratio = ratio(
+            "baton_ttft_prediction_ratio", "Time from a placement to the first token, over what the placement predicted"
+        )
+        self.tpot_ratio = ratio(
+            "baton_tpot_prediction_ratio", "A choice's mean time per token behind its first, over what was predicted"
+        )
         self.stages = Histogram(
             "baton_stage_seconds",
             "From one event of a completed request's life to the next that it passed",
@@ -111,9 +125,16 @@ class EdgeMetrics:
         if Event.TRANSFERRING in stamps:  # who computed the prompt may have gone on itself
             _observe(self.handoff_gap, stamps, Event.FIRST_TOKEN, Event.DECODING)
         self.success.labels(choice.end.finish).inc()
+        predicted = _predicted(choice)
+        if predicted is not None and Event.PLACED in stamps and Event.FIRST_TOKEN in stamps:
+            took_s = max(0.0, stamps[Event.FIRST_TOKEN] - stamps[Event.PLACED])
+            self.ttft_ratio.observe(took_s / predicted.ttft_s)
         num_gaps = len(choice.ids) - 1
         if num_gaps > 0 and Event.FIRST_TOKEN in stamps and Event.FINISHED in stamps:
-            self.tpot.observe(max(0.0, stamps[Event.FINISHED] - stamps[Event.FIRST_TOKEN]) / num_gaps)
+            token_s = max(0.0, stamps[Event.FINISHED] - stamps[Event.FIRST_TOKEN]) / num_gaps
+            self.tpot.observe(token_s)
+            if predicted is not None:
+                self.tpot_ratio.observe(token_s / predicted.tpot_s)
 
     def observe_usage(self, usage: Usage) -> None:
         """Count the tokens of a request whose result was written."""
@@ -126,3 +147,11 @@ def _observe(histogram: Histogram, stamps: dict[Event, float], start: Event, end
     """The time from `start` to `end`, if both were passed; by clocks of two hosts it may seem negative."""
     if start in stamps and end in stamps:
         histogram.observe(max(0.0, stamps[end] - stamps[start]))
+
+
+def _predicted(choice: ChoiceState) -> Candidate | None:
+    """What its placement expected, if it ran where it was placed first."""
+    if len(choice.opens) != 1 or choice.opens[0].explanation is None:
+        return None
+    best = next(iter(choice.opens[0].explanation.candidates), None)
+    return best if best is not None and best.ttft_s > 0 and best.tpot_s > 0 else None

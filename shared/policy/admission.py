@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Self
 
 from shared.blocks import PAGE_TOKENS
@@ -324,15 +325,25 @@ class Forecast:
             told = (
                 f"a usual answer would take {run_s:.3g} s beside those that run now; the request has {timeout_s:.3g} s"
             )
-            return Refusal(run_s - timeout_s, told)
+            return Refusal(TooLate.RUN, run_s - timeout_s, told)
         limit_s = max_wait_s(timeout_s, max_queue_s, run_s, priority)
         if self.wait_s <= limit_s:
             return None
         return Refusal(
+            TooLate.WAIT,
             self.wait_s - limit_s,
             f"a request would wait {self.wait_s:.3g} s before it runs; this one may wait {limit_s:.3g} s, "
             f"with {timeout_s:.3g} s for all of it",
         )
+
+
+class TooLate(StrEnum):
+    """What would make a request late."""
+
+    WAIT = "wait"
+    """It would wait for too long before it runs."""
+    RUN = "run"
+    """Beside those that run, a usual answer takes longer than the request has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +355,7 @@ class Refusal:
         told: prediction and limit, in words.
     """
 
+    cause: TooLate
     excess_s: float
     told: str
 

@@ -60,7 +60,7 @@ async def test_what_would_wait_too_long_is_refused_at_once(world):
     assert await code(refused) == (503, "overloaded")
     assert 1 <= int(refused.headers["retry-after"]) <= 10
     assert not any(world.log.records("ingest", p) for p in range(16))
-    assert node.metric("baton_edge_refused_total", reason="overloaded") == 1
+    assert node.metric("baton_edge_refused_total", reason="wait") == 1
 
     ingest.report = BacklogReport(40, 0.0, 5.0)
     await beats()
@@ -127,6 +127,7 @@ async def test_an_answer_that_decode_would_make_too_late_is_refused_at_once(worl
     await beats()
     late = node.call("POST", PATH, {**STREAM, "max_tokens": 90}, x_baton_timeout_s="2.5")
     assert await code(late) == (503, "overloaded")
+    assert node.metric("baton_edge_refused_total", reason="run") == 1
     node.call("POST", PATH, {**STREAM, "max_tokens": 80}, x_baton_timeout_s="2.5")
     await world.job()
 

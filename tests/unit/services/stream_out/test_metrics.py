@@ -7,9 +7,10 @@ from prometheus_client import CollectorRegistry
 
 from services.stream_out.metrics import EdgeMetrics
 from shared.policy.fold import ChoiceState, End, RequestState
-from shared.request import Event, FinishReason, RequestId
+from shared.request import Event, FinishReason, Incarnation, PlacementId, RequestId, WorkerRef
+from shared.wire.explanation import Candidate, Explanation
 from shared.wire.to_ingest import LogPosition
-from shared.wire.to_stream_out import View
+from shared.wire.to_stream_out import Open, View
 from tests.fake_tokeniser import fake_tokeniser
 
 TOKENISER = fake_tokeniser()
@@ -85,6 +86,36 @@ def test_an_answer_of_one_token_has_no_gap_and_no_time_per_token(metrics, regist
     assert stages(registry)["first_token_finished"] == 0
     assert registry.get_sample_value("baton_handoff_gap_seconds_count") == 0
     assert registry.get_sample_value("vllm:request_time_per_output_token_seconds_count") == 0
+
+
+def placed_once(predicted, epoch=1):
+    workers = WorkerRef(0, Incarnation("p")), WorkerRef(1, Incarnation("d"))
+    explanation = Explanation("", 1, (predicted,) if predicted else ())
+    return Open(RequestId("r"), 0, epoch, PlacementId("p"), *workers, explanation=explanation)
+
+
+PREDICTED = Candidate(
+    0, 1, ttft_s=3.0, tpot_s=0.25, cost_s=1, cached_pages=0, fetched_pages=0, queue_s=0, transfer_s=0, is_local=False
+)
+
+
+@pytest.mark.parametrize(
+    ("opens", "ratios"),
+    [
+        ([placed_once(PREDICTED)], (0.5, 2.0)),
+        ([placed_once(PREDICTED), placed_once(PREDICTED, epoch=2)], (0, 0)),
+        ([placed_once(None)], (0, 0)),
+        ([dataclasses.replace(placed_once(None), explanation=None)], (0, 0)),
+        ([placed_once(PREDICTED._replace(ttft_s=0.0))], (0, 0)),
+    ],
+    ids=["once", "moved", "nobody knows why", "older ingest", "nothing"],
+)
+def test_times_are_held_against_what_was_predicted_of_where_it_ran(metrics, registry, opens, ratios):
+    state = a_request("abcde", FinishReason.STOP, STAMPS)
+    state.choices[0].opens.extend(opens)
+    metrics.observe_end(state, "completed", 14.5)
+    told = ("baton_ttft_prediction_ratio_sum", "baton_tpot_prediction_ratio_sum")
+    assert tuple(map(registry.get_sample_value, told)) == ratios
 
 
 def test_what_was_refused_has_an_end_and_no_latency(metrics, registry):
