@@ -10,7 +10,7 @@ the least recently used first. So nothing is held twice at the cost of what woul
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, takewhile
 
 from shared.blocks import BlockHash, BlockKey, name_of
@@ -90,7 +90,7 @@ class HostSlots:
         self._changes.add(block_hash)
 
     def keep(self, block_hash: BlockHash) -> None:
-        """The block goes from the device: its copy is kept, as the one used last."""
+        """The block goes from the device, or is wanted there: its copy is kept, as the one used last."""
         self._move(block_hash, self._kept)
 
     def spare(self, block_hash: BlockHash) -> None:
@@ -109,9 +109,16 @@ class HostSlots:
         else:
             self._free.append(slot)
 
-    def pin(self, slots: Iterable[int]) -> None:
-        """What these slots hold stays there until `unpin`."""
+    def pin(self, hashes: Sequence[BlockHash]) -> tuple[int, ...]:
+        """The slots of these blocks, each of which has a copy: what they hold stays there until `unpin`.
+
+        They are the ones used last, the first block behind all: who looks for a slot meets few that are pinned.
+        """
+        for block_hash in reversed(hashes):
+            self.keep(block_hash)
+        slots = tuple(self._slot_of[block_hash] for block_hash in hashes)
         self._pins.update(slots)
+        return slots
 
     def unpin(self, slots: Iterable[int]) -> None:
         """The end of one `pin`."""

@@ -171,10 +171,10 @@ class HostTier:
     def restore(self, keys: Sequence[BlockKey], pages: Sequence[int]) -> Restore:
         """Bring one or more blocks, each of which has a copy, to pages that nobody else uses until `advance` tells of
         the end."""
-        restore = Restore(self._slots.find(keys), tuple(pages))
-        if not 0 < len(restore.slots) == len(restore.pages):
-            raise ValueError(f"of {len(keys)} blocks {len(restore.slots)} have a copy, for {len(restore.pages)} pages")
-        self._slots.pin(restore.slots)
+        num_found = self.num_found(keys)
+        if not 0 < num_found == len(keys) == len(pages):
+            raise ValueError(f"of {len(keys)} blocks {num_found} have a copy, for {len(pages)} pages")
+        restore = Restore(self._slots.pin(keys), tuple(pages))
         self._unfinished[restore] = None
         self._queued.append(restore)
         self._start_restoring()

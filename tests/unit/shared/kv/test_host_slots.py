@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from shared.blocks import BlockHash, BlockKey, name_of
@@ -55,9 +57,8 @@ def test_find_gives_the_run_from_the_first_block_on():
 
 def test_pinned_slots_are_not_taken():
     slots = filled(2, 1, 2)
-    pinned = slots.find([name(1), name(2)])
-    slots.pin(pinned)
-    slots.pin(pinned[:1])
+    pinned = slots.pin([name(1), name(2)])
+    slots.pin([name(1)])
     assert slots.take() is None
     slots.unpin(pinned)
     slots.check((), pinned[:1])
@@ -65,10 +66,34 @@ def test_pinned_slots_are_not_taken():
     assert slots.take() is None
 
 
+def test_who_looks_for_a_slot_does_not_meet_what_is_pinned_first():
+    """A long conversation that comes back has the copies used least recently, thousands of them."""
+    slots = filled(200, *range(1, 201))
+    slots.pin([name(number) for number in range(1, 101)])
+    slots._pins = CountedPins(slots._pins)
+    assert [slots.take()[1] for _ in range(5)] == [name(number) for number in range(101, 106)]
+    assert slots._pins.num_looks == 5
+
+
+def test_of_a_run_that_was_pinned_the_last_block_goes_first():
+    slots = filled(4, 1, 2, 3, 4)
+    slots.unpin(slots.pin([name(1), name(2), name(3)]))
+    assert [slots.take()[1] for _ in range(4)] == [name(4), name(3), name(2), name(1)]
+
+
+class CountedPins(Counter):
+    """Counts who looks whether a slot is pinned."""
+
+    num_looks = 0
+
+    def __contains__(self, slot):
+        self.num_looks += 1
+        return super().__contains__(slot)
+
+
 def test_a_forgotten_block_frees_its_slot_when_nobody_reads_it():
     slots = filled(1, 1)
-    pinned = slots.find([name(1)])
-    slots.pin(pinned)
+    pinned = slots.pin([name(1)])
     slots.forget(name(1))
     slots.forget(name(1))
     assert name(1) not in slots
