@@ -266,6 +266,16 @@ POOLS = Row(
     "Pools",
     [
         Panel(
+            title="Slots",
+            description="Which worker has which slot now: the numbers in a request's placement, and in the logs of "
+            "ingest and edges. -1: none yet, or none any more.",
+            queries=[Query("baton_worker_slot", WORKER)],
+            kind=Kind.NUMBERS,
+            width=24,
+            height=4,
+            now=True,
+        ),
+        Panel(
             title="Running",
             description="Requests in each worker's batch, as of its last beat (0.5 s).",
             queries=[Query("vllm:num_requests_running", WORKER)],

@@ -51,6 +51,8 @@ class PrefixFetch(StrEnum):
 TOLD_QUANTILES = (0.5, 0.75, 0.9)
 """Of answers' predicted lengths: it is told how many answers they cover. Room is kept for the one in the middle."""
 
+NO_SLOT = -1
+
 HOLD_OUTCOMES = ("pulled", "failed", "expired", "withdrawn")
 IGNORED_REASONS = ("undecodable", "other incarnation", "no such placement")
 
@@ -155,6 +157,8 @@ class WorkerMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, ["model_name"], buckets=buckets, registry=registry).labels(model_name)
 
+        self.slot = gauge("baton_worker_slot", "Slot that the worker holds, by which placements name it; -1: none")
+        self.slot.set(NO_SLOT)
         self.num_running = gauge("vllm:num_requests_running", "Requests in the running batch")
         self.num_waiting = gauge("vllm:num_requests_waiting", "Requests waiting for a batch")
         self.kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1")

@@ -15,7 +15,7 @@ from shared.bus.port import Bus, Reader, Start
 from shared.engine.port import Engine, EngineStats
 from shared.errors import LeaseLost, StepHangs
 from shared.observe.log import Logger
-from shared.observe.metrics import WorkerMetrics
+from shared.observe.metrics import NO_SLOT, WorkerMetrics
 from shared.policy.profile_fit import MeasuredStep
 from shared.request import Incarnation, WorkerRef, partition_of
 from shared.state import keys
@@ -207,11 +207,13 @@ class Worker:
         parts = self._parts
         slot = await self._claim_slot(stop)
         self._slot = slot
+        parts.metrics.slot.set(slot)
         parts.log.info("slot claimed", slot=slot, incarnation=parts.incarnation)
         try:
             yield slot
         finally:
             self._slot = None
+            parts.metrics.slot.set(NO_SLOT)
             try:
                 await parts.state.release_slot(slot, parts.incarnation)
             except StateUnavailable as error:

@@ -6,6 +6,7 @@ import httpx
 import structlog
 
 from services.ingest.story import UNKNOWN
+from shared.observe.metrics import NO_SLOT
 from shared.request import WorkerRef
 from shared.state.memory import Answer
 from shared.state.port import Role
@@ -17,6 +18,11 @@ async def told(system, request_id, edge=0):
         answer = await client.get(f"{system.edges[edge].url}/v1/requests/{request_id}/placement")
         assert answer.status_code == 200
         return answer.json()
+
+
+def slot_told(worker):
+    """By its metrics."""
+    return worker.service._parts.metrics.slot._value.get()
 
 
 def slots(*refs: WorkerRef):
@@ -58,10 +64,12 @@ async def test_a_choice_that_moved_has_a_placement_for_each_epoch():
         (first,) = (await told(system, job))["placements"]
         assert (await told(system, job))["placements"] == [first], "while it runs"
         leaving = system.workers[1]
+        assert [slot_told(worker) for worker in system.workers] == [first["prefill"], first["decode"]]
         await system.start_worker(Role.DECODE)
         while len(system.ingests[0].service._cluster.view.decode) < 2:
             await asyncio.sleep(0.001)
         await leaving.leave()
+        assert slot_told(leaving) == NO_SLOT
         state = await system.ended(job)
         placements = (await told(system, job))["placements"]
         assert placements[0] == first
