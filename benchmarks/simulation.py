@@ -2,8 +2,9 @@
 
 1. The stack serves a few requests one at a time: what their stamps say are the hops of the path here.
 2. A trace is replayed against it, once for each rate; the schedule of each replay is kept.
-3. Each schedule is simulated, with those hops and the speeds and links that the workers published of themselves. Its
-   times to the first and to each later token are set beside what the replay's client saw.
+3. Each schedule is simulated, with those hops and the speeds and links that the workers published of themselves in the
+   later half of the replay. Its times to the first token, from the send on, and to each later one are set beside what
+   the replay's client saw; so is what of the first token's time went by at the workers, of which hops are no part.
 
 Exit status 1 if some percentile is further off than `--within`, or a request failed.
 """
@@ -13,7 +14,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -35,16 +37,20 @@ from loadgen.simulator.sent import read_schedule
 from loadgen.simulator.simulation import Setup, simulate
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Event
-from shared.state.keys import BEAT_INTERVAL_S
 from shared.state.port import LiveWorker, Role
 from shared.state.redis import redis_state
 from shared.wire.topics import NUM_SLOTS
 
 ROOT = Path(__file__).parents[1]
 NUM_QUIET = 12
+LOOK_EVERY_S = 1.0
+FEED_S = 0.25
+"""Workers announce blocks so often, and ingest reads of them as often: half of each on average."""
+
 PERCENTILES = (50, 90, 99)
 JUDGED = (50, 90)
-TIMES = ("ttft_ms", "tpot_ms")
+TIMES = ("ttft_ms", "tpot_ms", "prompt_ms")
+JUDGED_TIMES = ("ttft_ms", "tpot_ms")
 GOALS = Goals(ttft_s=2.0, tpot_s=0.1)
 NO_HOST_LINK = LinkRate(0.0, 1e9)
 
@@ -81,11 +87,30 @@ async def replay(plan: Plan, edge: str, folder: Path, name: str, rate_per_s: flo
     return read_saved(folder / f"{name}.json")
 
 
-async def workers(stack: Stack) -> list[LiveWorker]:
-    """As the registry tells of them, with the speeds of their newest steps."""
-    await asyncio.sleep(2 * BEAT_INTERVAL_S)
-    async with redis_state(stack.redis_url) as state:
-        return list(await state.workers(num_slots=NUM_SLOTS))
+@asynccontextmanager
+async def watched(stack: Stack) -> AsyncGenerator[list[Sequence[LiveWorker]]]:
+    """What the workers say of themselves, again and again while the context is open."""
+    seen: list[Sequence[LiveWorker]] = []
+
+    async def watch() -> None:
+        async with redis_state(stack.redis_url) as state:
+            while True:
+                seen.append(await state.workers(num_slots=NUM_SLOTS))
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+
+def later_half(seen: Sequence[Sequence[LiveWorker]]) -> list[LiveWorker]:
+    """A worker tells the speeds of its newest steps. Behind a replay these are those of its last answers, when all
+    others had ended and left the machine to them; in its first half sizes of steps are missing that come later."""
+    return [worker for workers in seen[len(seen) // 2 :] for worker in workers]
 
 
 def hops_of(saved: SavedResult) -> Hops:
@@ -101,11 +126,11 @@ def hops_of(saved: SavedResult) -> Hops:
         if Event.TRANSFERRING in stamps:  # and not where the decode worker computed the prompt itself
             took["token_s"].append(stamps[Event.TRANSFERRING] - stamps[Event.FIRST_TOKEN])
     middle = {name: max(0.0, median(times)) if times else 0.0 for name, times in took.items()}
-    return Hops(feed_s=BEAT_INTERVAL_S / 2, **middle)
+    return Hops(feed_s=FEED_S, **middle)
 
 
 def hardware_of(live: Sequence[LiveWorker], hops: Hops) -> Hardware:
-    """What the workers say of themselves, as a profile of the simulator."""
+    """What the workers say of themselves, each once or more often, as a profile of the simulator."""
     kinds = {role: [worker for worker in live if worker.card.role is role] for role in Role}
     links = [rate for worker in kinds[Role.DECODE] for rate in worker.load.links.values()]
     return Hardware(
@@ -139,34 +164,43 @@ def kind_of(role: Sequence[LiveWorker]) -> WorkerKind:
     )
 
 
-def percentiles_ms(times_s: Sequence[float]) -> dict[str, float]:
-    ascending = sorted(times_s)
+def percentiles_ms(times_s: Iterable[float | None]) -> dict[str, float]:
+    """Of all that are not None."""
+    ascending = sorted(time_s for time_s in times_s if time_s is not None)
     return {f"p{percent}": round(1000 * percentile(ascending, percent), 3) for percent in PERCENTILES}
 
 
-def seen(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """By the replay's client, of complete answers."""
+def times_seen(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By the replay's client and by stamps, of complete answers."""
     done = [record for record in records if record.completed]
     return {
-        "ttft_ms": percentiles_ms([record.ttft_s for record in done if record.ttft_s is not None]),
-        "tpot_ms": percentiles_ms([record.tpot_s for record in done if record.tpot_s is not None]),
+        "ttft_ms": percentiles_ms([record.ttft_from_send_s for record in done]),
+        "tpot_ms": percentiles_ms([record.tpot_s for record in done]),
+        "prompt_ms": percentiles_ms(
+            [record.stamps[Event.FIRST_TOKEN] - record.stamps[Event.PLACED] for record in done]
+        ),
     }
 
 
 def simulated(schedule: Path, hardware: Hardware, counts: Mapping[str, int]) -> dict[str, Any]:
-    """The same by the simulator, and how many prompts it had computed by decode workers."""
+    """The same by the simulator, and `local_prefills`."""
     ours = contender(OURS, GOALS, 0)
     setup = Setup(hardware, counts["prefill"], counts["decode"])
     jobs = simulate(read_schedule(schedule), ours.policy, ours.lengths, setup).jobs
     return {
-        "ttft_ms": percentiles_ms([job.ttft_s for job in jobs if job.ttft_s is not None]),
-        "tpot_ms": percentiles_ms([job.tpot_s for job in jobs if job.tpot_s is not None]),
-        "local": sum(job.is_local for job in jobs),
+        "ttft_ms": percentiles_ms([job.ttft_s for job in jobs]),
+        "tpot_ms": percentiles_ms([job.tpot_s for job in jobs]),
+        "prompt_ms": percentiles_ms([_since(job.placed_s, job.prefill_ended_s) for job in jobs]),
+        "local": sum(job.is_local for job in jobs if job.row.num_output > 1),
     }
 
 
+def _since(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else end_s - start_s
+
+
 def local_prefills(records: Sequence[Record]) -> int:
-    """Prompts that a decode worker computed."""
+    """Prompts that a decode worker computed, but for those of one-token answers: no stamp tells of these."""
     return sum(Event.TRANSFERRING not in record.stamps for record in records if (record.output_tokens or 0) > 1)
 
 
@@ -184,10 +218,11 @@ async def run(plan: Plan, folder: Path) -> dict[str, Any]:
             _say(f"{rate_per_s:g} requests/s")
             num = max(1, round(rate_per_s * plan.seconds))
             name = f"rate-{number}"
-            saved = await replay(plan, edge, folder, name, rate_per_s, num, "--seed", str(number + 2))
+            async with watched(stack) as told:
+                saved = await replay(plan, edge, folder, name, rate_per_s, num, "--seed", str(number + 2))
             records = saved.records()
-            hardware = hardware_of(await workers(stack), hops)
-            real = seen(records)
+            hardware = hardware_of(later_half(told), hops)
+            real = times_seen(records)
             sim = simulated(folder / f"{name}.schedule", hardware, composition.counts)
             points.append(
                 {
@@ -217,7 +252,7 @@ async def run(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def furthest_off(report: Mapping[str, Any]) -> float:
     """Of all percentiles that are judged."""
-    judged = [f"{what}_p{percent}" for what in TIMES for percent in JUDGED]
+    judged = [f"{what}_p{percent}" for what in JUDGED_TIMES for percent in JUDGED]
     return max(abs(point["off"][name]) for point in report["points"] for name in judged)
 
 
