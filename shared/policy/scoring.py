@@ -279,8 +279,11 @@ class Scoring:
         """Why the first of `ranked` was chosen."""
         shown = [(each, self.cost_of(each)) for each in ranked]
         reason = _reason([cost for _, cost in shown])
+        source = ranked[0].way.beginning.source
+        if source is not None:
+            reason += f"; fetches from slot {source.ref.slot}"
         if self._assumed:
-            reason += f"; speeds assumed of slots {', '.join(map(str, sorted(self._assumed)))}"
+            reason += f"; speeds not measured yet, but guessed: slots {', '.join(map(str, sorted(self._assumed)))}"
         return Explanation(reason, self._num_ways, tuple(_candidate(each, cost) for each, cost in shown))
 
     def cost_of(self, ranked: Ranked) -> costs.Cost:
@@ -319,19 +322,18 @@ def _assumed_profiles(pool: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
 
 def _reason(ranked: Sequence[costs.Cost]) -> str:
     if len(ranked) == 1:
-        return "the only way"
+        return "the only way there is room for"
     best, other = ranked[:2]
     saved = {
-        "its own times": other.own_s - best.own_s,
-        "rows it joins": other.rows_s - best.rows_s,
-        "rows it stalls": other.stall_s - best.stall_s,
-        "pages kept once": other.copies_s - best.copies_s,
+        "by its own times": other.own_s - best.own_s,
+        "by slowing the rows beside it less": other.rows_s - best.rows_s,
+        "by holding them up less with its prompt": other.stall_s - best.stall_s,
+        "by keeping no pages twice": other.copies_s - best.copies_s,
     }
     if best.cost_s == other.cost_s:
-        return "as good as the next"
-    return (
-        f"{other.cost_s - best.cost_s:.3g} s better than the next, most by {max(saved, key=lambda part: saved[part])}"
-    )
+        return "costs as much as the next best"
+    cheaper_s = other.cost_s - best.cost_s
+    return f"costs {cheaper_s:.3g} s less than the next best, mostly {max(saved, key=lambda part: saved[part])}"
 
 
 def _candidate(ranked: Ranked, cost: costs.Cost) -> Candidate:
