@@ -139,6 +139,10 @@ class Worker:
             "slot": self._slot is not None and not self._draining,
         }
 
+    def health(self) -> dict[str, object]:
+        """What `/health` says: who this is, and how its links are."""
+        return {"name": self._parts.name, "slot": self._slot, **self.peers.health()}
+
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then drain and leave. The transfer must be open already."""
         parts = self._parts

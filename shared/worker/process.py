@@ -201,7 +201,7 @@ async def serve_worker(
         )
         peers = worker.peers
         registry.register(LinkMetrics(peers.links, peers.num_missing, lambda: transfer.refusals))
-        routes = health_routes(registry, worker.ready, peers.health)
+        routes = health_routes(registry, worker.ready, worker.health)
         settle_memory()
         async with serve_http(routes, host=settings.http_host, port=settings.http_port):
             await _run_or_exit(worker, stop, logger)

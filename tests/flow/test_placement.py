@@ -21,8 +21,10 @@ async def told(system, request_id, edge=0):
 
 
 def slot_told(worker):
-    """By its metrics."""
-    return worker.service._parts.metrics.slot._value.get()
+    """By its metrics, and by its name at /health."""
+    slot, health = worker.service._parts.metrics.slot._value.get(), worker.service.health()
+    assert (health["name"], health["slot"]) == (worker.name, None if slot == NO_SLOT else slot)
+    return slot
 
 
 def slots(*refs: WorkerRef):
