@@ -31,6 +31,7 @@ class Partitions:
 
     Args:
         readers: by topic.
+        on_lost: told which partitions are another's now.
         clock_s: unix seconds.
     """
 
@@ -39,12 +40,14 @@ class Partitions:
         state: State,
         member: Incarnation,
         readers: dict[str, Reader],
+        on_lost: Callable[[frozenset[int]], None],
         log: Logger,
         clock_s: Callable[[], float],
     ) -> None:
         self._state = state
         self._member = member
         self._readers = readers
+        self._on_lost = on_lost
         self._log = log
         self._clock_s = clock_s
         self._low_water: dict[tuple[str, int], LowWater] = {}
@@ -127,10 +130,12 @@ class Partitions:
                 self._committed |= {(topic, partition): statement for partition, statement in due.items()}
 
     async def _take(self, owned: frozenset[int]) -> None:
-        gained = owned - self.owned
-        if not self.owned <= owned:
+        gained, lost = owned - self.owned, self.owned - owned
+        if lost:
             # What is lost is let go of first, so that what comes back later begins at its commit again.
             self.owned &= owned
+            self._left = [in_hand for in_hand in self._left if in_hand.position.partition not in lost]
+            self._on_lost(lost)
             await self._assign({})
         starts: dict[tuple[str, int], int | Start] = {}
         all_left: list[InHand] = []

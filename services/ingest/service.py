@@ -152,7 +152,7 @@ class IngestService:
             self._story = StoryWriter(producer, self._state, self._wire_loss, self._clock_s, self._log)
             readers = {INGEST.name: jobs, INGEST_RESUME.name: resumes}
             partitions = self._partitions = Partitions(
-                self._state, self._incarnation, readers, self._log, self._clock_s
+                self._state, self._incarnation, readers, self._forget_parked, self._log, self._clock_s
             )
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
             loops = [
@@ -320,6 +320,10 @@ class IngestService:
             self._hands_for(in_hand).add(in_hand)
             self._num_taken_up += 1
             self._begin(self._take_up(in_hand))
+
+    def _forget_parked(self, lost: frozenset[int]) -> None:
+        for in_hand in self._parked.drop(lost):
+            self._let_go(in_hand)
 
     async def _take_up(self, in_hand: InHand) -> None:
         try:

@@ -236,6 +236,35 @@ async def test_batch_waits_in_the_log_and_in_nobodys_way(monkeypatch):
         assert set(urgent) <= set(in_turn[:6]), "their records are written at about the same time"
 
 
+async def test_batch_jobs_of_a_partition_that_is_lost_and_comes_back_are_parked_once(monkeypatch):
+    monkeypatch.setattr("services.ingest.service.MAX_BATCH_IN_HAND", 1)
+    last = NUM_REQUEST_PARTITIONS - 1  # the first that is given up
+    async with a_system(prefills=0, decodes=0) as system:
+        service = system.ingests[0].service
+        owned = lambda: service._partitions.owned  # noqa: E731
+        await until(lambda: last in owned())
+        here, *batch = ids_of_one_partition(0, 1) + ids_of_one_partition(last, 6)
+        for job in (here, *batch):
+            await system.submit(a_body(), request_id=job, headers=[BATCH])
+        await until(lambda: len(service._parked) == 6)
+        state, rival = MemoryState(system.store), Incarnation("rival")
+        for _ in range(3):
+            while last in owned():
+                await state.lease_partitions(
+                    "ingest", rival, num_partitions=NUM_REQUEST_PARTITIONS, lease_ms=keys.LEASE_MS
+                )
+                await asyncio.sleep(0.01)
+            assert len(service._parked) == 0
+            assert len(service._ended._held) == 1
+            await state.leave_group("ingest", rival)
+            await until(lambda: len(service._parked) == 6)
+        await system.start_worker(Role.PREFILL)
+        await system.start_worker(Role.DECODE)
+        for job in batch:
+            assert answer(await system.ended(job)) == expected(PROMPT, 20)
+        await until(lambda: not service._ended._held)
+
+
 async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_waits(monkeypatch):
     """A batch job waits for longer than ends are remembered, and is what the successor takes up, and nothing else."""
     monkeypatch.setattr("services.ingest.low_water.NAMED_AFTER_S", 0.1)

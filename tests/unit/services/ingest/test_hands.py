@@ -6,8 +6,8 @@ from services.ingest.work import InHand
 from shared.wire.to_ingest import LogPosition
 
 
-def in_hand(offset=0, num_bytes=10):
-    return InHand("ingest", LogPosition(0, offset), num_bytes)
+def in_hand(offset=0, num_bytes=10, partition=0):
+    return InHand("ingest", LogPosition(partition, offset), num_bytes)
 
 
 async def test_who_finds_no_room_waits_for_records_or_bytes():
@@ -50,3 +50,15 @@ def test_tenants_take_turns_however_many_one_has_and_however_soon_its_are_due():
     for _ in range(95):
         assert parked.take(5.0, room=True) is not None
     assert parked.take(1e9, room=True) is None
+
+
+def test_what_is_parked_of_a_lost_partition_goes_with_it():
+    parked = Parked()
+    for offset in range(9):
+        parked.add(in_hand(offset, partition=offset % 3), "one", -offset)
+    parked.add(in_hand(9, partition=1), "another", 0.0)
+    assert sorted(each.position.offset for each in parked.drop({1, 2})) == [1, 2, 4, 5, 7, 8, 9]
+    assert len(parked) == 3
+    assert [parked.take(-100.0, room=True).position.offset for _ in range(3)] == [6, 3, 0]
+    assert parked.take(1e9, room=True) is None
+    assert parked.drop({0}) == []

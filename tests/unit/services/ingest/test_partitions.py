@@ -26,6 +26,7 @@ class World:
         self.bus = MemoryBus(self.log, client_id="ingest")
         self.state = MemoryState(MemoryStore(clock=clock_s))
         self.taken = []
+        self.lost = []
 
     async def append(self, topic, partition, count):
         async with MemoryBus(self.log, client_id="application").producer() as producer:
@@ -45,7 +46,9 @@ class World:
     async def reading(self):
         async with AsyncExitStack() as stack:
             readers = {topic: await stack.enter_async_context(self.bus.reader(topic, group="g")) for topic in TOPICS}
-            partitions = Partitions(self.state, Incarnation("me"), readers, SILENT, asyncio.get_running_loop().time)
+            partitions = Partitions(
+                self.state, Incarnation("me"), readers, self.lost.append, SILENT, asyncio.get_running_loop().time
+            )
             tasks = [asyncio.create_task(self._read(partitions, reader)) for reader in readers.values()]
             try:
                 yield partitions
