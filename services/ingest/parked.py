@@ -50,7 +50,7 @@ class Parked:
         return self._pop(next(iter(self._tenants))) if self._num and room else None
 
     def drop(self, partitions: Collection[int]) -> list[InHand]:
-        """Those of these partitions: they are another's to deal with. Kept, they would come again with the partition."""
+        """Those of these partitions, which are another's now. Kept, they would come again with their partition."""
         dropped: list[InHand] = []
         for tenant, heap in list(self._tenants.items()):
             gone = [in_hand for _, _, in_hand in heap if in_hand.position.partition in partitions]
