@@ -188,8 +188,8 @@ class Intake:
     async def _first_token(self, arrival: Arrival) -> int | None:
         """None: the request's deadline passed first, or prefill is gone.
 
-        A stop should have come then, but its owner may be gone too, or may never have heard of the placement. Where an
-        owner has, it misses the prefill worker as we do, and sooner: the choice is placed again.
+        A stop should have come then, but its owner may be gone too, or may never have heard of the placement, or see
+        the prefill worker.
         """
         work, context = arrival.work, self._context
         while not arrival.first_token.done() and not context.is_gone(work.ticket.source, arrival.came_s):

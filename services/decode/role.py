@@ -11,9 +11,10 @@ from typing import Any
 from services.decode.intake import Arrival, Ends, Intake, engine_request
 from shared.engine.port import TokenOutput
 from shared.observe.metrics import LocalPrefill
-from shared.request import Event, FinishReason, PlacementId, Stamps
+from shared.request import Event, FinishReason, PlacementId, Stamps, partition_of
 from shared.text.stream import TextStream
-from shared.wire.to_stream_out import FrameEntry
+from shared.wire.codec import encode
+from shared.wire.to_stream_out import Cut, FrameEntry
 from shared.wire.to_worker import (
     Assignment,
     DecodeWork,
@@ -24,12 +25,16 @@ from shared.wire.to_worker import (
     ToDecode,
     ToPrefill,
 )
+from shared.wire.topics import STREAM_OUT
 from shared.wire.wire_format import WireFormat
 from shared.worker.answers import end_of, text_of
 from shared.worker.engine_thread import Step
 from shared.worker.entries import end_entry, failed_entry, finished_stamps, token_entry
 from shared.worker.prefixes import Prefixes
 from shared.worker.role import Remembered, WorkerContext
+
+NO_FIRST_TOKEN = "no first token"
+"""Why a placement is cut whose prefill worker is gone."""
 
 
 @dataclass(slots=True)
@@ -165,8 +170,14 @@ class DecodeRole:
         self._context.credits.give_back(assignment.placement, self._context.me)
 
     def _given_up(self, arrival: Arrival) -> None:
-        self._context.log.warning("no first token will come", placement=arrival.key)
-        self._context.credits.give_back(arrival.key, self._context.me)
+        context, assignment = self._context, arrival.work.assignment
+        context.log.warning("no first token will come", placement=arrival.key)
+        context.credits.give_back(arrival.key, context.me)
+        if assignment.deadline_s > context.clock_s():
+            # Its owner may see the prefill worker that is gone for this one, and would wait for both.
+            cut = Cut(assignment.request_id, assignment.choice, assignment.epoch + 1, NO_FIRST_TOKEN)
+            partition = partition_of(cut.request_id)
+            context.tasks.create_task(context.handoff.send(STREAM_OUT.name, partition, encode(cut)))
 
     def _entry(self, token: TokenOutput, made_s: float) -> FrameEntry | None:
         """What to publish of a token; None if its request has ended (the engine was one step ahead)."""

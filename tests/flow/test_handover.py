@@ -15,6 +15,7 @@ from shared.request import FinishReason, SamplingParams
 from shared.state.port import Role
 from shared.wire.to_worker import TO_DECODE_DECODER, DecodeWork, FirstToken, Stop
 from shared.wire.topics import DECODE
+from shared.worker.peers import Peers
 from tests.flow.test_whole import a_body, a_system, answer
 
 PROMPT = list(range(10, 410))
@@ -157,6 +158,19 @@ async def test_a_pull_that_lasts_too_long_behind_the_first_token_is_made_good_by
         job = await system.submit(a_body(PROMPT, NUM_NEW))
         assert answer(await system.ended(job)) == expected()
         assert system.num_local_prefills(LocalPrefill.PULL_FAILED) == 1
+        await system.quiet()
+        await all_credits_are_back(system)
+
+
+async def test_who_misses_a_prefill_worker_that_lives_hands_the_request_back(monkeypatch):
+    """Its owner sees that worker, and would wait for it and for decode until the deadline."""
+    missed = []
+    monkeypatch.setattr(Peers, "is_gone", lambda self, peer, heard_s: not missed and not missed.append(peer))
+    async with a_system(make_engine=slow_engine) as system:
+        job = await system.submit(a_body(PROMPT, NUM_NEW))
+        state = await system.ended(job)
+        assert (answer(state), state.choice(0).epoch) == (expected(), 2)
+        assert missed == [state.choice(0).opens[0].prefill.incarnation]
         await system.quiet()
         await all_credits_are_back(system)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from services.decode.role import NO_FIRST_TOKEN
 from shared.blocks import token_ids
 from shared.bus.port import Committed, Record
 from shared.engine.fake import fake_answer
@@ -278,9 +279,19 @@ def _verdicts(world: World, told: Told) -> Iterator[str]:
     live = {host.incarnation: host for host in world.hosts if host.live}
     first = {(cut.request_id, cut.choice, cut.epoch): (record, cut) for record, cut in reversed(told.cuts)}
     for record, cut in first.values():
-        host = live.get(cut.lost.incarnation) if cut.lost is not None else None
-        if host is not None and not _was_silent(host, record.timestamp_s):
-            yield f"{cut.request_id}: {host.incarnation} was given up at {record.timestamp_s - 1000:.3f} and lives"
+        for worker in _missed(told, cut):
+            host = live.get(worker)
+            if host is not None and not _was_silent(host, record.timestamp_s):
+                yield f"{cut.request_id}: {worker} was given up at {record.timestamp_s - 1000:.3f} and lives"
+
+
+def _missed(told: Told, cut: Cut) -> Iterator[Incarnation]:
+    """Who is gone, for all that whoever wrote the cut could see."""
+    if cut.lost is not None:
+        yield cut.lost.incarnation
+    if cut.reason == NO_FIRST_TOKEN:
+        opens = told.opens[cut.request_id, cut.choice]
+        yield from (opened.prefill.incarnation for opened in opens if opened.epoch == cut.epoch - 1)
 
 
 def _was_silent(host: Host, at_s: float) -> bool:

@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from shared.errors import KvTransferFailed
 from shared.observe.metrics import WorkerMetrics
-from shared.request import Incarnation, WorkerRef
+from shared.request import Incarnation, WorkerRef, partition_of
 from shared.transfer.port import Outcome, Pulled
+from shared.wire.to_stream_out import STREAM_OUT_DECODER
 from shared.wire.to_worker import TO_DECODE_DECODER, KvTicket
 from shared.wire.wire_format import WireFormat
 from tests.fake_tokeniser import fake_tokeniser
@@ -69,13 +70,18 @@ class FakeFrames:
 
 
 class FakeHandoff:
-    """What decode was sent; `gate` holds acknowledgements up."""
+    """What decode was sent, and cuts; `gate` holds acknowledgements up."""
 
     def __init__(self):
         self.sent = []
+        self.cuts = []
         self.gate = Gate()
 
     async def send(self, topic, slot, value):
+        if topic == "stream-out":
+            self.cuts.append(STREAM_OUT_DECODER.decode(value))
+            assert slot == partition_of(self.cuts[-1].request_id)
+            return 0
         assert (topic, slot) == ("decode", DECODE.slot)
         self.sent.append(TO_DECODE_DECODER.decode(value))
         await self.gate.passed()

@@ -1,4 +1,5 @@
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -170,6 +171,24 @@ def test_without_a_token_by_the_deadline_its_credits_go_back():
         assert stage.context.given_back == [("lost", DECODE)]
         assert not stage.role.unfinished()
         assert stage.engine.stats().num_free_pages == 16
+        assert not stage.context.handoff.cuts, "its owner tells that its time is over"
+
+    run(scene)
+
+
+def test_a_ticket_whose_prefill_worker_is_gone_is_cut_to_be_placed_again():
+    async def scene(stage):
+        work = a_ticket_for("lost", 10)
+        stage.role.take(work)
+        stage.context.gone[work.ticket.source] = math.inf
+        await asyncio.sleep(1)
+        assert stage.context.given_back == [("lost", DECODE)]
+        assert not stage.role.unfinished()
+        assert stage.engine.stats().num_free_pages == 16
+        (cut,) = stage.context.handoff.cuts
+        given = work.assignment
+        assert (cut.request_id, cut.choice, cut.epoch) == (given.request_id, given.choice, given.epoch + 1)
+        assert (cut.outcome, cut.lost) == (None, None)
 
     run(scene)
 
