@@ -217,7 +217,7 @@ class Worker:
                     page_bytes=self._engine.model.layout.page_bytes,
                     frames=FrameWriter(self, me),
                     handoff=self,
-                    credits=SimpleNamespace(give_back=lambda *_: None),
+                    credits=SimpleNamespace(computed=lambda *_: None, give_back=lambda *_: None),
                     tokeniser=None,
                     metrics=WorkerMetrics(CollectorRegistry(), "tiny"),
                     log=logger(spec.incarnation),
