@@ -343,8 +343,8 @@ POOLS = Row(
     ],
 )
 
-QUEUES = Row(
-    "Queues",
+PLACEMENT = Row(
+    "Placement",
     [
         Panel(
             title="Line, by class",
@@ -355,6 +355,13 @@ QUEUES = Row(
                 Query("sum by (priority) (baton_backlog_requests)", "{{priority}}"),
                 Query("sum (baton_batch_jobs_parked)", "batch, parked"),
             ],
+        ),
+        Panel(
+            title="Time to place",
+            description="From admission to the placement's record on stream-out: waiting in the backlog, one call to "
+            "Redis, two appends to Kafka.",
+            queries=quantiles("baton_place_seconds"),
+            unit=Unit.SECONDS,
         ),
         Panel(
             title="Overtakings and lengths learnt",
@@ -396,12 +403,33 @@ QUEUES = Row(
             most=1,
         ),
         Panel(
-            title="Time to place",
-            description="From admission to the placement's record on stream-out: waiting in the backlog, one call to "
-            "Redis, two appends to Kafka.",
-            queries=quantiles("baton_place_seconds"),
-            unit=Unit.SECONDS,
+            title="Computed on the decode worker",
+            description="Prompts that the decode worker computed, by cause. chosen: the policy expected the first "
+            "token sooner that way. pull failed should be nothing: such answers are right and late.",
+            queries=[Query(rate('baton_local_prefills_total{role="decode"}', "cause"), "{{cause}}")],
+            unit=Unit.PER_S,
+            stacked=True,
         ),
+        Panel(
+            title="Computed there up to",
+            description="Uncached prompt tokens below which the least loaded decode worker had better compute a prompt "
+            "itself than leave it to the least loaded prefill worker. Each placement weighs its own.",
+            queries=[Query("baton_local_prefill_threshold_tokens", "{{instance}}")],
+        ),
+        Panel(
+            title="Prefixes to fetch",
+            description="Prompts whose first pages were to come from a peer, by what became of it. What did not come "
+            "was computed. gone and part: the peer had evicted them, and ingest had not heard of it.",
+            queries=[Query(rate("baton_prefix_fetches_total", "outcome"), "{{outcome}}")],
+            unit=Unit.PER_S,
+            stacked=True,
+        ),
+    ],
+)
+
+QUEUES = Row(
+    "Queues",
+    [
         Panel(
             title="Through ingest",
             description="Jobs read, choices placed, and jobs refused by reason, per second.",
@@ -437,6 +465,13 @@ QUEUES = Row(
                 Query(rate("baton_block_list_requests_total"), "full lists asked for"),
             ],
             unit=Unit.PER_S,
+        ),
+        Panel(
+            title="Of another version",
+            description="Workers and ingests whose own words in Redis this process cannot read. Such a worker runs and "
+            "gets nothing to do. More than 0 while versions are changed only; the log of whoever passes one over says "
+            "what it lacks.",
+            queries=[Query("max by (role, kind) (baton_unreadable_reports)", "{{kind}}, for {{role}}")],
         ),
     ],
 )
@@ -549,28 +584,6 @@ KV = Row(
             "unproven_blocks, oversized and protocol come from no worker of ours; the others follow expired or "
             "withdrawn offers.",
             queries=[Query(rate("baton_kv_refusals_total", "reason"), "{{reason}}")],
-            unit=Unit.PER_S,
-            stacked=True,
-        ),
-        Panel(
-            title="Computed on the decode worker",
-            description="Prompts that the decode worker computed, by cause. chosen: the policy expected the first "
-            "token sooner that way. pull failed should be nothing: such answers are right and late.",
-            queries=[Query(rate('baton_local_prefills_total{role="decode"}', "cause"), "{{cause}}")],
-            unit=Unit.PER_S,
-            stacked=True,
-        ),
-        Panel(
-            title="Computed there up to",
-            description="Uncached prompt tokens below which the least loaded decode worker had better compute a prompt "
-            "itself than leave it to the least loaded prefill worker. Each placement weighs its own.",
-            queries=[Query("baton_local_prefill_threshold_tokens", "{{instance}}")],
-        ),
-        Panel(
-            title="Prefixes to fetch",
-            description="Prompts whose first pages were to come from a peer, by what became of it. What did not come "
-            "was computed. gone and part: the peer had evicted them, and ingest had not heard of it.",
-            queries=[Query(rate("baton_prefix_fetches_total", "outcome"), "{{outcome}}")],
             unit=Unit.PER_S,
             stacked=True,
         ),
@@ -794,7 +807,7 @@ PROCESSES = Row(
     ],
 )
 
-ROWS = (GLANCE, POOLS, QUEUES, HOPS, KV, EDGES, PROCESSES)
+ROWS = (GLANCE, POOLS, PLACEMENT, QUEUES, HOPS, KV, EDGES, PROCESSES)
 
 
 def dashboard() -> dict[str, Any]:
