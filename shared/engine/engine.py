@@ -78,6 +78,7 @@ class PagedEngine:
         self._eos_token_ids = frozenset(model.eos_token_ids)
         host = host_pages(runner.cache, limits.num_host_pages) if limits.num_host_pages else None
         self._scheduler = Scheduler(limits, model.fingerprint, host)
+        self._blocks = self._scheduler.blocks
         self._num_pages_computed = 0
         self._while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._in_flight: deque[InFlight] = deque()  # oldest first
@@ -118,23 +119,23 @@ class PagedEngine:
         return self._scheduler.fill(request, num_pages)
 
     def filled(self, fill: Fill, num_arrived: int) -> None:
-        self._scheduler.filled(fill, num_arrived)
+        self._blocks.filled(fill, num_arrived)
 
     def bring(self, names: Names[BlockHash], over: Callable[[], None]) -> None:
         self._scheduler.bring(names, over)
 
     def lend(self, names: Names[BlockHash]) -> Loan:
-        return self._scheduler.lend(names)
+        return self._blocks.lend(names)
 
     def give_back(self, loan: Loan) -> None:
-        self._scheduler.give_back(loan)
+        self._blocks.give_back(loan)
 
     def abort(self, key: str) -> None:
         self._scheduler.abort(key)
 
     def step(self) -> StepOutput:
         started: tuple[str, ...] = ()
-        self._scheduler.advance(self._num_pages_computed)
+        self._blocks.advance(self._num_pages_computed)
         self._num_pages_computed = 0
         while len(self._in_flight) <= self._runner.num_ahead:
             batch = self._scheduler.schedule()
@@ -145,7 +146,7 @@ class PagedEngine:
             started += batch.started
             self._num_pages_computed += pages_for(batch.num_tokens)
         if not self._in_flight:
-            tier = self._scheduler.tier
+            tier = self._blocks.tier
             if tier is not None and tier.is_restoring:
                 tier.wait()  # there is nothing else to do
             return StepOutput()
@@ -163,16 +164,16 @@ class PagedEngine:
         return self._scheduler.has_work()
 
     def take_block_changes(self) -> BlockChanges:
-        return self._scheduler.take_block_changes()
+        return self._blocks.take_changes()
 
     def take_all_blocks(self) -> BlockChanges:
-        return self._scheduler.take_all_blocks()
+        return self._blocks.take_all()
 
     def stats(self) -> EngineStats:
-        scheduler, tier = self._scheduler, self._scheduler.tier
+        scheduler, pool, tier = self._scheduler, self._blocks.pool, self._blocks.tier
         return EngineStats(
-            num_pages=scheduler.pool.num_pages,
-            num_free_pages=scheduler.pool.num_free,
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             num_held=scheduler.num_held,
@@ -183,8 +184,8 @@ class PagedEngine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_host_pages=0 if tier is None else tier.num_used,
-            num_host_hits=scheduler.num_host_hits,
-            num_lost_blocks=scheduler.pool.num_lost,
+            num_host_hits=self._blocks.num_host_hits,
+            num_lost_blocks=pool.num_lost,
             num_saved_bytes=0 if tier is None else tier.num_saved_bytes,
             num_restored_bytes=0 if tier is None else tier.num_restored_bytes,
         )

@@ -269,8 +269,8 @@ class Engine(Protocol):
     def bring(self, names: Sequence[BlockHash], over: Callable[[], None]) -> None:
         """Bring to pages what of the longest run of blocks from the first of `names` on is only in host memory.
 
-        `over` is called once, on the engine's thread, when that is over: before `bring` returns if there is nothing to
-        bring, no room now, or others bring it. Who lends from within `over` finds what was brought.
+        `over` is called once, by whoever uses the engine then, when that is over: before `bring` returns if there is
+        nothing to bring, no room now, or others compute or fetch it. Who lends within `over` finds what was brought.
         """
         ...
 

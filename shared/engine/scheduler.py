@@ -15,13 +15,9 @@ budget allows. A decode row is the case where one token is missing, a prefill ch
   their KV for a peer keep it from their first chunk on, and importing ones keep theirs.
 - The line is served in order: preempted ones by age, then new ones by age. Nobody overtakes the head, an import
   neither; only a sequence whose next block is on its way steps aside until that is over.
-- A block is on its way while another sequence computes it, or while a fill brings it from elsewhere: from a peer, or
-  from host memory. A fill has pages of its own from its start, found as any others once they are written; who waits for
-  them has none, so that a fill that fails leaves nothing behind, and what it brought serves every sequence alike. It
-  takes no page that the head of the line needs, and none that nobody gives back: it must end by itself.
-- From host memory blocks come for those alone who could be admitted now, for imports and for peers: the scheduler
-  begins such a fill when it meets them, and ends it when the copies have ended (`advance`). An import shares the fill's
-  pages from the beginning, and runs when both have ended, the copies and what its peer sends.
+- What is here, on its way or lent, the block book knows (`block_book.py`). From host memory blocks come for those alone
+  who could be admitted now, for imports and for peers: the scheduler begins such a fill when it meets them. An import
+  shares the fill's pages from the beginning, and runs when both have ended, the copies and what its peer sends.
 """
 
 from bisect import insort
@@ -30,16 +26,13 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Names
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import takewhile
 
-from shared.blocks import PAGE_TOKENS, BlockHash, BlockKey, key_chain, name_of, pages_for, root_hash
+from shared.blocks import PAGE_TOKENS, BlockHash, key_chain, pages_for, root_hash
 from shared.engine.batch import BatchRow, work_of
-from shared.engine.port import BlockChanges, EngineLimits, EngineRequest, Fill, Reservation
+from shared.engine.block_book import BlockBook
+from shared.engine.port import EngineLimits, EngineRequest, Fill, Reservation
 from shared.engine.sequence import NO_SEAT, Sequence, SequenceState, arrival_of, line_rank_of, num_findable
-from shared.kv.block_pool import BlockPool
-from shared.kv.host_slots import HostSlots
-from shared.kv.host_tier import HostPages, HostTier, Restore
-from shared.kv.loan import Loan
+from shared.kv.host_tier import HostPages
 from shared.policy.profile import StepWork
 
 
@@ -71,18 +64,17 @@ class Batch:
 
 NOTHING = Batch((), (), (), 0)
 
-SHARE_FREE_OF_LOSS = 1 / 8
-"""Of the pages, how many are kept free of loss where there is host memory: room for a long prompt that comes at once.
-More would have copies of more blocks that are not going yet, and have room for fewer that are gone."""
-
 ACTIVE = frozenset({SequenceState.PREFILLING, SequenceState.RUNNING})
 SEATED = ACTIVE | {SequenceState.IMPORTING}
 
 
 class Scheduler:
-    """All sequences of one engine, and its pages.
+    """All sequences of one engine.
 
     Requests are taken as they come: whether one can ever fit is for the engine to ask before.
+
+    Attributes:
+        blocks: what is in its pages.
     """
 
     def __init__(self, limits: EngineLimits, model_fingerprint: str, host: HostPages | None = None) -> None:
@@ -96,27 +88,14 @@ class Scheduler:
             )
         self._limits = limits
         self._model_fingerprint = model_fingerprint
-        self._tier: HostTier | None = None
-        if host is None:
-            self._pool = BlockPool(limits.num_pages)
-        else:
-            slots = HostSlots(host.num_slots)
-            self._pool = BlockPool(limits.num_pages, slots)
-            num_ahead = max(2 * pages_for(limits.max_batch_tokens), int(limits.num_pages * SHARE_FREE_OF_LOSS))
-            most = max(1, host.num_slots // 2)  # with more it would hold little else than what is not gone
-            self._tier = HostTier(self._pool, slots, host, num_ahead=min(num_ahead, most))
+        self.blocks = BlockBook(limits, host)
+        self._pool = self.blocks.pool
         self._sequences: dict[str, Sequence] = {}
         self._line: list[Sequence] = []  # waiting, by line_rank
         self._active: list[Sequence] = []  # prefilling and running, by arrival
         self._held: dict[str, Sequence] = {}
         self._importing: dict[str, Sequence] = {}
         self._landing: dict[Sequence, tuple[int, bool] | None] = {}  # wait for the host; what came meanwhile
-        self._coming: dict[BlockKey, Sequence | Fill] = {}  # blocks on their way, and who brings them
-        self._fills: set[Fill] = set()
-        self._restores: dict[
-            Restore, tuple[Fill, Callable[[], None] | None]
-        ] = {}  # fills from host memory; who to tell
-        self._loans: set[Loan] = set()
         self._leaving: list[Sequence] = []  # ended, with rows in flight
         self._free_seats = list(range(limits.max_running - 1, -1, -1))
         self._num_in_flight = 0
@@ -125,11 +104,6 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
-        self._num_host_hits = 0
-
-    @property
-    def pool(self) -> BlockPool:
-        return self._pool
 
     @property
     def num_waiting(self) -> int:
@@ -162,16 +136,6 @@ class Scheduler:
         """Tokens of those that were found."""
         return self._num_prefix_hits
 
-    @property
-    def num_host_hits(self) -> int:
-        """Tokens whose KV was brought back from host memory."""
-        return self._num_host_hits
-
-    @property
-    def tier(self) -> HostTier | None:
-        """What goes from the pages; None: it is gone."""
-        return self._tier
-
     def __contains__(self, key: str) -> bool:
         return key in self._sequences
 
@@ -193,12 +157,12 @@ class Scheduler:
         num_new = pages_for(len(sequence.ids)) - len(found)
         if self._pool.cost(found, num_new) > pages:
             return None
-        copied = self._copied(sequence.keys[len(found) : sequence.num_findable])
+        copied = self.blocks.copied(sequence.keys, len(found), sequence.num_findable)
         if copied:
-            found += self._restore(copied, found, lambda: self._landed(sequence)).pages
+            found += self.blocks.restore(copied, found, lambda: self._landed(sequence)).pages
             self._landing[sequence] = None
         self._sequences[request.key] = sequence
-        sequence.pages = self._acquire(found, num_new - len(copied))
+        sequence.pages = self.blocks.acquire(found, num_new - len(copied))
         self._take_seat(sequence)
         self._count_found(sequence, len(found))
         self._importing[request.key] = sequence
@@ -221,73 +185,15 @@ class Scheduler:
         sequence.is_exact = exact
         self.publish(sequence, sequence.num_launched)
 
-    def _landed(self, sequence: Sequence) -> None:
-        """What came from host memory for an import is there."""
-        arrived = self._landing.pop(sequence, None)
-        if arrived is not None:
-            token_id, exact = arrived
-            self.imported(sequence.request.key, token_id, exact=exact)
-
     def fill(self, request: EngineRequest, num_pages: int) -> Fill | None:
         """See `Engine.fill`."""
         ids = request.ids[: min(num_pages, num_findable(len(request.ids))) * PAGE_TOKENS]
-        return self.fill_blocks(key_chain(root_hash(self._model_fingerprint, request.cache_salt), ids))
-
-    def fill_blocks(self, keys: Names[BlockKey]) -> Fill | None:
-        """Pages for those of a prompt's first blocks, `keys`, that are neither here nor on their way.
-
-        The pages are the caller's until `filled`, and so is all of the run behind the first block that lacks.
-        """
-        found = self._pool.find(keys)
-        copied = self._copied(keys[len(found) :])
-        _, spare = self._spare_for_import()
-        cost = self._pool.cost(found, len(copied))
-        if copied and cost <= spare:
-            self._restore(copied, found)  # from now on those found cost nothing
-            spare -= cost
-        first = len(found)
-        while first < len(keys) and keys[first] in self._coming:
-            first += 1
-        lacking = tuple(keys[first:])
-        if not lacking:
-            return Fill((), ())
-        if self._pool.cost(found, len(lacking)) > spare:
-            return None
-        return self._set_aside(lacking, found)
-
-    def filled(self, fill: Fill, num_arrived: int) -> None:
-        """See `Engine.filled`."""
-        if not fill.keys:
-            return
-        self._fills.remove(fill)
-        for page, key in zip(fill.pages[:num_arrived], fill.keys, strict=False):
-            self._pool.publish(page, key)
-        for key in fill.keys:
-            if self._coming.get(key) is fill:
-                del self._coming[key]
-        self._pool.release(fill.found + fill.pages)
+        keys = key_chain(root_hash(self._model_fingerprint, request.cache_salt), ids)
+        return self.blocks.fill(keys, self._spare_for_import()[1])
 
     def bring(self, names: Names[BlockHash], over: Callable[[], None]) -> None:
         """See `Engine.bring`."""
-        found = self._pool.find_named(names)
-        copied = () if self._tier is None else self._tier.find_named(names[len(found) :])
-        _, spare = self._spare_for_import()
-        if not copied or copied[0] in self._coming or self._pool.cost(found, len(copied)) > spare:
-            over()
-        else:
-            self._restore(copied, found, over)
-
-    def lend(self, names: Names[BlockHash]) -> Loan:
-        """See `Engine.lend`."""
-        pages = self._acquire(self._pool.find_named(names), 0)
-        loan = Loan(pages, tuple(map(self._pool.key_of, pages)))
-        self._loans.add(loan)
-        return loan
-
-    def give_back(self, loan: Loan) -> None:
-        """See `Engine.give_back`."""
-        self._loans.remove(loan)
-        self._pool.release(loan.pages)
+        self.blocks.bring(names, self._spare_for_import()[1], over)
 
     def abort(self, key: str) -> None:
         """End a sequence in any state. Unknown keys do nothing."""
@@ -296,30 +202,6 @@ class Scheduler:
             self.end(sequence)
 
     # What the engine asks in each step.
-
-    def advance(self, num_computed: int = 0) -> None:
-        """Take note of what came from host memory, and go on with what goes there beside a step that computes so many
-        pages."""
-        if self._tier is None:
-            return
-        for restore in self._tier.advance(num_computed):
-            fill, over = self._restores.pop(restore)
-            self.filled(fill, len(fill.keys))
-            if over is not None:
-                over()
-
-    def take_block_changes(self) -> BlockChanges:
-        """See `Engine.take_block_changes`."""
-        self.advance()
-        stored, evicted = self._pool.take_changes()
-        host_stored, host_evicted = ((), ()) if self._tier is None else self._tier.take_changes()
-        return BlockChanges(*(tuple(map(name_of, keys)) for keys in (stored, evicted, host_stored, host_evicted)))
-
-    def take_all_blocks(self) -> BlockChanges:
-        """See `Engine.take_all_blocks`."""
-        self.take_block_changes()
-        host_stored = () if self._tier is None else self._tier.hashes
-        return BlockChanges(stored=tuple(map(name_of, self._pool.hashes)), host_stored=tuple(map(name_of, host_stored)))
 
     def schedule(self) -> Batch:
         """The next batch: decode rows, then chunks of what is prefilling, then of what is admitted; each by age.
@@ -371,10 +253,7 @@ class Scheduler:
             return
         while sequence.num_published < end // PAGE_TOKENS:
             index = sequence.num_published
-            key = sequence.block_key(index)
-            self._pool.publish(sequence.pages[index], key)
-            if self._coming.get(key) is sequence:
-                del self._coming[key]
+            self.blocks.publish(sequence.pages[index], sequence.block_key(index), sequence)
             sequence.num_published += 1
 
     def hold(self, sequence: Sequence) -> None:
@@ -387,9 +266,7 @@ class Scheduler:
 
     def fail(self, sequence: Sequence) -> None:
         """End (or hold) a sequence whose KV is not to be trusted: nobody shall find any of its pages."""
-        withdrawn = self._pool.withdraw(sequence.pages)
-        if self._tier is not None:
-            self._tier.forget(withdrawn)
+        self.blocks.distrust(sequence.pages)
         if sequence.request.hold_kv:
             self.hold(sequence)
         else:
@@ -421,9 +298,9 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether anything is in flight or `schedule` has anybody to serve.
 
-        Who waits for a fill is served when that is over, which its caller tells, or `advance` if it is from the host.
+        Who waits for a fill is served when that is over, which its caller tells, or `BlockBook.advance`.
         """
-        if self._num_in_flight or self._active or self._restores:
+        if self._num_in_flight or self._active or self.blocks.num_restores:
             return True
         first = next(self._in_turn(), None)
         return first is not None and self._fits(*first)
@@ -431,9 +308,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless pages, seats and states add up."""
         alive = self._sequences.values()
-        holders = [sequence.pages for sequence in (*alive, *self._leaving)]
-        holders += [fill.found + fill.pages for fill in self._fills] + [loan.pages for loan in self._loans]
-        self._pool.check(holders)
+        self.blocks.check([sequence.pages for sequence in (*alive, *self._leaving)], self._active)
         seats = [sequence.seat for sequence in (*alive, *self._leaving) if sequence.seat != NO_SEAT]
         assert sorted(seats + self._free_seats) == list(range(self._limits.max_running)), "the seats do not add up"
         groups: tuple[tuple[Iterable[Sequence], AbstractSet[SequenceState]], ...] = (
@@ -472,14 +347,7 @@ class Scheduler:
         for sequence in self._leaving:
             assert sequence.state is SequenceState.ENDED, "a sequence leaves that has not ended"
             assert 0 < sequence.num_in_flight <= self._num_in_flight, "an ended sequence keeps what nobody uses"
-        if self._tier is not None:
-            self._tier.check()
-            assert self._landing.keys() <= set(self._importing.values()), "a request lands that is not importing"
-            assert self._tier.is_restoring == bool(self._restores), "blocks are awaited from the host that do not come"
-        assert all(fill in self._fills for fill, _ in self._restores.values()), "a fill from the host is over before it"
-        for bringer in self._coming.values():
-            is_alive = bringer in self._fills if isinstance(bringer, Fill) else bringer.state in ACTIVE
-            assert is_alive, "a block is awaited from nobody"
+        assert self._landing.keys() <= set(self._importing.values()), "a request lands that is not importing"
 
     # Inside.
 
@@ -495,13 +363,20 @@ class Scheduler:
     def _found(self, sequence: Sequence) -> tuple[int, ...]:
         return self._pool.find(sequence.keys[: sequence.num_findable])
 
+    def _landed(self, sequence: Sequence) -> None:
+        """What came from host memory for an import is there."""
+        arrived = self._landing.pop(sequence, None)
+        if arrived is not None:
+            token_id, exact = arrived
+            self.imported(sequence.request.key, token_id, exact=exact)
+
     def _prefill_cost(self, sequence: Sequence, found: tuple[int, ...]) -> int:
         return self._pool.cost(found, pages_for(len(sequence.ids)) - len(found))
 
     def _in_turn(self) -> Iterator[tuple[Sequence, tuple[int, ...]]]:
         """The line without those who wait for a block that is on its way, each with the pages found for it."""
         for sequence in self._line:
-            if sequence.awaited in self._coming:
+            if sequence.awaited in self.blocks.coming:
                 continue
             found = self._found(sequence)
             if not self._awaits_block(sequence, len(found)):
@@ -516,7 +391,9 @@ class Scheduler:
         if not self._line:
             return self._num_seats_free, self._pool.num_free
         head = self._line[0]
-        return self._num_seats_free - 1, self._pool.num_free - self._prefill_cost(head, self._found(head))
+        found = self._found(head)
+        num_coming = self.blocks.num_coming(head.keys[len(found) : head.num_findable])  # into pages that are set aside
+        return self._num_seats_free - 1, self._pool.num_free - self._prefill_cost(head, found) + num_coming
 
     def _admit(self, budget: int) -> list[tuple[Sequence, bool]]:
         """Move those whose turn it is from the line to a seat; whether each is new (and not preempted before)."""
@@ -526,11 +403,11 @@ class Scheduler:
         for sequence, found in self._in_turn():
             if not self._fits(sequence, found):
                 break
-            copied = self._copied(sequence.keys[len(found) : sequence.num_findable])
+            copied = self.blocks.copied(sequence.keys, len(found), sequence.num_findable)
             if copied:
-                if len(self._restores) >= self._num_seats_free:
+                if self.blocks.num_restores >= self._num_seats_free:
                     break  # it could not be seated when it has them
-                self._restore(copied, found)
+                self.blocks.restore(copied, found)
                 continue
             admitted.append((sequence, not sequence.is_preempted))
             self._seat(sequence, found)
@@ -544,24 +421,22 @@ class Scheduler:
     def _awaits_block(self, sequence: Sequence, num_found: int) -> bool:
         """Whether the block after those found is on its way; noted, so that the next look costs one look-up."""
         sequence.awaited = sequence.keys[num_found] if num_found < sequence.num_findable else None
-        return sequence.awaited in self._coming
+        return sequence.awaited in self.blocks.coming
 
     def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
         sequence.move(SequenceState.PREFILLING)
         sequence.is_preempted = False
-        sequence.pages = self._acquire(found, pages_for(len(sequence.ids)) - len(found))
+        sequence.pages = self.blocks.acquire(found, pages_for(len(sequence.ids)) - len(found))
         self._take_seat(sequence)
         sequence.num_launched = len(found) * PAGE_TOKENS
         sequence.is_prefilled = True
         self._count_found(sequence, len(found))
-        for key in sequence.keys[len(found) :]:
-            self._coming.setdefault(key, sequence)
+        self.blocks.expect(sequence.keys[len(found) :], sequence)
         insort(self._active, sequence, key=arrival_of)
 
     def _count_found(self, sequence: Sequence, num_found: int) -> None:
         sequence.num_published = num_found
-        if self._tier is not None:
-            self._tier.used(sequence.keys[:num_found])
+        self.blocks.used(sequence.keys[:num_found])
         if sequence.num_cached_tokens is not None:
             return
         sequence.num_cached_tokens = min(num_found * PAGE_TOKENS, sequence.request.prompt_len)
@@ -585,7 +460,7 @@ class Scheduler:
                     return False
                 self._preempt(next(each for each in reversed(self._active) if not each.request.hold_kv))
             if sequence.state is SequenceState.RUNNING:
-                sequence.pages += self._acquire((), 1)
+                sequence.pages += self.blocks.acquire((), 1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -603,45 +478,12 @@ class Scheduler:
 
     def _stop_computing(self, sequence: Sequence) -> None:
         """Nobody need wait for the blocks that it has not published."""
-        for key in sequence.keys[sequence.num_published :]:
-            if self._coming.get(key) is sequence:
-                del self._coming[key]
+        self.blocks.expect_no_more(sequence.keys[sequence.num_published :], sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)
         sequence.pages = ()
         self._leave_seat(sequence)
-
-    def _acquire(self, found: tuple[int, ...], num_new: int) -> tuple[int, ...]:
-        """`BlockPool.acquire`, for which there must be pages free."""
-        if self._tier is not None and self._pool.cost(found, num_new) > self._pool.num_free_at_once:
-            self._tier.settle()
-        return self._pool.acquire(found, num_new)
-
-    def _set_aside(self, keys: tuple[BlockKey, ...], found: tuple[int, ...]) -> Fill:
-        """A fill of pages for blocks that follow those found; there must be pages free."""
-        fill = Fill(keys, self._acquire(found, len(keys))[len(found) :], found)
-        self._fills.add(fill)
-        for key in keys:
-            self._coming.setdefault(key, fill)
-        return fill
-
-    def _copied(self, keys: Names[BlockKey]) -> tuple[BlockKey, ...]:
-        """The longest run of blocks from the first on that are in host memory and that nobody else brings."""
-        if self._tier is None:
-            return ()
-        return tuple(takewhile(lambda key: key not in self._coming, keys[: self._tier.num_found(keys)]))
-
-    def _restore(
-        self, keys: tuple[BlockKey, ...], found: tuple[int, ...], over: Callable[[], None] | None = None
-    ) -> Fill:
-        """Begin to bring blocks from host memory that follow those found; there must be pages free."""
-        if self._tier is None:
-            raise AssertionError("blocks are brought from nowhere")
-        fill = self._set_aside(keys, found)
-        self._restores[self._tier.restore(keys, fill.pages)] = fill, over
-        self._num_host_hits += len(keys) * PAGE_TOKENS
-        return fill
 
     def _take_seat(self, sequence: Sequence) -> None:
         sequence.seat = self._free_seats.pop()

@@ -22,7 +22,7 @@ def test_who_waits_for_a_fill_starts_behind_what_it_brought():
     assert (fill.keys, len(fill.pages)) == (tuple(keys()[:3]), 3)
     assert not engine.has_work()
     assert run(engine) == []
-    engine.filled(fill, 3)
+    engine.blocks.filled(fill, 3)
     engine.check()
     assert engine.has_work()
     assert run(engine) == [("a", 192, 300)]
@@ -35,8 +35,8 @@ def test_what_did_not_come_is_computed(num_arrived):
     fill = engine.fill(asks(), 4)
     engine.add(asks())
     assert run(engine) == []
-    engine.filled(fill, num_arrived)
-    assert engine.pool.num_free == 16
+    engine.blocks.filled(fill, num_arrived)
+    assert engine.blocks.pool.num_free == 16
     assert run(engine) == [("a", num_arrived * PAGE_TOKENS, 300)]
 
 
@@ -59,9 +59,9 @@ def test_a_fill_brings_only_what_is_neither_here_nor_on_its_way_and_what_can_be_
     assert fill.keys == tuple(keys()[3:4])
     again = engine.fill(asks("again"), 4)
     assert again.keys == ()
-    engine.filled(again, 0)
+    engine.blocks.filled(again, 0)
     engine.collected(in_flight)
-    engine.filled(fill, 1)
+    engine.blocks.filled(fill, 1)
     engine.check()
     assert engine.fill(asks(length=4 * PAGE_TOKENS), 4).keys == ()  # the last token of a prompt is computed
 
@@ -74,7 +74,7 @@ def test_what_was_found_before_a_fill_is_not_evicted_under_it():
     assert (len(fill.found), len(fill.pages)) == (1, 1)
     engine.add(request("b", prompt(4 * PAGE_TOKENS, 900), greedy(1)))
     assert run(engine) == [("b", 0, 256)]
-    engine.filled(fill, 1)
+    engine.blocks.filled(fill, 1)
     engine.add(asks(length=140))
     assert run(engine) == [("a", 128, 140)]
 
@@ -86,7 +86,7 @@ def test_one_fill_serves_all_who_want_its_blocks_and_outlives_who_asked_for_it()
     engine.add(asks("b"))
     engine.abort("a")
     assert run(engine) == []
-    engine.filled(fill, 3)
+    engine.blocks.filled(fill, 3)
     assert run(engine) == [("b", 192, 300)]
 
 
@@ -102,13 +102,28 @@ def test_a_fill_takes_nothing_that_the_head_of_the_line_needs():
     assert run(engine) == [("head", 0, 448)]
 
 
+@pytest.mark.parametrize("num_arrived", [0, 4])
+def test_what_comes_for_the_head_does_not_need_room_twice(num_arrived):
+    engine = scheduler(num_pages=12, max_batch_tokens=512)
+    fill = engine.fill(asks(), 4)
+    engine.add(asks())  # needs one page more
+    other = engine.fill(request("b", prompt(7 * PAGE_TOKENS, 900), greedy(1)), 6)
+    assert len(other.pages) == 6
+    assert engine.fill(request("c", prompt(3 * PAGE_TOKENS, 2000), greedy(1)), 2) is None
+    assert engine.reserve(request("d", prompt(2 * PAGE_TOKENS, 3000), greedy(9))) is None
+    engine.blocks.filled(fill, num_arrived)
+    assert run(engine) == [("a", num_arrived * PAGE_TOKENS, 300)]
+    engine.blocks.filled(other, 0)
+    engine.check()
+
+
 def test_a_fill_that_took_the_room_of_the_head_gives_it_back():
     engine = scheduler(num_pages=6, max_batch_tokens=512)
     fill = engine.fill(asks(), 4)
     engine.add(request("head", prompt(5 * PAGE_TOKENS, 900), greedy(1)))
     assert run(engine) == []
     assert not engine.has_work()
-    engine.filled(fill, 4)
+    engine.blocks.filled(fill, 4)
     assert run(engine) == [("head", 0, 320)]
 
 
@@ -118,20 +133,20 @@ def test_blocks_of_another_salt_are_others():
     assert fill.keys == tuple(keys(salt="one")[:3])
     engine.add(asks("b", cache_salt="two"))
     assert run(engine) == [("b", 0, 300)]
-    engine.filled(fill, 3)
+    engine.blocks.filled(fill, 3)
 
 
 def test_what_is_lent_stays_until_it_is_given_back():
     engine = scheduler(num_pages=4, max_batch_tokens=512)
     engine.add(request("a", prompt(2 * PAGE_TOKENS + 1), greedy(1)))
     run(engine)
-    loan = engine.lend([name_of(key) for key in keys()])
+    loan = engine.blocks.lend([name_of(key) for key in keys()])
     engine.check()
     assert loan.keys == tuple(keys()[:2])
-    assert engine.pool.find(loan.keys) == loan.pages
+    assert engine.blocks.pool.find(loan.keys) == loan.pages
     engine.add(request("b", prompt(3 * PAGE_TOKENS, 900), greedy(1)))
     assert spans(engine.schedule()) == []
-    engine.give_back(loan)
+    engine.blocks.give_back(loan)
     engine.check()
     assert run(engine) == [("b", 0, 192)]
 
@@ -140,10 +155,10 @@ def test_nothing_is_lent_of_a_run_whose_first_block_is_gone():
     engine = scheduler(max_batch_tokens=512)
     engine.add(request("a", prompt(2 * PAGE_TOKENS + 1), greedy(1)))
     run(engine)
-    loan = engine.lend([name_of(keys(salt="other")[0]), name_of(keys()[1])])
+    loan = engine.blocks.lend([name_of(keys(salt="other")[0]), name_of(keys()[1])])
     assert (loan.pages, loan.keys) == ((), ())
-    engine.give_back(loan)
-    assert engine.pool.num_free == 16
+    engine.blocks.give_back(loan)
+    assert engine.blocks.pool.num_free == 16
 
 
 def test_a_name_tells_nothing_of_the_rest_of_the_key():

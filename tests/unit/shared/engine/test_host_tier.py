@@ -46,7 +46,7 @@ class Tiered:
         for is_down in (True, False):
             while self.host.lanes[is_down]:
                 self.host.end(is_down=is_down)
-        self.engine.advance(num_computed)
+        self.engine.blocks.advance(num_computed)
         self.engine.check()
 
 
@@ -62,8 +62,8 @@ def gone() -> Tiered:
     for _ in range(2):
         tiered.advance()
     tiered.serve("b", 3 * PAGE_TOKENS - 1, first=1000)
-    assert len(tiered.engine.pool.find(keys(129))) == 1
-    assert tiered.engine.tier.num_found(keys(129)) == 2
+    assert len(tiered.engine.blocks.pool.find(keys(129))) == 1
+    assert tiered.engine.blocks.tier.num_found(keys(129)) == 2
     return tiered
 
 
@@ -75,9 +75,9 @@ def test_a_prompt_waits_for_its_blocks_and_starts_behind_them(gone):
     assert engine.num_waiting == 1
     gone.advance()
     assert run(engine) == [("again", 128, 150)]
-    assert (engine.num_host_hits, engine.num_prefix_hits) == (PAGE_TOKENS, 128)
+    assert (engine.blocks.num_host_hits, engine.num_prefix_hits) == (PAGE_TOKENS, 128)
     gone.advance()
-    assert engine.pool.num_free == 4
+    assert engine.blocks.pool.num_free == 4
 
 
 def test_others_go_on_beside_the_copies(gone):
@@ -105,8 +105,8 @@ def test_who_is_given_up_meanwhile_leaves_its_blocks_to_others(gone):
     engine.check()
     gone.advance()
     assert not engine.has_work()
-    assert engine.pool.num_free == 4
-    assert len(engine.pool.find(keys(129))) == 2
+    assert engine.blocks.pool.num_free == 4
+    assert len(engine.blocks.pool.find(keys(129))) == 2
 
 
 def test_no_more_come_than_could_be_seated():
@@ -114,7 +114,7 @@ def test_no_more_come_than_could_be_seated():
     for index in range(4):
         tiered.serve(f"a{index}", 65, first=1000 * index)
     tiered.serve("b", 8 * PAGE_TOKENS - 1, first=9000)
-    assert not tiered.engine.pool.find(keys(65))
+    assert not tiered.engine.blocks.pool.find(keys(65))
     for index in range(4):
         tiered.engine.add(request(f"again{index}", prompt(65, 1000 * index), greedy(1)))
     assert run(tiered.engine) == []
@@ -129,37 +129,71 @@ def test_what_host_memory_has_is_not_asked_of_a_peer(gone):
     gone.engine.add(request("again", prompt(193), greedy(1)))
     gone.advance()
     assert run(gone.engine) == []
-    gone.engine.filled(fill, 1)
+    gone.engine.blocks.filled(fill, 1)
     assert run(gone.engine) == [("again", 192, 193)]
 
 
 def test_what_comes_from_both_needs_room_for_both(gone):
     engine = gone.engine
-    loan = engine.lend([name_of(keys(193)[0])])
+    loan = engine.blocks.lend([name_of(keys(193)[0])])
     engine.add(request("held", prompt(100, 700), greedy(1), hold_kv=True))
     run(engine)
-    engine.give_back(loan)
-    assert (len(engine.pool.find(keys(193))), engine.pool.num_free) == (1, 2)
+    engine.blocks.give_back(loan)
+    assert (len(engine.blocks.pool.find(keys(193))), engine.blocks.pool.num_free) == (1, 2)
     assert engine.fill(request("again", prompt(193), greedy(1)), 3) is None
     engine.check()
     gone.advance()
-    assert len(engine.pool.find(keys(193))) == 2, "what is here comes all the same"
+    assert len(engine.blocks.pool.find(keys(193))) == 2, "what is here comes all the same"
 
 
 def test_a_peer_gets_what_host_memory_has(gone):
     names = list(map(name_of, keys(200)))
     loans = []
-    gone.engine.bring(names, lambda: loans.append(gone.engine.lend(names)))
+    gone.engine.bring(names, lambda: loans.append(gone.engine.blocks.lend(names)))
     assert not loans
     assert gone.engine.has_work()
     gone.advance()
     (loan,) = loans
     assert loan.keys == tuple(keys(129))
-    gone.engine.give_back(loan)
-    gone.engine.bring(names, lambda: loans.append(gone.engine.lend(names)))
+    gone.engine.blocks.give_back(loan)
+    gone.engine.bring(names, lambda: loans.append(gone.engine.blocks.lend(names)))
     assert len(loans) == 2, "all is here: it is told at once"
-    gone.engine.give_back(loans[1])
-    assert gone.engine.pool.num_free == 4
+    gone.engine.blocks.give_back(loans[1])
+    assert gone.engine.blocks.pool.num_free == 4
+
+
+@pytest.mark.parametrize("who_is_first", ["another peer", "a request"])
+def test_a_peer_gets_what_is_being_brought_for_others(gone, who_is_first):
+    names = list(map(name_of, keys(200)))
+    loans = []
+    if who_is_first == "a request":
+        gone.engine.add(request("again", prompt(129), greedy(1)))
+        run(gone.engine)
+    else:
+        gone.engine.bring(names, lambda: loans.append(gone.engine.blocks.lend(names)))
+    gone.engine.bring(names, lambda: loans.append(gone.engine.blocks.lend(names)))
+    assert not loans
+    gone.advance()
+    assert {loan.keys for loan in loans} == {tuple(keys(129))}
+    assert len(gone.host.lanes[False]) == 0
+    assert gone.engine.blocks.tier.num_restored_bytes == gone.cache.layout.page_bytes
+
+
+def test_a_peer_does_not_wait_for_what_another_peer_is_to_send():
+    tiered = Tiered(num_pages=4)
+    engine = tiered.engine
+    fill = engine.fill(request("a", prompt(65), greedy(1)), 1)
+    engine.reserve(request("import", prompt(64), greedy(9)))
+    engine.imported("import", 7, exact=True)
+    engine.abort("import")
+    tiered.advance()
+    tiered.serve("b", 3 * PAGE_TOKENS - 1, first=1000)
+    assert (engine.blocks.pool.find(keys(64)), engine.blocks.tier.num_found(keys(64))) == ((), 1)
+    told = []
+    engine.bring(list(map(name_of, keys(64))), lambda: told.append(True))
+    assert told == [True]
+    engine.blocks.filled(fill, 0)
+    engine.check()
 
 
 @pytest.mark.parametrize("is_first", ["peer", "host"])
@@ -178,8 +212,8 @@ def test_an_import_takes_from_host_memory_what_it_has_and_runs_when_all_is_there
         gone.advance()
         engine.imported("import", 7, exact=True)
     assert run(engine) == [("import", 190, 191)]
-    assert engine.num_prefix_hits == engine.num_host_hits + PAGE_TOKENS == 128
-    assert len(engine.pool.find(keys(190))) == 2
+    assert engine.num_prefix_hits == engine.blocks.num_host_hits + PAGE_TOKENS == 128
+    assert len(engine.blocks.pool.find(keys(190))) == 2
 
 
 def test_an_import_that_is_given_up_does_not_touch_the_next_of_its_name(gone):
@@ -215,8 +249,8 @@ def test_what_failed_is_not_found_in_host_memory_either(gone):
     assert spans(batch) == [("again", 128, 129)]
     engine.fail(batch.sequences[0])
     take(engine, batch)
-    assert engine.tier.num_found(keys(129)) == 0
-    changes = engine.take_block_changes()
+    assert engine.blocks.tier.num_found(keys(129)) == 0
+    changes = engine.blocks.take_changes()
     assert not set(map(name_of, keys(129))) & {*changes.stored, *changes.host_stored}
 
 
@@ -225,11 +259,11 @@ def test_changes_tell_of_both_tiers():
     names = list(map(name_of, keys(128)))
     tiered.serve("a", 128)
     tiered.advance()
-    changes = tiered.engine.take_block_changes()
+    changes = tiered.engine.blocks.take_changes()
     assert (set(changes.stored), changes.evicted) == (set(names), ())
     assert (set(changes.host_stored), changes.host_evicted) == (set(names), ())
     tiered.serve("b", 70, first=900)
-    changes = tiered.engine.take_block_changes()
+    changes = tiered.engine.blocks.take_changes()
     assert (set(changes.evicted), changes.host_evicted) == (set(names), ())
 
 
@@ -238,11 +272,11 @@ def test_pages_that_are_being_saved_are_waited_for_if_there_are_no_others():
     engine = tiered.engine
     engine.add(request("a", prompt(128), greedy(1)))
     run(engine)
-    engine.advance()
-    assert (engine.pool.num_free, engine.pool.num_free_at_once) == (2, 0)
+    engine.blocks.advance()
+    assert (engine.blocks.pool.num_free, engine.blocks.pool.num_free_at_once) == (2, 0)
     engine.add(request("b", prompt(128, 900), greedy(1)))
     assert run(engine) == [("b", 0, 128)]
-    assert engine.tier.num_found(keys(128)) == 2
+    assert engine.blocks.tier.num_found(keys(128)) == 2
 
 
 def talks(num_host_pages, num_turns=3):
@@ -375,18 +409,18 @@ class Contents:
     def __init__(self, tiered: Tiered) -> None:
         self.engine, self.host = tiered.engine, tiered.host
         self._pages = tiered.cache.pages.view(tiered.cache.num_pages, -1)
-        acquire = self.engine.pool.acquire
+        acquire = self.engine.blocks.pool.acquire
 
         def acquire_and_write(found, num_new):
             pages = acquire(found, num_new)
             self.write(pages[len(found) :], EMPTY)
             return pages
 
-        self.engine.pool.acquire = acquire_and_write
+        self.engine.blocks.pool.acquire = acquire_and_write
         fail, self.failed = self.engine.fail, set()
 
         def fail_and_spoil(sequence):
-            own = [page for page in sequence.pages if self.engine.pool._references[page] == 1]
+            own = [page for page in sequence.pages if self.engine.blocks.pool._references[page] == 1]
             fail(sequence)
             self.write(own, SPOILT)
             self.failed.add(sequence)
@@ -420,10 +454,10 @@ class Contents:
 
     def check_found(self):
         """All that anybody could find now."""
-        pool = self.engine.pool
+        pool = self.engine.blocks.pool
         for key in pool.hashes:
             self.check(pool.find([key]), [key], "found")
-        slots = self.engine.tier._slots
+        slots = self.engine.blocks.tier._slots
         for key in slots.hashes:
             copy = self.host.memory[slots.find([key])[0]].view(torch.float32)
             assert copy[0] == copy[-1] == number_of(key), "the copy of a block is of another"
@@ -505,7 +539,7 @@ class TieredMachine(AheadMachine):
         fill = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
         num_arrived = data.draw(st.integers(0, len(fill.keys)))
         self.contents.bring(fill.pages[:num_arrived], fill.keys[:num_arrived])
-        self.engine.filled(fill, num_arrived)
+        self.engine.blocks.filled(fill, num_arrived)
 
     @rule(is_down=st.booleans())
     def end_copy(self, is_down):
@@ -513,21 +547,21 @@ class TieredMachine(AheadMachine):
 
     @rule(num_computed=st.integers(0, 2))
     def advance(self, num_computed):
-        self.engine.advance(num_computed)
+        self.engine.blocks.advance(num_computed)
 
     @rule()
     def push_out(self):
         """Whatever nobody uses goes from the pages, most of it to host memory."""
         for _ in range(2):
-            self.engine.advance(4)
+            self.engine.blocks.advance(4)
             self.end_copy(True)
-        self.engine.advance()
+        self.engine.blocks.advance()
         num_pages = self.engine._spare_for_import()[1]
         self.num_pushed += 1
         length = max(0, num_pages) * PAGE_TOKENS + 1
         fill = self.engine.fill(request("r", prompt(length, 1000 * self.num_pushed), greedy(1)), num_pages)
         if fill is not None:
-            self.engine.filled(fill, 0)
+            self.engine.blocks.filled(fill, 0)
 
     @rule(length=st.sampled_from([65, 130, 200]), first=FAMILIES)
     def bring(self, length, first):
@@ -536,7 +570,7 @@ class TieredMachine(AheadMachine):
 
         def over():
             self.num_brought -= 1
-            self.loans.append(self.engine.lend(names))
+            self.loans.append(self.engine.blocks.lend(names))
 
         self.engine.bring(names, over)
 
@@ -551,9 +585,9 @@ class TieredMachine(AheadMachine):
 
     def teardown(self):
         self.is_over = True
-        while self.engine.tier.is_restoring:
+        while self.engine.blocks.tier.is_restoring:
             self.end_copy(False)
-            self.engine.advance()
+            self.engine.blocks.advance()
         assert self.num_brought == 0
         super().teardown()
 

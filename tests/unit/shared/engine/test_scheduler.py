@@ -127,10 +127,10 @@ def test_a_page_is_published_when_its_last_token_is_computed():
     published = []
     for _ in range(4):
         run(engine, token_id=126)
-        published.append(len(engine.pool.find(hashes)))
+        published.append(len(engine.blocks.pool.find(hashes)))
     # 63, 126 (and token 126), 127 computed; then token 127 is another one than in `hashes`.
     assert published == [0, 1, 1, 1]
-    assert len(engine.pool.take_changes()[0]) == 2
+    assert len(engine.blocks.pool.take_changes()[0]) == 2
 
 
 def test_the_same_prefix_in_flight_is_waited_for():
@@ -268,9 +268,9 @@ def test_a_held_request_that_failed_keeps_its_pages_where_nobody_finds_them():
     engine.publish(sequence, 64)
     engine.fail(sequence)
     engine.check()
-    assert (engine.num_held, sequence.pages, engine.pool.find(sequence.keys)) == (1, pages, ())
+    assert (engine.num_held, sequence.pages, engine.blocks.pool.find(sequence.keys)) == (1, pages, ())
     engine.abort("a")
-    assert engine.pool.num_free == 16
+    assert engine.blocks.pool.num_free == 16
 
 
 def test_importing_pages_are_never_taken():
@@ -300,16 +300,16 @@ def test_imported_pages_are_found_once_they_are_there():
     engine = scheduler()
     hashes = key_chain(root_hash("model", ""), prompt(128))
     engine.reserve(request("b", prompt(100), greedy(9)))
-    assert engine.pool.find(hashes) == ()
+    assert engine.blocks.pool.find(hashes) == ()
     engine.imported("b", 7, exact=True)
-    assert len(engine.pool.find(hashes)) == 1
+    assert len(engine.blocks.pool.find(hashes)) == 1
 
 
 def test_imported_pages_that_are_not_exact_are_never_found():
     engine = scheduler(num_pages=4)
     engine.add(request("before", prompt(70), greedy(1)))
     run(engine)
-    engine.pool.take_changes()
+    engine.blocks.pool.take_changes()
     reservation = engine.reserve(request("b", prompt(128), greedy(200)))
     assert (len(reservation.pages), reservation.num_cached_pages) == (2, 1)
     engine.imported("b", 128, exact=False)
@@ -319,7 +319,7 @@ def test_imported_pages_that_are_not_exact_are_never_found():
         run(engine, token_id)
     (b,) = engine._active
     assert (b.num_launched, b.num_published) == (192, 1)
-    assert engine.pool.find(key_chain(root_hash("model", ""), prompt(192))) == b.pages[:1]
+    assert engine.blocks.pool.find(key_chain(root_hash("model", ""), prompt(192))) == b.pages[:1]
 
 
 def test_a_preempted_import_that_was_not_exact_is_computed_again_and_found():
@@ -331,12 +331,12 @@ def test_a_preempted_import_that_was_not_exact_is_computed_again_and_found():
     hashes = key_chain(root_hash("model", ""), prompt(192))
     assert run(engine, 192) == [("old", 62, 63), ("b", 191, 192)]
     while not engine.num_preemptions:
-        assert engine.pool.find(hashes) == ()
+        assert engine.blocks.pool.find(hashes) == ()
         run(engine, 193)
     engine.abort("old")
     assert run(engine)[0] == ("b", 0, 128)
     run(engine)
-    assert len(engine.pool.find(hashes)) == 3
+    assert len(engine.blocks.pool.find(hashes)) == 3
 
 
 def test_only_importing_requests_are_imported():
@@ -411,11 +411,11 @@ def test_a_block_is_found_when_its_batch_has_been_collected():
     hashes = key_chain(root_hash("model", ""), prompt(128))
     engine.add(request("a", prompt(129), greedy(9)))
     first, second = engine.schedule(), engine.schedule()
-    assert engine.pool.find(hashes) == ()
+    assert engine.blocks.pool.find(hashes) == ()
     take(engine, first)
-    assert len(engine.pool.find(hashes)) == 1
+    assert len(engine.blocks.pool.find(hashes)) == 1
     take(engine, second)
-    assert len(engine.pool.find(hashes)) == 2
+    assert len(engine.blocks.pool.find(hashes)) == 2
 
 
 @pytest.mark.parametrize("how", ["abort", "end", "fail"])
@@ -434,13 +434,13 @@ def test_who_ends_keeps_pages_and_seat_until_no_batch_has_a_row_of_it(how):
         engine.abort("a")
         engine.collected(first)
     engine.check()
-    assert (engine.num_running, engine.pool.num_free) == (0, 2)
+    assert (engine.num_running, engine.blocks.pool.num_free) == (0, 2)
     engine.add(request("a", prompt(100), greedy(9)))  # its name is free, its seat is not
     assert spans(engine.schedule()) == []
     assert engine.reserve(request("b", prompt(2), greedy(9))) is None
     engine.collected(second)
     engine.check()
-    assert engine.pool.num_free == 4
+    assert engine.blocks.pool.num_free == 4
     assert spans(engine.schedule()) == [("a", 0, 100)]
 
 
@@ -568,19 +568,19 @@ class AheadMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def filled(self, data):
         fill = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
-        self.engine.filled(fill, data.draw(st.integers(0, len(fill.keys))))
+        self.engine.blocks.filled(fill, data.draw(st.integers(0, len(fill.keys))))
 
     @rule(length=st.sampled_from([65, 130, 200]), first=FAMILIES)
     def lend(self, length, first):
         keys = key_chain(root_hash("model", ""), prompt(length, first))
-        loan = self.engine.lend(list(map(name_of, keys)))
+        loan = self.engine.blocks.lend(list(map(name_of, keys)))
         assert loan.keys == tuple(keys[: len(loan.pages)])
         self.loans.append(loan)
 
     @precondition(lambda self: self.loans)
     @rule(data=st.data())
     def give_back(self, data):
-        self.engine.give_back(self.loans.pop(data.draw(st.integers(0, len(self.loans) - 1))))
+        self.engine.blocks.give_back(self.loans.pop(data.draw(st.integers(0, len(self.loans) - 1))))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -604,9 +604,9 @@ class AheadMachine(RuleBasedStateMachine):
         while self.importing:
             self.imported(True)
         while self.fills:
-            self.engine.filled(self.fills.pop(), 0)
+            self.engine.blocks.filled(self.fills.pop(), 0)
         while self.loans:
-            self.engine.give_back(self.loans.pop())
+            self.engine.blocks.give_back(self.loans.pop())
 
     def teardown(self):
         self.end_what_others_end()
@@ -623,7 +623,7 @@ class AheadMachine(RuleBasedStateMachine):
             else:
                 assert self.engine.num_preemptions > num_preemptions, "nothing can be done though there is work"
             self.adds_up()
-        assert self.engine.pool.num_free == self.engine.pool.num_pages
+        assert self.engine.blocks.pool.num_free == self.engine.blocks.pool.num_pages
         assert self.engine.num_waiting == 0
         assert all(count == 1 for count in self.started.values())
         for key, wanted in self.requests.items():

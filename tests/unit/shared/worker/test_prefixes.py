@@ -175,8 +175,8 @@ class Place:
         for worker in (self.source, self.puller):
             engine = worker.engine.engine
             assert engine.stats().num_free_pages == engine.stats().num_pages
-            assert not engine._scheduler._fills
-            assert not engine._scheduler._loans
+            assert not engine._scheduler.blocks._fills
+            assert not engine._scheduler.blocks._loans
             assert worker.transfer.num_offers == 0
         assert not self.network.links
 
