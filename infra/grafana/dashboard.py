@@ -466,13 +466,6 @@ QUEUES = Row(
             ],
             unit=Unit.PER_S,
         ),
-        Panel(
-            title="Of another version",
-            description="Workers and ingests whose own words in Redis this process cannot read. Such a worker runs and "
-            "gets nothing to do. More than 0 while versions are changed only; the log of whoever passes one over says "
-            "what it lacks.",
-            queries=[Query("max by (role, kind) (baton_unreadable_reports)", "{{kind}}, for {{role}}")],
-        ),
     ],
 )
 
