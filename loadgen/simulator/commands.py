@@ -1,6 +1,7 @@
 """`python -m loadgen simulate` and `python -m loadgen plan`."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,9 @@ Speed = Annotated[float, typer.Option(min=0.0001, help="the trace's clock runs s
 Rows = Annotated[int | None, typer.Option(min=1, help="at most so many rows")]
 MaxInput = Annotated[int | None, typer.Option(min=1, help="leave out conversations with a longer prompt")]
 Copies = Annotated[int, typer.Option(min=1, help="each row comes so often, in conversations of its own")]
-HostGb = Annotated[float, typer.Option(min=0, help="host memory of each worker for pages that left its GPU, in GB")]
+HostGb = Annotated[
+    float, typer.Option(min=0, max=100_000, help="host memory of each worker for pages that left its GPU, in GB")
+]
 Ttft = Annotated[float, typer.Option(min=0.000001, help="goal for the first token, in seconds")]
 Tpot = Annotated[float, typer.Option(min=0.000001, help="goal for the mean of the later tokens, in seconds")]
 Attainment = Annotated[float, typer.Option(min=0.01, max=0.9999, help="share of requests that keep both goals")]
@@ -83,27 +86,47 @@ def simulate_command(
             name: [_run(workload, name, goals, replace(setup, speed=speeds[name], seed=seed)) for seed in range(seeds)]
             for name in names
         }
+        lru_rate = lru_hit_rate(workload, prefill * hardware.prefill.num_pages)
+        first = next(iter(runs.values()))[0]
+        title = (
+            f"{' + '.join(trace.name for trace in traces)}: {first.num_requests} requests, {prefill} prefill + "
+            f"{decode} decode of {hardware.name}, goals {ttft:g} s / {tpot * 1000:g} ms"
+        )
+        if not goodput:
+            title += f", speed {speed:g} ({first.rate_per_s:.3g} requests/s)"
+        out.print(comparison(title, runs, lru_rate))
+        out.print(f"one LRU of all {prefill} prefill workers' pages: hit rate {lru_rate:.1%}")
+        for name, each in runs.items():
+            if goodput:
+                per_gpu = each[0].rate_per_s / (prefill + decode)
+                out.print(f"{name}: speed {speeds[name]:.3g}, {per_gpu:.3g} requests/s per GPU at {attainment:.0%}")
+            for note in _notes(each):
+                out.print(f"{name}: {note}")
         if save is not None:
-            save.write_text(json.dumps({name: [asdict(run) for run in each] for name, each in runs.items()}, indent=1))
-    except (StartupError, OSError) as error:
+            _save(save, runs)
+    except StartupError as error:
         err.print(f"loadgen: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_CANNOT) from error
-    lru_rate = lru_hit_rate(workload, prefill * hardware.prefill.num_pages)
-    first = next(iter(runs.values()))[0]
-    title = (
-        f"{' + '.join(trace.name for trace in traces)}: {first.num_requests} requests, {prefill} prefill + {decode} "
-        f"decode of {hardware.name}, goals {ttft:g} s / {tpot * 1000:g} ms"
-    )
-    if not goodput:
-        title += f", speed {speed:g} ({first.rate_per_s:.3g} requests/s)"
-    out.print(comparison(title, runs, lru_rate))
-    out.print(f"one LRU of all {prefill} prefill workers' pages: hit rate {lru_rate:.1%}")
-    for name, each in runs.items():
-        if goodput:
-            per_gpu = each[0].rate_per_s / (prefill + decode)
-            out.print(f"{name}: speed {speeds[name]:.3g}, {per_gpu:.3g} requests/s per GPU at {attainment:.0%}")
-    if first.num_held_back:
-        out.print(f"{first.num_held_back} next turns waited for their parent's answer, against the trace's clock")
+
+
+def _notes(runs: Sequence[Outcome]) -> Iterator[str]:
+    """What else befell requests of a policy, of those in all of its runs."""
+    num = sum(run.num_requests for run in runs)
+    if num_refused := sum(run.num_refused for run in runs):
+        yield f"{num_refused} of {num} requests were refused, as too long or after --max-wait"
+    if num_preemptions := sum(run.num_preemptions for run in runs):
+        yield f"{num_preemptions} times a row lost its pages to older ones and was computed again"
+    if num_held_back := sum(run.num_held_back for run in runs):
+        yield f"{num_held_back} of {num} waited for their parent's answer, against the trace's clock"
+
+
+def _save(path: Path, runs: Mapping[str, Sequence[Outcome]]) -> None:
+    text = json.dumps({name: [asdict(run) for run in each] for name, each in runs.items()}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise StartupError(f"--save {path}: {error}") from error
 
 
 def plan_command(

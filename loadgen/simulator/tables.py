@@ -15,7 +15,7 @@ MIN_WIDTH = 140
 
 def comparison(title: str, outcomes: Mapping[str, Sequence[Outcome]], lru_rate: float) -> Table:
     """A row for each policy, over its seeds."""
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left")
     table.add_column("policy", no_wrap=True)
     for name in ("goals kept", "TTFT s\np50 / p90 / p99", "TPOT ms\np50 / p90 / p99", "hit\nrate", "of\nLRU", "local"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -39,7 +39,8 @@ def comparison(title: str, outcomes: Mapping[str, Sequence[Outcome]], lru_rate: 
 
 def sizes(plan: Plan, goals: Goals) -> Table:
     """All splits that were tried."""
-    table = Table(title=f"splits tried, goals {goals.ttft_s:g} s / {goals.tpot_s * 1000:g} ms")
+    title = f"splits tried, goals {goals.ttft_s:g} s / {goals.tpot_s * 1000:g} ms"
+    table = Table(title=title, title_justify="left")
     for name in ("workers", "prefill", "decode", "goals\nkept", "TTFT s\np50 / p90 / p99", "TPOT ms\np50 / p90 / p99"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("busy\np/d", justify="right", no_wrap=True)
@@ -62,9 +63,8 @@ def _size(tried: Tried) -> tuple[str, ...]:
 
 
 def console() -> Console:
-    """Where tables go: wide enough for them, unless a terminal says otherwise."""
-    out = Console()
-    return out if out.is_terminal else Console(width=MIN_WIDTH)
+    """Where tables go: a narrow terminal breaks their lines, but every number is there."""
+    return Console(width=max(Console().width, MIN_WIDTH))
 
 
 def percent(share: Interval) -> str:

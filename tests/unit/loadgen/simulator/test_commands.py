@@ -27,6 +27,27 @@ def test_simulate_compares_policies_and_saves_the_numbers(tmp_path):
     assert all(run["num_refused"] == 0 for each in runs.values() for run in each)
 
 
+def test_who_was_refused_and_what_else_befell_requests_is_said():
+    result = CliRunner().invoke(app, ["simulate", MOONCAKE, "--max-wait", "0"])
+    assert result.exit_code == 0
+    assert "ours: 60 of 60 requests were refused, as too long or after --max-wait" in words(result.stdout)
+
+
+def test_numbers_that_cannot_be_saved_are_shown_all_the_same(tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["simulate", CONV, "--save", str(tmp_path / "file" / "runs.json")])
+    assert result.exit_code == 2
+    assert "60 requests, 1 prefill + 1 decode" in words(result.stdout)
+    assert f"--save {tmp_path}/file/runs.json: [Errno" in words(result.stderr)
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    result = CliRunner().invoke(app, ["simulate", CONV])
+    assert "…" not in result.stdout
+
+
 def test_simulate_finds_what_a_system_bears():
     options = ["--goodput", "--max-input", "16384", "--ttft", "0.5", "--tpot", "0.03", "--host-gb", "100"]
     result = CliRunner().invoke(app, ["simulate", MOONCAKE, *options])
