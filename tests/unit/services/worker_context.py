@@ -43,6 +43,10 @@ class Gate:
         if is_open:
             self._open.set()
 
+    @property
+    def is_open(self):
+        return self._open.is_set()
+
     def open(self):
         self._open.set()
 

@@ -1,20 +1,24 @@
 import asyncio
 import math
+import random
+from collections import defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from services.decode.role import DecodeRole
-from shared.engine.fake import fake_engine
+from shared.blocks import PAGE_TOKENS, token_ids
+from shared.engine.fake import fake_answer, fake_engine
 from shared.engine.port import StepOutput, TokenOutput
 from shared.request import Event, FinishReason
 from shared.wire.to_worker import LocalWork, Stop
 from shared.wire.wire_format import WireFormat
 from shared.worker.engine_thread import Step
-from tests.unit.services.decode.test_intake import a_ticket_for, a_token_for
-from tests.unit.services.worker_context import DECODE, InlineEngine, a_context, settled
+from tests.unit.services.decode.test_intake import TOKEN, a_ticket_for, a_token_for
+from tests.unit.services.worker_context import DECODE, FakeTransfer, InlineEngine, a_context, settled
 from tests.virtual_loop import run_virtually
 
 
@@ -280,3 +284,123 @@ def test_what_the_accepted_tokens_ended_already_is_only_told():
         assert not stage.role.unfinished()
 
     run(scene)
+
+
+class WritingTransfer(FakeTransfer):
+    """Its pulls bring what a fake engine computes of `a_ticket_for`'s ids."""
+
+    def __init__(self, engine):
+        super().__init__()
+        self._pages = engine.cache.pages.numpy()
+
+    async def pull(self, ticket, *, want, into, timeout_s):
+        pulled = await super().pull(ticket, want=want, into=into, timeout_s=timeout_s)
+        for index, page in zip(want, into, strict=True):
+            positions = np.arange(index * PAGE_TOKENS, min((index + 1) * PAGE_TOKENS, ticket.num_tokens))
+            kv = np.stack((3 + positions, 1 + positions), axis=-1)
+            self._pages[page, 0, 0, : len(kv), 0], self._pages[page, 0, 1, : len(kv), 0] = kv, -kv
+        return pulled
+
+
+class Chance:
+    """What happens next, at random: tickets, tokens, prompts to compute, stops, steps, pulls, a log that is full."""
+
+    def __init__(self, role, context, engine, rng):
+        self.role, self.context, self.engine, self.rng = role, context, engine, rng
+        self.waiting = [self.random_work(f"k{number}") for number in range(10)]
+        self.works = {work.assignment.placement: work for work in self.waiting}
+        self.tokens = []
+        self.stopped = set()
+
+    def random_work(self, name):
+        make = self.rng.choice((work_for, a_ticket_for))
+        return make(name, self.rng.choice((1, 64, 65, 150, 400)), max_tokens=self.rng.choice((2, 9, 70)))
+
+    async def happen(self):
+        events = (self.work, self.token, self.stop, self.step, self.step, self.log, self.pulls, settled)
+        await self.rng.choice(events)()
+
+    async def work(self):
+        if self.waiting:
+            work = self.waiting.pop()
+            self.role.take(work)
+            if not isinstance(work, LocalWork):
+                self.tokens.append(work.assignment.placement)
+
+    async def token(self):
+        if self.tokens:
+            self.role.take(a_token_for(self.tokens.pop(self.rng.randrange(len(self.tokens)))))
+
+    async def stop(self):
+        if self.rng.random() < 0.15:
+            self.stopped.add(self.rng.choice(sorted(self.works)))
+            for key in self.stopped:
+                self.role.take(Stop(key, DECODE))
+
+    async def step(self):
+        if self.context.frames.gate.is_open and self.engine.has_work():
+            ran = Step(self.engine.step(), 0.0, 1.0)
+            if self.rng.random() < 0.3:  # what comes while the loop has not handled it
+                await self.rng.choice((self.work, self.token, self.stop, settled))()
+            await self.role.handle(ran)
+            self.engine.check()
+
+    async def log(self):
+        self.rng.choice((self.context.frames.gate.open, self.context.frames.gate.shut))()
+
+    async def pulls(self):
+        transfer = self.context.transfer
+        transfer.fails = self.rng.random() < 0.3
+        self.rng.choice((transfer.gate.open, transfer.gate.shut))()
+
+    async def calm_down(self):
+        while self.waiting:
+            await self.work()
+        self.context.frames.gate.open()
+        self.context.transfer.gate.open()
+        for _ in range(1000):
+            await self.token()
+            await self.step()
+            await asyncio.sleep(0.05)
+            if not self.role.unfinished() and not self.engine.has_work():
+                return
+        raise AssertionError("somebody never ends")
+
+    def check_answer(self, key, entries):
+        """All of its tokens, and right; of what was stopped, the first ones."""
+        work = self.works[key]
+        behind = work.ids if isinstance(work, LocalWork) else work.ids + token_ids([TOKEN])
+        expected = fake_answer(behind, len(work.ids), work.assignment.sampling)
+        told = [token for entry in entries for token in entry.ids]
+        assert told == (expected[: len(told)] if key in self.stopped else expected)
+        assert [entry.index for entry in entries] == list(
+            range(len(behind) - len(work.ids), work.assignment.sampling.max_tokens)
+        )[: len(entries)]
+        if key not in self.stopped:
+            assert [entry.finish for entry in entries] == [None] * (len(entries) - 1) + [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_in_any_order_of_events_all_is_told_right_and_all_is_freed(seed):
+    async def scene():
+        engine = fake_engine(num_pages=8, max_running=3, max_batch_tokens=96)
+        async with a_context(InlineEngine(engine), me=DECODE, transfer=WritingTransfer(engine)) as context:
+            role = DecodeRole(context, pull_timeout_s=5)
+            chance = Chance(role, context, engine, random.Random(seed))
+            for _ in range(300):
+                await asyncio.sleep(0)
+                await chance.happen()
+            await chance.calm_down()
+            await settled()
+            assert engine.stats().num_free_pages == 8
+            told = defaultdict(list)
+            for entry in context.frames.entries:
+                told[entry.placement].append(entry)
+            for key, work in chance.works.items():
+                chance.check_answer(key, told[key])
+                assert (key, DECODE) in context.given_back
+                num_computed = context.computed.count((key, DECODE))
+                assert num_computed <= isinstance(work, LocalWork)
+                assert num_computed or key in chance.stopped or not isinstance(work, LocalWork)
+
+    run_virtually(scene())
