@@ -336,6 +336,7 @@ class Chance:
             self.stopped.add(self.rng.choice(sorted(self.works)))
             for key in self.stopped:
                 self.role.take(Stop(key, DECODE))
+            assert not self.stopped & {each.placement for each in self.role.unfinished()}
 
     async def step(self):
         if self.context.frames.gate.is_open and self.engine.has_work():
