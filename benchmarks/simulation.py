@@ -1,7 +1,8 @@
 """`python -m benchmarks.simulation`: the simulator beside the real stack, as JSON.
 
 1. The stack serves a few requests one at a time: what their stamps say are the hops of the path here.
-2. A trace is replayed against it, once for each rate; the schedule of each replay is kept.
+2. A trace is replayed against it, once for each rate; the schedule of each replay is kept. On CPUs, which measure next
+   to nothing of themselves before they serve, a replay of which nothing is kept comes before these.
 3. Each schedule is simulated, with those hops and the speeds and links that the workers published of themselves in the
    later half of the replay. Its times to the first token, from the send on, and to each later one are set beside what
    the replay's client saw; so is what of the first token's time went by at the workers, of which hops are no part.
@@ -71,6 +72,10 @@ class Plan:
     seconds: float
     quiet_rate_per_s: float
     replay: Sequence[str]
+
+    def num_at(self, rate_per_s: float) -> int:
+        """Requests of a replay."""
+        return max(1, round(rate_per_s * self.seconds))
 
 
 async def replay(plan: Plan, edge: str, folder: Path, name: str, rate_per_s: float, num: int, *how: str) -> SavedResult:
@@ -213,11 +218,14 @@ async def run(plan: Plan, folder: Path) -> dict[str, Any]:
             plan, edge, folder, "quiet", plan.quiet_rate_per_s, NUM_QUIET, "--arrivals", "constant", "--seed", "1"
         )
         hops = hops_of(quiet)
+        if composition.device == "cpu":
+            _say("so that the workers know their speeds")
+            rate_per_s = plan.rates_per_s[0]
+            await replay(plan, edge, folder, "first", rate_per_s, plan.num_at(rate_per_s), "--seed", "0")
         points: list[dict[str, Any]] = []
         for number, rate_per_s in enumerate(plan.rates_per_s):
             _say(f"{rate_per_s:g} requests/s")
-            num = max(1, round(rate_per_s * plan.seconds))
-            name = f"rate-{number}"
+            num, name = plan.num_at(rate_per_s), f"rate-{number}"
             async with watched(stack) as told:
                 saved = await replay(plan, edge, folder, name, rate_per_s, num, "--seed", str(number + 2))
             records = saved.records()
