@@ -148,7 +148,8 @@ class PagedEngine:
         if not self._in_flight:
             tier = self._blocks.tier
             if tier is not None and tier.is_restoring:
-                tier.wait()  # there is nothing else to do
+                with self._while_waiting():
+                    tier.wait()  # there is nothing else to do
             return StepOutput()
         oldest = self._in_flight.popleft()
         with self._while_waiting():

@@ -299,8 +299,8 @@ class Engine(Protocol):
         ...
 
     def let_in(self, while_waiting: Callable[[], AbstractContextManager[None]]) -> None:
-        """From now on each wait of a step for a batch is inside a context that `while_waiting` makes: there others may
-        `bring`, `lend` and `give_back`, one at a time and on any thread."""
+        """From now on each wait of a step for the device is inside a context that `while_waiting` makes: there others
+        may `bring`, `lend` and `give_back`, one at a time and on any thread."""
         ...
 
     def has_work(self) -> bool:

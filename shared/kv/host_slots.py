@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, takewhile
 
 from shared.blocks import BlockHash, BlockKey, name_of
-from shared.kv.block_pool import NetChanges
+from shared.kv.net_changes import NetChanges
 
 
 class HostSlots:

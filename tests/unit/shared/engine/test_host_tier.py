@@ -1,6 +1,7 @@
 """Blocks that went to host memory, as the scheduler and the engine see them."""
 
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from random import Random
@@ -277,6 +278,28 @@ def test_pages_that_are_being_saved_are_waited_for_if_there_are_no_others():
     engine.add(request("b", prompt(128, 900), greedy(1)))
     assert run(engine) == [("b", 0, 128)]
     assert engine.blocks.tier.num_found(keys(128)) == 2
+
+
+def test_others_are_let_in_while_a_step_waits_for_host_memory_alone():
+    engine = fake_engine(num_pages=4, num_host_pages=9, host_pages=partial(LateHostPages, max_looks=4))
+    driver = Driver(engine)
+    names = list(map(name_of, key_chain(root_hash(engine.model.fingerprint, ""), prompt(192))))
+    for number, first in enumerate((0, 300, 600)):
+        driver.serve(request(f"r{number}", prompt(193, first), greedy(1)))
+    lent = []
+
+    @contextmanager
+    def others():
+        lent.append(engine.lend(names))
+        yield
+
+    engine.let_in(others)
+    engine.add(request("again", prompt(193), greedy(1)))
+    engine.step()
+    (loan,) = lent
+    assert (len(loan.pages), engine.stats().num_host_hits > 0) == (0, True)
+    engine.give_back(loan)
+    engine.check()
 
 
 def talks(num_host_pages, num_turns=3):
