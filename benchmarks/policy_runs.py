@@ -19,6 +19,7 @@ from loadgen.simulator.outcome import Outcome, outcome_of
 from loadgen.simulator.policies import Goals, contender
 from loadgen.simulator.simulation import Setup, simulate
 from loadgen.simulator.workload import Workload
+from shared.errors import StartupError
 from shared.policy.profile import LinkRate
 
 SAY_EVERY_S = 30.0
@@ -75,7 +76,7 @@ class Runs:
 
     Args:
         path: None: kept nowhere.
-        made_by: what outcomes depend on beside the run. Raises ValueError if the file was made by something else.
+        made_by: what outcomes depend on beside the run. Raises StartupError if the file was made by something else.
     """
 
     def __init__(self, simulator: Simulator, num_processes: int, path: Path | None, made_by: Mapping[str, Any]) -> None:
@@ -171,7 +172,7 @@ def _read(path: Path, made_by: Mapping[str, Any]) -> tuple[dict[Run, Outcome], b
     if not lines:
         return {}, True
     if lines[0] != json.loads(json.dumps(made_by)):
-        raise ValueError(f"{path} was made by {lines[0]}, this is {made_by}")
+        raise StartupError(f"--runs {path}: it was made by {lines[0]}, this is {made_by}")
     return {_run(run): _outcome(outcome) for run, outcome in lines[1:]}, False
 
 

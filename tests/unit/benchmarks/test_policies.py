@@ -2,26 +2,16 @@ import json
 from dataclasses import asdict
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
-from benchmarks.policies import (
-    LOADS,
-    LOOSE,
-    OWN_SPLIT,
-    TIGHT,
-    Asked,
-    Bench,
-    Borne,
-    Case,
-    Split,
-    cases_of,
-    problems_of,
-    scaled,
-    table_of,
-    workloads_of,
-)
+from benchmarks.policies import Asked, Bench, main
+from benchmarks.policy_cases import LOOSE, OWN_SPLIT, TIGHT, Case, Split, cases_of, scaled, workloads_of
+from benchmarks.policy_report import LOADS, Borne, problems_of, table_of
 from benchmarks.policy_runs import Run, Runs, Simulator, Threads
 from loadgen.simulator.hardware import Hardware
+from shared.errors import StartupError
 
 MADE_BY = {"commit": "c", "traces": "60"}
 
@@ -104,7 +94,7 @@ def test_a_run_that_the_file_has_is_not_done_again(tmp_path):
         MADE_BY,
         [[list(A_RUN.stream), *A_RUN[1:]], json.loads(json.dumps(asdict(outcome)))],
     ]
-    with pytest.raises(ValueError, match="was made by"):
+    with pytest.raises(StartupError, match="was made by"):
         Runs(simulator, 1, path, MADE_BY | {"commit": "d"})
 
 
@@ -132,4 +122,23 @@ def test_ours_is_behind_only_beyond_the_interval():
 def test_cases_are_chosen_by_name():
     assert [case.name for case in cases_of(["code", "conv"], [4, 8], "conv 0.5s.* 8 w")] == ["conv 0.5s/30ms 8 workers"]
     assert cases_of(["code", "conv"], [8, 4], "Gbit") == [Case("code", LOOSE, 8, "25 Gbit/s")]
-    assert cases_of(["code"], [4], "Gbit") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--only", "Gbit", "--sizes", "4"], "--only Gbit: no case has it in its name"),
+        (["--only", "("], "--only (: missing )"),
+        (["--sizes", "8,x"], "--sizes 8,x: it must be some whole numbers from 1 on"),
+        (["--prefill", "6"], "--prefill 6: it must be 2 whole numbers from 1 on"),
+        (["--policies", "best"], "--policy best: it is one of round-robin"),
+        (["--profile", "none"], "--profile none: neither a profile"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options, complaint, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
