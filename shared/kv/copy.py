@@ -33,7 +33,7 @@ class PageCopier:
     """
 
     def __init__(self, cache: PagedCache, max_pages: int, stream: torch.cuda.Stream | None = None) -> None:
-        """At most `max_pages` pages are copied at once. Whoever gives a `stream` warms up before anything else."""
+        """At most `max_pages` pages are copied at once."""
         self._cache = cache
         self._max_pages = max_pages
         self._copies: Copies = (

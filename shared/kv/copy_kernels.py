@@ -117,10 +117,6 @@ class TritonCopies:
 
     def warm_up(self) -> None:
         """Launches every kernel for no pages."""
-        with torch.cuda.stream(self._stream):
-            self._launch_all()
-
-    def _launch_all(self) -> None:
         run = self._pages.view(-1).view(torch.uint8)  # any memory will do
         layers = LayerSpan(0, 1)
         for fmt in WireFormat:
@@ -182,10 +178,10 @@ class _Launch:
         self._compiled: Any = None
 
     def start(self, programs: int, stream: torch.cuda.Stream | None, arguments: tuple[Any, ...]) -> None:
-        """Only the first launch, on the current stream, finds out which variant its arguments ask for: all others ask
-        for the same."""
+        """Only the first launch finds out which variant its arguments ask for: all others ask for the same."""
         if self._compiled is None:
-            self._compiled = self._kernel[(programs,)](*arguments, **self._constants)
+            with torch.cuda.stream(stream):
+                self._compiled = self._kernel[(programs,)](*arguments, **self._constants)
         else:
             handle = None if stream is None else stream.cuda_stream
             self._compiled[(programs, 1, 1)](*arguments, *self._last_arguments, stream=handle)

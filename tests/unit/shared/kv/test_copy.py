@@ -251,6 +251,19 @@ def test_warming_up_changes_no_page():
     assert torch.equal(cache.pages, before)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA device")
+def test_the_very_first_copy_is_on_the_stream_too():
+    cache, layers, stream = a_cache(device=DEVICE), LayerSpan(0, NUM_LAYERS), torch.cuda.Stream()
+    run = a_run(cache, WireFormat.NATIVE, 1, layers)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**9)
+    PageCopier(cache, 1, stream).pack([0], layers, WireFormat.NATIVE, run)
+    torch.cuda.default_stream().synchronize()
+    assert not stream.query()
+    assert not run.any()
+
+
 def test_more_copies_than_may_be_queued_keep_their_page_numbers():
     cache, layers = a_cache(device=DEVICE, head_dim=16, num_kv_heads=1), LayerSpan(0, NUM_LAYERS)
     kernels = TritonCopies(cache, 2)
