@@ -353,8 +353,8 @@ def _answer_schemas() -> dict[str, Json]:
     }
     slot: Json = {"type": "integer", "minimum": 0, "maximum": NUM_SLOTS - 1}
     considered = {
-        "description": "A way to run the choice, as predicted then: the workers' slots, seconds, and pages of 64 tokens of "
-        "the prompt. cost_s is what the decision made smallest, by the operator's goals: no time that passes.",
+        "description": "A way to run the choice, as predicted then: the workers' slots, seconds, and pages of 64 "
+        "tokens of the prompt. cost_s is what the decision made smallest, by the operator's goals; nobody waits for it.",
         **_object(
             {
                 **dict.fromkeys(("prefill", "decode"), slot),
