@@ -354,7 +354,7 @@ def _answer_schemas() -> dict[str, Json]:
     slot: Json = {"type": "integer", "minimum": 0, "maximum": NUM_SLOTS - 1}
     considered = {
         "description": "A way to run the choice, as predicted then: the workers' slots, seconds, and pages of 64 "
-        "tokens of the prompt. cost_s is what the decision made smallest, by the operator's goals; nobody waits for it.",
+        "tokens of the prompt. cost_s is what the decision made smallest, by the operator's goals; it is no latency.",
         **_object(
             {
                 **dict.fromkeys(("prefill", "decode"), slot),
