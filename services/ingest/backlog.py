@@ -239,14 +239,16 @@ class Backlog:
             heapq.heappush(self._too_long, (why.quiet_s, entry.number, entry))
         else:
             self._too_large.append(entry)
-            self.pace.leave()
+            if not _is_batch(entry.item):
+                self.pace.leave()
 
     def _bring_back(self) -> None:
         """Into the line: who would fit again, and whose prompt is not too long any more."""
         for entry in [entry for entry in self._too_large if self._may_fit(entry.item)]:
             self._too_large.remove(entry)
             self._line.bring_back(entry)
-            self.pace.join()
+            if not _is_batch(entry.item):
+                self.pace.join()
         quiet_s = self._quiet_s()
         while self._too_long and self._too_long[0][0] <= quiet_s:
             _, _, entry = heapq.heappop(self._too_long)

@@ -313,6 +313,31 @@ async def test_a_long_batch_prompt_waits_for_a_quiet_time_and_no_other_batch_beh
     assert await placing == ["long"]
 
 
+@pytest.mark.parametrize("priority", Priority)
+async def test_who_waits_aside_for_a_larger_worker_is_not_counted_as_waiting(world, priority):
+    """Its worker was larger than those that are there now. Batch never counts."""
+    is_counted = priority is not Priority.BATCH
+    for name, is_placed in (("found", True), ("late", False)):
+        await world.cluster.refresh()
+        in_line(world, world.waiting(name, max_tokens=20_000, epoch=2, priority=priority))
+        assert world.backlog.report(0).num_waiting == is_counted
+        placing = asyncio.create_task(world.backlog.next())
+        await asyncio.sleep(0.05)
+        assert world.backlog.report(0).num_waiting == 0
+        if is_placed:
+            for role in Role:
+                card = replace(a_card(f"large {role}", role=role, num_pages=1000), max_context=50_000)
+                await world.state.claim_slot(card, a_load(), num_slots=8, lease_ms=10 * keys.LEASE_MS)
+            await world.cluster.refresh()
+        else:
+            world.now_s += 61
+        async with asyncio.timeout(5):
+            assert isinstance((await placing)[1], Placed if is_placed else Expired)
+        assert world.backlog.report(0).num_waiting == 0
+        for slot, role in enumerate(Role, 3):
+            await world.state.release_slot(slot, Incarnation(f"large {role}"))
+
+
 async def test_a_long_batch_prompt_that_waits_aside_expires(slow_world):
     world = slow_world
     in_line(world, world.waiting("long", priority=Priority.BATCH, num_prompt=3000))
