@@ -9,18 +9,18 @@ A worker that finds its lease lost raises LeaseLost: the process ends and comes 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shared.bus.port import Bus, Reader, Start
-from shared.engine.port import Engine, EngineStats
+from shared.engine.port import Engine
 from shared.errors import LeaseLost, StepHangs
 from shared.observe.log import Logger
 from shared.observe.metrics import NO_SLOT, WorkerMetrics
 from shared.policy.profile_fit import MeasuredStep
 from shared.request import Incarnation, WorkerRef, partition_of
 from shared.state import keys
-from shared.state.port import BlockNews, State, StateUnavailable, WorkerCard, WorkerLoad, pieces
 from shared.state.port import Role as RoleName
+from shared.state.port import State, StateUnavailable, WorkerCard, WorkerLoad
 from shared.text.tokeniser import Tokeniser
 from shared.transfer.port import Transfer
 from shared.wire.codec import Decoder, UndecodableMessage, encode
@@ -33,7 +33,9 @@ from shared.wire.to_worker import (
     ToPrefill,
 )
 from shared.wire.topics import DECODE, NUM_SLOTS, PREFILL, STREAM_OUT
+from shared.worker.announcing import BlockAnnouncer
 from shared.worker.credits import Credits
+from shared.worker.engine_figures import EngineFigures
 from shared.worker.engine_thread import EngineThread
 from shared.worker.frames import FrameWriter
 from shared.worker.lending import EngineLender
@@ -43,9 +45,6 @@ from shared.worker.speeds import SpeedMeter, rounded_rate
 
 READ_TIMEOUT_S = 1.0
 DRAIN_POLL_S = 0.05
-
-ANNOUNCE_INTERVAL_S = 0.25
-"""Blocks that came and went are told so often."""
 
 LEARN_INTERVAL_S = 2.0
 """The speeds of steps are told anew so often."""
@@ -121,12 +120,11 @@ class Worker:
             clock_s=parts.clock_s,
         )
         self._draining = True
-        self._num_announced = 0
         self._slot: int | None = None
         self._engine: EngineThread | None = None
         self._role: Role | None = None
-        self._last_stats: EngineStats | None = None
-        self._blocks_wanted = False
+        self._news = BlockAnnouncer(parts.state, parts.incarnation, parts.log)
+        self._figures = EngineFigures(parts.metrics)
         self._speeds = SpeedMeter(parts.measured_steps)
         self._running_step_s: float | None = None
         self._seen_running_s = 0.0
@@ -160,7 +158,7 @@ class Worker:
                         me = WorkerRef(slot, parts.incarnation)
                         tasks.create_task(self._watch_engine(engine))
                         tasks.create_task(self._beat_for_ever(slot, engine))
-                        tasks.create_task(self._announce_for_ever(engine))
+                        tasks.create_task(self._news.run(engine))
                         tasks.create_task(self._learn_for_ever())
                         context = WorkerContext(
                             me=me,
@@ -275,7 +273,7 @@ class Worker:
                 engine.is_given_up = True
                 raise StepHangs(f"slot {slot} is given up: an engine step takes over {self._parts.limits.step_s} s")
             await self._beat(slot)
-            self._publish_metrics(engine.stats)
+            self._figures.show(engine.stats, self._speeds)
             await asyncio.sleep(keys.BEAT_INTERVAL_S)
 
     def _step_hangs(self, engine: EngineThread) -> bool:
@@ -293,30 +291,8 @@ class Worker:
             return
         if renewed is None:
             raise LeaseLost(f"slot {slot} is no longer ours: its lease of {keys.LEASE_MS} ms ran out")
-        self._blocks_wanted = self._blocks_wanted or renewed.blocks_wanted
-
-    async def _announce_for_ever(self, engine: EngineThread) -> None:
-        """Apart from the beats: asking the engine waits for the end of its step, and a beat must not."""
-        while True:
-            await self._announce_blocks(engine)
-            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
-
-    async def _announce_blocks(self, engine: EngineThread) -> None:
-        is_full, self._blocks_wanted = self._blocks_wanted, False
-        changes = await engine.call(lambda owned: owned.take_all_blocks() if is_full else owned.take_block_changes())
-        news_of_all = BlockNews(
-            changes.stored, changes.evicted, changes.host_stored, changes.host_evicted, is_full=is_full
-        )
-        if news_of_all == BlockNews():
-            return
-        for news in pieces(news_of_all):
-            sequence, self._num_announced = self._num_announced, self._num_announced + 1
-            try:
-                await self._parts.state.announce_blocks(self._parts.incarnation, sequence, news)
-            except StateUnavailable as error:
-                self._parts.log.warning("block announcement lost; the full list follows", error=str(error))
-                self._blocks_wanted = True  # who reads sees the gap only behind it, and there may be no more news
-                return
+        if renewed.blocks_wanted:
+            self._news.tell_all()
 
     async def _learn_for_ever(self) -> None:
         while True:
@@ -390,43 +366,3 @@ class Worker:
         except StateUnavailable:
             return True
         return any(worker.slot == slot and worker.num_credits > 0 for worker in workers)
-
-    def _publish_speeds(self) -> None:
-        metrics, profile = self._parts.metrics, self._speeds.profile
-        if profile is not None:
-            metrics.speed_error.set(self._speeds.scatter)
-            for name, gauge in metrics.speeds.items():
-                gauge.set(getattr(profile, f"{name}_s"))
-
-    def _publish_metrics(self, stats: EngineStats) -> None:
-        metrics = self._parts.metrics
-        last = self._last_stats or replace(
-            stats,
-            num_preemptions=0,
-            num_prefix_queries=0,
-            num_prefix_hits=0,
-            num_prompt_tokens=0,
-            num_generated_tokens=0,
-            num_host_hits=0,
-            num_lost_blocks=0,
-            num_saved_bytes=0,
-            num_restored_bytes=0,
-        )
-        metrics.num_running.set(stats.num_running)
-        metrics.num_waiting.set(stats.num_waiting)
-        metrics.kv_usage.set(1 - stats.num_free_pages / stats.num_pages)
-        metrics.free_pages.set(stats.num_free_pages)
-        metrics.total_pages.set(stats.num_pages)
-        metrics.held_requests.set(stats.num_held)
-        metrics.preemptions.inc(stats.num_preemptions - last.num_preemptions)
-        metrics.prefix_queries.inc(stats.num_prefix_queries - last.num_prefix_queries)
-        metrics.prefix_hits.inc(stats.num_prefix_hits - last.num_prefix_hits)
-        metrics.host_pages.set(stats.num_host_pages)
-        metrics.host_hits.inc(stats.num_host_hits - last.num_host_hits)
-        metrics.lost_blocks.inc(stats.num_lost_blocks - last.num_lost_blocks)
-        metrics.saved_bytes.inc(stats.num_saved_bytes - last.num_saved_bytes)
-        metrics.restored_bytes.inc(stats.num_restored_bytes - last.num_restored_bytes)
-        metrics.prompt_tokens.inc(stats.num_prompt_tokens - last.num_prompt_tokens)
-        metrics.generation_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
-        self._publish_speeds()
-        self._last_stats = stats

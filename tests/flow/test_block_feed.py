@@ -90,9 +90,9 @@ async def test_news_that_the_store_did_not_take_are_told_again_though_nothing_fo
         while system.store.wants_blocks(prefill.incarnation):
             await asyncio.sleep(0.01)
         system.store.answer = lambda name: Answer.REFUSED if name == "announce_blocks" else Answer.GIVEN
-        num_before = prefill.service._num_announced
+        num_before = prefill.service._news.num_announced
         await system.ended(await system.submit(a_body(prompts[1], 5)))
-        while prefill.service._num_announced == num_before:
+        while prefill.service._news.num_announced == num_before:
             await asyncio.sleep(0.01)
         system.store.answer = lambda _: Answer.GIVEN
         for prompt in prompts:
