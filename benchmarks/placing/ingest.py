@@ -23,6 +23,7 @@ from services.ingest.backlog import Backlog
 from services.ingest.cluster import Cluster
 from services.ingest.jobs import Job
 from services.ingest.lengths import Lengths
+from services.ingest.placer import Placer
 from services.ingest.service import FEED_INTERVAL_S, VIEW_INTERVAL_S
 from services.ingest.work import InHand, Placed, Waiting
 from shared.blocks import token_ids
@@ -48,17 +49,17 @@ async def place_for(
     metrics, log = IngestMetrics(CollectorRegistry()), structlog.get_logger()
     async with redis_state(url) as state:
         cluster = Cluster(state, metrics, time.time)
-        backlog = Backlog(
+        lengths = Lengths(metrics)
+        placer = Placer(
             state,
             cluster,
-            Lengths(metrics),
+            lengths,
             Rules(ttft_goal_s=2.0, tpot_goal_s=0.1),
-            has_ended=lambda _: False,
             clock_s=time.time,
             new_placement_id=lambda: PlacementId(uuid4().hex),
             metrics=metrics,
-            log=log,
         )
+        backlog = Backlog(placer, lengths, has_ended=lambda _: False, clock_s=time.time, metrics=metrics, log=log)
         coming = _requests(Random(seed), num_tokens)
         for _ in range(num_waiting):
             backlog.add(next(coming))

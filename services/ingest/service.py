@@ -25,6 +25,7 @@ from services.ingest.jobs import Job, read_job, request_id_of, unreadable_job
 from services.ingest.lengths import Lengths
 from services.ingest.parked import Parked
 from services.ingest.partitions import GROUP, Partitions
+from services.ingest.placer import Placer
 from services.ingest.results import follow_results
 from services.ingest.story import StoryWriter, deadline_error, error_body
 from services.ingest.wire_loss import WireLoss
@@ -114,14 +115,20 @@ class IngestService:
         self._cluster = Cluster(state, metrics, clock_s)
         self._lengths = Lengths(metrics)
         self._ended = EndedJobs(bus, clock_s=clock_s, log=log)
-        self._backlog = Backlog(
+        self._placer = Placer(
             state,
             self._cluster,
             self._lengths,
             rules,
-            has_ended=self._ended.has_seen,
             clock_s=clock_s,
             new_placement_id=new_placement_id,
+            metrics=metrics,
+        )
+        self._backlog = Backlog(
+            self._placer,
+            self._lengths,
+            has_ended=self._ended.has_seen,
+            clock_s=clock_s,
             metrics=metrics,
             log=log,
         )
@@ -412,7 +419,7 @@ class IngestService:
             self._log.warning("backlog not reported", error=str(error))
 
     async def _tell_threshold(self) -> None:
-        threshold = self._backlog.local_threshold()
+        threshold = self._placer.local_threshold()
         if threshold is not None:
             self._metrics.local_threshold.set(threshold)
 

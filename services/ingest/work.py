@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from services.ingest.admission import Admitted
 from shared.blocks import TokenIds
 from shared.policy.placement import Chosen
-from shared.request import RequestId
+from shared.request import Priority, RequestId
 from shared.state.port import Placement
 from shared.wire.to_ingest import LogPosition
 from shared.wire.to_worker import FetchTicket
@@ -50,6 +50,10 @@ class Waiting:
     def is_resumed(self) -> bool:
         """Whether it ran before and lost its workers."""
         return self.epoch > 1
+
+    @property
+    def is_batch(self) -> bool:
+        return self.admitted.job.priority is Priority.BATCH
 
     @property
     def ids(self) -> TokenIds:

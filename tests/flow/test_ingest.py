@@ -270,7 +270,7 @@ async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_wait
     monkeypatch.setattr("services.ingest.low_water.NAMED_AFTER_S", 0.1)
     async with a_system(drain_s=0.0) as system:
         service = system.ingests[0].service
-        monkeypatch.setattr("services.ingest.backlog.leaves_others_alone", lambda *_, **__: False)
+        monkeypatch.setattr("services.ingest.placer.leaves_others_alone", lambda *_, **__: False)
         partition = 3
         first, *others, last = ids_of_one_partition(partition, 6)
         await system.submit(a_body(), request_id=first, headers=[BATCH])
@@ -292,7 +292,7 @@ async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_wait
 
 async def test_what_was_cancelled_while_it_waited_is_not_run_hours_later(monkeypatch):
     """When nobody who owns its story remembers that it ended."""
-    monkeypatch.setattr("services.ingest.backlog.leaves_others_alone", lambda *_, **__: False)
+    monkeypatch.setattr("services.ingest.placer.leaves_others_alone", lambda *_, **__: False)
     async with a_system() as system, httpx.AsyncClient(timeout=20) as client:
         url, service = system.edges[0].url, system.ingests[0].service
         urgency = {"x-baton-priority": "batch"}

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from services.ingest.backlog import Backlog, EndedBefore, Expired
 from services.ingest.cluster import VIEW_MAX_AGE_S, Cluster
 from services.ingest.lengths import Lengths
+from services.ingest.placer import Placer
 from services.ingest.work import Placed, Waiting
 from shared.observe.metrics import IngestMetrics
 from shared.policy.admission import BacklogReport
@@ -53,14 +54,21 @@ class World:
         metrics = IngestMetrics(CollectorRegistry())
         self.cluster = Cluster(self.state, metrics, lambda: self.now_s)
         ids = count()
-        self.backlog = Backlog(
+        self.lengths = Lengths(metrics)
+        self.placer = Placer(
             self.state,
             self.cluster,
-            Lengths(metrics),
+            self.lengths,
             Rules(ttft_goal_s=2.0, tpot_goal_s=0.1, local_prefill=False),
-            has_ended=lambda job: job.request_id in self.ended,
             clock_s=lambda: self.now_s,
             new_placement_id=lambda: PlacementId(f"p{next(ids)}"),
+            metrics=metrics,
+        )
+        self.backlog = Backlog(
+            self.placer,
+            self.lengths,
+            has_ended=lambda job: job.request_id in self.ended,
+            clock_s=lambda: self.now_s,
             metrics=metrics,
             log=SILENT,
         )
@@ -266,14 +274,14 @@ async def test_lengths_that_were_learnt_are_the_room_that_is_kept(world):
     await world.cluster.refresh()
     key = LengthKey("t", "m", "completion", NUM_PROMPT_TOKENS)
     for _ in range(300):
-        world.backlog._lengths._predictor.observe(key, 700, is_cut=False)
-    view = world.backlog._request_view(world.waiting(max_tokens=2000))
+        world.lengths._predictor.observe(key, 700, is_cut=False)
+    view = world.placer._request_view(world.waiting(max_tokens=2000))
     assert view.expected_new_tokens == pytest.approx(700, rel=0.1)
     assert view.reserve_new_tokens == pytest.approx(700, rel=0.1)
     resumed = replace(world.waiting(max_tokens=2000, epoch=2), accepted_ids=array("i", range(400)))
-    assert world.backlog._request_view(resumed).expected_new_tokens == pytest.approx(300, rel=0.3)
+    assert world.placer._request_view(resumed).expected_new_tokens == pytest.approx(300, rel=0.3)
     await world.placed("one", max_tokens=2000)
-    assert world.backlog._usual.num_new_tokens == pytest.approx(700, rel=0.1)
+    assert world.placer._usual.num_new_tokens == pytest.approx(700, rel=0.1)
 
 
 @pytest.fixture
