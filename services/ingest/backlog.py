@@ -116,7 +116,7 @@ class Backlog:
 
     def _oldest_wait_s(self, now_s: float, *, is_batch: bool) -> float:
         oldest = self._line.oldest(is_batch=is_batch)
-        return 0.0 if oldest is None else now_s - oldest.item.admitted_s
+        return 0.0 if oldest is None else max(0.0, now_s - oldest.item.since_s)
 
     def note_others(self, reports: Sequence[BacklogReport]) -> None:
         """What other ingests said of their lines at their last beat."""

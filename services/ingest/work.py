@@ -56,6 +56,11 @@ class Waiting:
         return self.admitted.job.priority is Priority.BATCH
 
     @property
+    def since_s(self) -> float:
+        """When it began to wait for workers (unix seconds): a batch job long before its admission, if it was parked."""
+        return self.admitted.job.accepted_s if self.is_batch and not self.is_resumed else self.admitted_s
+
+    @property
     def ids(self) -> TokenIds:
         """The tokens whose successor is wanted."""
         return self.admitted.prompt_ids + self.accepted_ids

@@ -163,7 +163,7 @@ class BacklogReport:
         placed_per_s: placements of such while one always waited; None where nobody had to wait lately, so that nothing
             is known of how fast it can go.
         num_standard: of `num_waiting`, those that let interactive ones go first.
-        oldest_batch_wait_s: for which the first batch job has waited.
+        oldest_batch_wait_s: for which the first batch job in line has waited, with the time in which it was parked.
         blocked: who is first and has no room; not batch.
         quiet_s: for which nobody but batch has come; None: for ever.
     """

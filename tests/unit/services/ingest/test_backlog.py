@@ -87,7 +87,9 @@ class World:
     def waiting(
         self, name="r", max_tokens=20, epoch=1, *, tenant="t", priority=Priority.STANDARD, num_prompt=NUM_PROMPT_TOKENS
     ):
-        job = SimpleNamespace(request_id=name, tenant=tenant, deadline_s=self.now_s + 60, priority=priority)
+        job = SimpleNamespace(
+            request_id=name, tenant=tenant, accepted_s=self.now_s, deadline_s=self.now_s + 60, priority=priority
+        )
         admitted = SimpleNamespace(
             job=job,
             spec=SimpleNamespace(model="m", chat=False, stop=()),
@@ -319,6 +321,17 @@ async def test_a_long_batch_prompt_waits_for_a_quiet_time_and_no_other_batch_beh
     assert not placing.done(), "somebody came to another ingest"
     world.backlog.note_others([BacklogReport(0, 0.0, None, quiet_s=3.0)])
     assert await placing == ["long"]
+
+
+@pytest.mark.parametrize(("epoch", "wait_s"), [(1, 3605), (2, 5)], ids=["parked", "ran before"])
+async def test_a_batch_job_has_waited_since_it_was_accepted(world, epoch, wait_s):
+    """It may have been parked for hours: whoever comes now would be, too."""
+    batch, urgent = world.waiting("b", epoch=epoch, priority=Priority.BATCH), world.waiting("urgent")
+    world.now_s += 3600
+    in_line(world, *(replace(each, admitted_s=world.now_s) for each in (batch, urgent)))
+    world.now_s += 5
+    report = world.backlog.report(0)
+    assert (report.oldest_batch_wait_s, report.oldest_wait_s) == (wait_s, 5)
 
 
 @pytest.mark.parametrize("priority", Priority)
