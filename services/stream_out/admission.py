@@ -15,7 +15,8 @@ from services.stream_out.settings import Settings
 from services.stream_out.takeover import GROUP
 from shared.errors import EdgeDraining, Overloaded, RateLimited
 from shared.observe.log import Logger
-from shared.policy.admission import Forecast, TenantLimits
+from shared.policy.admission import Forecast
+from shared.policy.limits import TenantLimits
 from shared.request import Priority, RequestId
 from shared.state.keys import LEASE_MS, LEASE_S
 from shared.state.port import PublishedBacklog, State, StateUnavailable

@@ -33,7 +33,7 @@ from shared.errors import (
     RequestNotFound,
     UnsupportedBody,
 )
-from shared.policy.admission import estimated_tokens
+from shared.policy.limits import estimated_tokens
 from shared.request import REQUEST_ID_PATTERN, Priority, RequestId
 from shared.state.port import StateUnavailable
 from shared.wire.openai import GenerationSpec, parse_body

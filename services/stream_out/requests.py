@@ -13,7 +13,7 @@ from services.stream_out.streams import Hold, Story
 from services.stream_out.tenants import Caller
 from shared.bus.port import BusUnavailable
 from shared.errors import IdempotencyConflict, Overloaded, RateLimited, RequestNotFound
-from shared.policy.admission import TenantLimits
+from shared.policy.limits import TenantLimits
 from shared.request import Event, FinishReason, Priority, RequestId, keyed_request_id, partition_of
 from shared.state.keys import LEASE_S
 from shared.state.port import StateUnavailable

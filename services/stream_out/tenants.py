@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import NotAllowed, NotAuthenticated, StartupError
 from shared.observe.log import Logger
-from shared.policy.admission import TenantLimits
+from shared.policy.limits import TenantLimits
 from shared.request import Priority
 from shared.wire.to_ingest import TENANT_PATTERN
 

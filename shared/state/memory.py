@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeVar
 
-from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
+from shared.policy.admission import BacklogReport
+from shared.policy.limits import Budget, TenantLimits, Verdict
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.state import keys
 from shared.state.port import (

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from shared.blocks import BlockHash
 from shared.errors import BatonError
-from shared.policy.admission import BacklogReport, TenantLimits, Verdict
+from shared.policy.admission import BacklogReport
+from shared.policy.limits import TenantLimits, Verdict
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 

@@ -40,7 +40,8 @@ from redis.maint_notifications import MaintNotificationsConfig
 from shared.blocks import BlockHash
 from shared.errors import StartupError
 from shared.observe.log import logger
-from shared.policy.admission import BacklogReport, Budget, TenantLimits, Verdict
+from shared.policy.admission import BacklogReport
+from shared.policy.limits import Budget, TenantLimits, Verdict
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId
 from shared.runtime.access import OLDEST_TLS, OPEN_REDIS, RedisAccess

@@ -11,7 +11,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from shared.blocks import BlockHash
-from shared.policy.admission import BacklogReport, Outlook, TenantLimits, Verdict
+from shared.policy.admission import BacklogReport, Outlook
+from shared.policy.limits import TenantLimits, Verdict
 from shared.policy.line import Blocked
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef

@@ -5,7 +5,7 @@ import pytest
 
 from services.stream_out.takeover import Done, TakeOver
 from shared.bus.sending import Unsent
-from shared.policy.admission import TenantLimits
+from shared.policy.limits import TenantLimits
 from shared.request import FinishReason, PlacementId, RequestId, keyed_request_id, partition_of
 from shared.state.port import RequestHint
 from shared.wire.to_ingest import HEADER_EDGE, HEADER_IDEMPOTENCY_KEY, RESUME_DECODER

@@ -14,7 +14,7 @@ from services.stream_out.requests import Submission
 from services.stream_out.sse import BEFORE_ALL, Cursor
 from services.stream_out.tenants import Caller
 from shared.errors import RequestError, RequestNotFound
-from shared.policy.admission import TenantLimits
+from shared.policy.limits import TenantLimits
 from shared.request import RequestId
 from tests.sim.world import EDGE, Host, World
 

@@ -9,7 +9,7 @@ from services.stream_out.__main__ import app, read_tenants
 from services.stream_out.settings import Settings
 from services.stream_out.tenants import Tenants, key_hash
 from shared.errors import NotAllowed, NotAuthenticated, StartupError
-from shared.policy.admission import TenantLimits
+from shared.policy.limits import TenantLimits
 from shared.request import Priority
 
 
