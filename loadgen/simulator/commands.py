@@ -79,7 +79,7 @@ def simulate_command(
         workload = _workload(traces, rows, max_input, copies, history=history)
         setup = Setup(hardware, prefill, decode, speed=speed, max_wait_s=max_wait)
         if goodput:
-            speeds = {name: _find(workload, name, goals, setup, attainment) for name in names}
+            speeds = {name: _find(workload, name, goals, setup, attainment, err) for name in names}
         else:
             speeds = dict.fromkeys(names, speed)
         runs = {
@@ -230,10 +230,13 @@ def _run(workload: Workload, name: str, goals: Goals, setup: Setup) -> Outcome:
     return outcome_of(finished, goals)
 
 
-def _find(workload: Workload, name: str, goals: Goals, setup: Setup, wanted: float) -> float:
-    found = find_speed(
-        lambda speed: _run(workload, name, goals, replace(setup, speed=speed)).attainment, wanted, setup.speed
-    )
+def _find(workload: Workload, name: str, goals: Goals, setup: Setup, wanted: float, err: Console) -> float:
+    def attainment_at(speed: float) -> float:
+        attainment = _run(workload, name, goals, replace(setup, speed=speed)).attainment
+        err.print(f"{name} at speed {speed:.3g}: {attainment:.1%}", highlight=False)
+        return attainment
+
+    found = find_speed(attainment_at, wanted, setup.speed)
     if not found.is_bracketed:
         raise StartupError(
             f"--attainment {wanted:g}: {name} did not cross it between speeds "

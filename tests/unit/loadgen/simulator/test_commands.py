@@ -53,6 +53,7 @@ def test_simulate_finds_what_a_system_bears():
     result = CliRunner().invoke(app, ["simulate", MOONCAKE, *options])
     assert result.exit_code == 0
     assert "requests/s per GPU at 90%" in words(result.stdout)
+    assert "ours at speed 1: " in words(result.stderr), "a search takes long"
 
 
 def test_plan_says_how_many_and_why_not_fewer():
