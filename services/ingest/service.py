@@ -68,7 +68,7 @@ MAX_BATCH_IN_HAND_BYTES = 32 * 2**20
 
 TAKE_UP_INTERVAL_S = 0.05
 
-NUM_TAKEN_UP = 16
+NUM_LOOKED_UP = 16
 """Records that were put down are looked up so many at a time."""
 
 BATCH = "batch"
@@ -138,7 +138,7 @@ class IngestService:
         self._hands[BATCH] = Hands(MAX_BATCH_IN_HAND, MAX_BATCH_IN_HAND_BYTES)
         self._parked = Parked()
         self._again = RecordsAgain(bus, log)
-        self._num_taken_up = 0
+        self._num_looked_up = 0
         self._partitions: Partitions | None = None
         self._under_way: set[asyncio.Task[None]] = set()
 
@@ -317,7 +317,7 @@ class IngestService:
         for in_hand in self._partitions.take_left():
             self._parked.add(in_hand, "", 0.0)
         self._metrics.parked.set(len(self._parked))
-        while self._num_taken_up < NUM_TAKEN_UP:
+        while self._num_looked_up < NUM_LOOKED_UP:
             in_hand = self._parked.take(self._clock_s(), room=not self._hands[BATCH].full)
             if in_hand is None:
                 break
@@ -325,7 +325,7 @@ class IngestService:
                 self._let_go(in_hand)  # its new owner's
                 continue
             self._hands_for(in_hand).add(in_hand)
-            self._num_taken_up += 1
+            self._num_looked_up += 1
             self._begin(self._take_up(in_hand))
 
     def _forget_parked(self, lost: frozenset[int]) -> None:
@@ -335,14 +335,14 @@ class IngestService:
     async def _take_up(self, in_hand: InHand) -> None:
         try:
             record = await self._again.at(in_hand.topic, in_hand.position)
-            if record is None:
-                self._log.error("record gone from the log", topic=in_hand.topic, position=in_hand.position)
-                self._done(in_hand)
-                return
-            take = self._take_job if in_hand.topic == INGEST.name else self._take_resume
-            await take(record, in_hand)
         finally:
-            self._num_taken_up -= 1
+            self._num_looked_up -= 1
+        if record is None:
+            self._log.error("record gone from the log", topic=in_hand.topic, position=in_hand.position)
+            self._done(in_hand)
+            return
+        take = self._take_job if in_hand.topic == INGEST.name else self._take_resume
+        await take(record, in_hand)
 
     # Admission
 

@@ -290,6 +290,24 @@ async def test_who_takes_over_does_not_run_again_what_ended_behind_one_that_wait
         await until(lambda: commits() == Committed(6))
 
 
+async def test_a_job_that_was_left_expires_though_those_before_it_wait_for_workers(monkeypatch):
+    """How long an answer may get that names no length only workers tell."""
+    monkeypatch.setattr("services.ingest.low_water.NAMED_AFTER_S", 0.1)
+    monkeypatch.setattr("services.ingest.service.NUM_LOOKED_UP", 1)
+    partition = 3
+    unnamed, hasty = ids_of_one_partition(partition, 2)
+    async with a_system(prefills=0, decodes=0) as system:
+        body = {name: value for name, value in a_body().items() if name != "max_tokens"}
+        await system.submit(body, request_id=unnamed)
+        deadline = ("deadline-unix-ms", str(int((system.clock_s() + 1.0) * 1000)).encode())
+        await system.submit(a_body(), request_id=hasty, headers=[deadline])
+        commits = lambda: system.log.committed("ingest", "ingest", partition)  # noqa: E731
+        await until(lambda: commits() is not None and commits().note.startswith("2:0,1@"))
+        await system.ingests[0].kill()
+        await system.start_ingest()
+        assert (await system.result(hasty)).status == "expired"
+
+
 async def test_what_was_cancelled_while_it_waited_is_not_run_hours_later(monkeypatch):
     """When nobody who owns its story remembers that it ended."""
     monkeypatch.setattr("services.ingest.placer.leaves_others_alone", lambda *_, **__: False)
