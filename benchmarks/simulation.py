@@ -7,7 +7,7 @@
    later half of the replay. Its times to the first token, from the send on, and to each later one are set beside what
    the replay's client saw; so is what of the first token's time went by at the workers, of which hops are no part.
 
-Exit status 1 if some percentile is further off than `--within`, or a request failed.
+Exit status 1 if some percentile is further off than `--within`, or a request failed; 2 if it could not run.
 """
 
 import asyncio
@@ -30,12 +30,15 @@ from benchmarks.handover import machine
 from infra.local.composition import Composition
 from infra.local.model import smollm2_folder
 from infra.local.stack import Stack, local_stack
+from loadgen.__main__ import EXIT_OK, EXIT_SOME_FAILED
 from loadgen.measure import Record, percentile
 from loadgen.saved import SavedResult, read_saved
 from loadgen.simulator.hardware import Hardware, Hops, WorkerKind
 from loadgen.simulator.policies import OURS, Goals, contender
 from loadgen.simulator.sent import read_schedule
 from loadgen.simulator.simulation import Setup, simulate
+from loadgen.traces import read_trace
+from shared.errors import StartupError
 from shared.policy.profile import LinkRate, SpeedProfile
 from shared.request import Event
 from shared.state.port import LiveWorker, Role
@@ -79,7 +82,7 @@ class Plan:
 
 
 async def replay(plan: Plan, edge: str, folder: Path, name: str, rate_per_s: float, num: int, *how: str) -> SavedResult:
-    """One run of the load generator; its schedule stands beside its result."""
+    """One run of the load generator; its schedule stands beside its result. Raises StartupError if it could not run."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "loadgen", "replay", "--trace", str(plan.trace), "--base-url", edge),
         *("--tokenizer", plan.composition.model, "--request-rate", str(rate_per_s), "--num-prompts", str(num)),
@@ -88,7 +91,9 @@ async def replay(plan: Plan, edge: str, folder: Path, name: str, rate_per_s: flo
         cwd=ROOT,
         stdout=asyncio.subprocess.DEVNULL,
     )
-    await process.wait()
+    status = await process.wait()
+    if status not in (EXIT_OK, EXIT_SOME_FAILED):
+        raise StartupError(f"loadgen replay {' '.join(plan.replay)}: it ended with {status}")
     return read_saved(folder / f"{name}.json")
 
 
@@ -326,8 +331,13 @@ def main(
         quiet_rate_per_s=quiet_rate,
         replay=replay_options.split(),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        report = asyncio.run(run(plan, Path(folder)))
+    try:
+        read_trace(trace)  # before a stack is started for it
+        with tempfile.TemporaryDirectory() as folder:
+            report = asyncio.run(run(plan, Path(folder)))
+    except StartupError as error:
+        _say(str(error))
+        sys.exit(2)
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")
     Console().print(table_of(report))
