@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from unittest.mock import patch
 
-from services.ingest import backlog, low_water
+from services.ingest import low_water, placer
 from services.ingest import service as ingest_service
 from shared.blocks import pages_for
 from shared.policy.holders import Holders
@@ -162,7 +162,7 @@ PLAIN = Conditions(
 def set_up(conditions: Conditions, rng: Random) -> Iterator[None]:
     """Ingest under these conditions, while the context is open."""
     with (
-        patch.object(backlog, "place", Misled(conditions, rng)),
+        patch.object(placer, "place", Misled(conditions, rng)),
         patch.object(ingest_service, "MAX_BATCH_IN_HAND", conditions.max_batch_in_hand),
         patch.object(low_water, "NAMED_AFTER_S", conditions.named_after_s),
     ):
