@@ -14,7 +14,7 @@ from shared.blocks import PAGE_TOKENS
 from shared.kv.layout import KvLayout
 from shared.kv.progress import Chunk
 from shared.kv.wire_format import LayerSpan, packed_bytes, page_formats
-from shared.transfer.offers import Offer
+from shared.transfer.offer import Offer
 from shared.transfer.plan import LinkSpeed, Part, choose_format, choose_layer_groups, cut_parts
 from shared.wire.wire_format import WireFormat
 

@@ -17,8 +17,10 @@ from shared.errors import KvTransferFailed, LayoutMismatch
 from shared.kv.copy import PageCopier
 from shared.kv.paged_cache import PagedCache
 from shared.request import Incarnation
+from shared.transfer.checks import check_fetch, check_pull, is_allowed
 from shared.transfer.feed import Load, PartFeed
-from shared.transfer.offers import Offer, Offering, Offers, PullRefused, check_fetch, check_pull, is_allowed
+from shared.transfer.offer import Offer
+from shared.transfer.offers import Offering, Offers, PullRefused
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Clock, Fetched, LinkReport, Outcome, Pulled, Refusal
 from shared.transfer.proof import BlocksClaim, Claim

@@ -1,12 +1,7 @@
 """The source's book of offers: who may pull what, until when, and when the pages are free again.
 
-    offered ──begin──> pulling
-       │                  │
-       └─────settle───────┴──> closing ──(nothing in flight)──> ended: on_end(outcome)
-
-The first to settle an offer decides its outcome: the puller's confirmation, the loss of the puller, a withdrawal, or
-the hold's deadline. From then on nothing new is sent. What is in flight may finish until the hold's deadline; then the
-connection is cut, and the offer ends when that is done.
+What is in flight when an offer is settled may finish until the hold's deadline; then the connection is cut, and the
+offer ends when that is done.
 
 An offer may be made, and pulled, before its KV is computed. The hold begins, and the offer has a deadline, when all KV
 is there or the offer is settled, whichever is first.
@@ -15,18 +10,18 @@ is there or the offer is settled, whichever is first.
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
-from enum import Enum, auto
+from collections.abc import Sequence
+from contextlib import suppress
 
-from shared.blocks import PAGE_TOKENS, BlockKey, pages_for
-from shared.errors import BatonError, LayoutMismatch
+from shared.blocks import PAGE_TOKENS, pages_for
+from shared.errors import BatonError
 from shared.kv.loan import Loan
 from shared.kv.paged_cache import PagedCache
 from shared.kv.progress import KvProgress
-from shared.kv.wire_format import page_formats
 from shared.request import Incarnation
-from shared.transfer.port import MAX_FETCH_BLOCKS, Clock, Lender, OnEnd, Outcome, Refusal
+from shared.transfer.checks import check_pages
+from shared.transfer.offer import Offer
+from shared.transfer.port import Clock, Lender, OnEnd, Outcome, Refusal
 from shared.transfer.proof import BlocksClaim, Claim
 from shared.wire.to_worker import KvTicket
 from shared.wire.wire_format import WireFormat
@@ -39,9 +34,6 @@ LOAN_S = 30.0
 NUM_REMEMBERED = 1024
 """Ended offers remembered so that a late puller is told what became of its offer."""
 
-Cut = Callable[[], Awaitable[None]]
-"""Cuts the connection to a puller; when it returns nothing is in flight on it."""
-
 
 class PullRefused(BatonError):
     """A pull that the source does not serve; the puller is told the reason."""
@@ -49,159 +41,6 @@ class PullRefused(BatonError):
     def __init__(self, reason: Refusal) -> None:
         super().__init__(reason.value)
         self.reason = reason
-
-
-class OfferState(Enum):
-    """See the module's drawing."""
-
-    OFFERED = auto()
-    PULLING = auto()
-    CLOSING = auto()
-    ENDED = auto()
-
-
-TRANSITIONS: dict[OfferState, frozenset[OfferState]] = {
-    OfferState.OFFERED: frozenset({OfferState.PULLING, OfferState.CLOSING}),
-    OfferState.PULLING: frozenset({OfferState.CLOSING}),
-    OfferState.CLOSING: frozenset({OfferState.ENDED}),
-    OfferState.ENDED: frozenset(),
-}
-
-REFUSAL_AFTER = {
-    Outcome.PULLED: Refusal.ALREADY_PULLED,
-    Outcome.FAILED: Refusal.FAILED,
-    Outcome.EXPIRED: Refusal.EXPIRED,
-    Outcome.WITHDRAWN: Refusal.WITHDRAWN,
-}
-
-
-class Offer:
-    """The record of one transfer: pages held for one puller.
-
-    Attributes:
-        key: names it among the offers of its source.
-        source: the incarnation that holds the pages.
-        puller: the only incarnation that may pull.
-        pages: page numbers, in order of position.
-        progress: what of them is computed.
-        max_loss: the most lossy form in which they may travel.
-        hold_s: how long they are held once all is computed.
-        deadline_s: end of the hold, by the book's clock; None until the hold begins.
-        outcome: set when the offer is settled.
-        settled: set then too.
-        idle: set while nothing is in flight.
-    """
-
-    def __init__(
-        self,
-        *,
-        key: str,
-        source: Incarnation,
-        puller: Incarnation,
-        secret: bytes | None,
-        pages: tuple[int, ...],
-        progress: KvProgress,
-        max_loss: WireFormat,
-        hold_s: float,
-        on_end: OnEnd,
-    ) -> None:
-        """`on_end` belongs to the owner of the pages. No secret: nobody may pull it who was not let in."""
-        self.key = key
-        self.source = source
-        self.puller = puller
-        self.pages = pages
-        self.progress = progress
-        self.max_loss = max_loss
-        self.hold_s = hold_s
-        self.deadline_s: float | None = None
-        self.outcome: Outcome | None = None
-        self.settled = asyncio.Event()
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self._secret = secret
-        self._state = OfferState.OFFERED
-        self._num_sending = 0
-        self._on_end: OnEnd | None = on_end
-        self._cut: Cut | None = None
-        self._on_settled: Callable[[], None] | None = None
-
-    @property
-    def state(self) -> OfferState:
-        return self._state
-
-    def _move(self, state: OfferState) -> None:
-        assert state in TRANSITIONS[self._state], f"an offer does not go from {self._state.name} to {state.name}"
-        self._state = state
-
-    def refusal(self, claim: Claim, proof: bytes, now_s: float) -> Refusal | None:
-        """Why this pull must not be served; None: it may be. Says nothing about the offer without its secret."""
-        want = claim.want
-        if self._secret is None or not claim.is_proven(proof, self._secret):
-            return Refusal.WRONG_SECRET
-        if claim.puller != self.puller:
-            return Refusal.WRONG_PULLER
-        if self.outcome is not None:
-            return REFUSAL_AFTER[self.outcome]
-        if self._state is OfferState.PULLING:
-            return Refusal.ALREADY_PULLED
-        if self.deadline_s is not None and now_s >= self.deadline_s:
-            return Refusal.EXPIRED
-        if len(set(want)) != len(want) or (len(want) and not 0 <= min(want) <= max(want) < len(self.pages)):
-            return Refusal.WRONG_PAGES
-        return None
-
-    def begin(self, cut: Cut, on_settled: Callable[[], None]) -> None:
-        """A puller was let in. `cut` ends the connection to it; `on_settled` is called when the offer is settled."""
-        self._move(OfferState.PULLING)
-        self._cut = cut
-        self._on_settled = on_settled
-
-    def settle(self, outcome: Outcome) -> bool:
-        """Decide the outcome, unless it is decided; returns whether this call did."""
-        if self.outcome is not None:
-            return False
-        self._move(OfferState.CLOSING)
-        self.outcome = outcome
-        self.settled.set()
-        self.progress.stop()
-        if self._on_settled is not None:
-            self._on_settled()
-        return True
-
-    @property
-    def refusal_after(self) -> Refusal:
-        """What a puller is told of an offer that is settled."""
-        assert self.outcome is not None
-        return REFUSAL_AFTER[self.outcome]
-
-    @contextmanager
-    def sending(self) -> Generator[None]:
-        """While inside, something reads the pages or what was copied from them. Only in PULLING."""
-        assert self._state is OfferState.PULLING
-        self._num_sending += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self._num_sending -= 1
-            if self._num_sending == 0:
-                self.idle.set()
-
-    async def cut(self) -> None:
-        assert self._cut is not None
-        await self._cut()
-
-    def end(self) -> None:
-        """Nothing is in flight: tell the owner how it ended."""
-        assert self._num_sending == 0
-        assert self.outcome is not None
-        assert self._on_end is not None
-        self._move(OfferState.ENDED)
-        on_end = self._on_end
-        # The offer is remembered; what its owner and its connection hold may be large.
-        self._on_end = self._cut = self._on_settled = None
-        self.progress = KvProgress(self.progress.num_tokens)
-        on_end(self.outcome)
 
 
 class Offers:
@@ -425,40 +264,3 @@ class Offering(ABC):
 
     def lend_from(self, lender: Lender) -> None:
         self.offers.lend_from(lender)
-
-
-def check_pages(cache: PagedCache, pages: Sequence[int]) -> None:
-    """Raise ValueError unless `pages` are pages of `cache`, each named once."""
-    if len(set(pages)) != len(pages):
-        raise ValueError("a page is named twice")
-    for page in pages:
-        if not 0 <= page < cache.num_pages:
-            raise ValueError(f"page {page} is outside the cache of {cache.num_pages} pages")
-
-
-def check_pull(cache: PagedCache, ticket: KvTicket, want: Sequence[int], into: Sequence[int]) -> None:
-    """Raise what `Transfer.pull` says of arguments that can never work."""
-    if ticket.layout_fingerprint != cache.layout.fingerprint:
-        raise LayoutMismatch(
-            f"the ticket is for layout {ticket.layout_fingerprint}, ours is {cache.layout.fingerprint}"
-        )
-    if len(want) != len(into):
-        raise ValueError(f"{len(want)} pages are wanted into {len(into)} pages")
-    num_pages = pages_for(ticket.num_tokens)
-    if len(set(want)) != len(want) or any(not 0 <= index < num_pages for index in want):
-        raise ValueError(f"wanted pages are distinct indexes below {num_pages}")
-    check_pages(cache, into)
-
-
-def check_fetch(cache: PagedCache, keys: Sequence[BlockKey], into: Sequence[int]) -> None:
-    """Raise what `Transfer.fetch` says of arguments that can never work."""
-    if not 1 <= len(keys) <= MAX_FETCH_BLOCKS:
-        raise ValueError(f"{len(keys)} blocks are wanted, between 1 and {MAX_FETCH_BLOCKS} can be")
-    if len(keys) != len(into):
-        raise ValueError(f"{len(keys)} blocks are wanted into {len(into)} pages")
-    check_pages(cache, into)
-
-
-def is_allowed(max_loss: WireFormat, fmt: WireFormat, indexes: Iterable[int]) -> bool:
-    """Whether these pages of a prompt, of which `max_loss` is allowed, may come in `fmt`."""
-    return fmt.loss == 0 or all(fmt.loss <= page_formats(max_loss, index).loss for index in indexes)

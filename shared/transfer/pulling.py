@@ -8,10 +8,10 @@ import torch
 
 from shared.errors import KvTransferFailed
 from shared.kv.wire_format import LayerSpan, packed_bytes
+from shared.transfer.checks import is_allowed
 from shared.transfer.control import Confirm, Fetch, GiveUp, Part, ProtocolViolation, Pull, Ready
 from shared.transfer.cover import Cover
 from shared.transfer.link import Link
-from shared.transfer.offers import is_allowed
 from shared.transfer.port import Pulled
 from shared.transfer.staging import Staging
 from shared.wire.wire_format import WireFormat

@@ -9,7 +9,8 @@ from shared.errors import KvTransferFailed
 from shared.transfer.control import Part, ProtocolViolation, Ready, Refused
 from shared.transfer.feed import Load, PartFeed
 from shared.transfer.link import Link
-from shared.transfer.offers import Offer, Offers
+from shared.transfer.offer import Offer
+from shared.transfer.offers import Offers
 from shared.transfer.port import Outcome
 from shared.transfer.staging import NUM_LANES, Staging
 from shared.wire.wire_format import WireFormat

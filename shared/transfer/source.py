@@ -29,7 +29,8 @@ from shared.transfer.control import (
 )
 from shared.transfer.feed import PartFeed
 from shared.transfer.link import VOID, Link
-from shared.transfer.offers import Offer, Offers, PullRefused
+from shared.transfer.offer import Offer
+from shared.transfer.offers import Offers, PullRefused
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome, Refusal
 from shared.transfer.progress_thread import ProgressThread

@@ -78,9 +78,10 @@ import ucxx
 
 from shared.blocks import BlockKey
 from shared.request import Incarnation
+from shared.transfer.checks import check_fetch, check_pull
 from shared.transfer.control import PROTOCOL_VERSION, Hello
 from shared.transfer.host_facts import HostFacts, read_host_facts
-from shared.transfer.offers import Offering, Offers, check_fetch, check_pull
+from shared.transfer.offers import Offering, Offers
 from shared.transfer.port import Clock, Fetched, LinkReport, Pulled
 from shared.transfer.progress_thread import ProgressThread
 from shared.transfer.puller import Peer, Puller

@@ -16,7 +16,7 @@ from shared.blocks import token_ids
 from shared.engine.fake import fake_answer, fake_engine
 from shared.request import Incarnation, PlacementId, RequestId, WorkerRef
 from shared.transfer.local import LocalNetwork, LocalTransfer
-from shared.transfer.offers import OfferState
+from shared.transfer.offer import OfferState
 from shared.transfer.port import Outcome
 from shared.wire.to_worker import TO_DECODE_DECODER, Assignment, FirstToken, PrefillWork, Stop
 from shared.worker.engine_thread import Step

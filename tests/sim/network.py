@@ -6,7 +6,8 @@ from collections.abc import Callable
 from shared.errors import KvTransferFailed
 from shared.request import Incarnation
 from shared.transfer.local import Link, LocalNetwork, LocalTransfer
-from shared.transfer.offers import Offer, PullRefused
+from shared.transfer.offer import Offer
+from shared.transfer.offers import PullRefused
 from shared.transfer.port import Outcome
 from shared.transfer.proof import BlocksClaim
 from tests.sim.processes import Process

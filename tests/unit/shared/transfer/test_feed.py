@@ -11,7 +11,7 @@ from shared.kv.progress import Chunk, KvProgress
 from shared.kv.wire_format import packed_bytes
 from shared.transfer.cover import Cover
 from shared.transfer.feed import PartFeed
-from shared.transfer.offers import Offer
+from shared.transfer.offer import Offer
 from shared.transfer.plan import LinkSpeed
 from shared.transfer.port import Outcome
 from shared.wire.wire_format import WireFormat

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from shared.kv.progress import KvProgress
-from shared.transfer.offers import TRANSITIONS, Offer, Offers, OfferState, PullRefused
+from shared.transfer.offer import TRANSITIONS, Offer, OfferState
+from shared.transfer.offers import Offers, PullRefused
 from shared.transfer.port import Outcome, Refusal
 from shared.transfer.proof import Claim
 from shared.wire.wire_format import WireFormat
