@@ -83,17 +83,12 @@ class Cost:
         return self.own_s + self.rows_s + self.stall_s + self.copies_s
 
 
-def miss(share: float) -> float:
-    """Probability that a time predicted as `share` of its goal exceeds it."""
-    if share <= 0:
-        return 0.0
-    odds = share**SPREAD_EXPONENT
-    return odds / (1 + odds)
-
-
 def loss(share: float) -> float:
     """Of a time predicted as `share` of its goal."""
-    return share + miss(share)
+    if share <= 0:
+        return share
+    odds_of_miss = share**SPREAD_EXPONENT
+    return share + odds_of_miss / (1 + odds_of_miss)
 
 
 def strain(share: float) -> float:
@@ -105,11 +100,11 @@ def strain(share: float) -> float:
 
 
 STEEPEST = ((SPREAD_EXPONENT - 1) / (SPREAD_EXPONENT + 1)) ** (1 / SPREAD_EXPONENT)
-"""Share of the goal at which `miss` rises steepest, 0.95."""
+"""Share of the goal at which a miss grows likelier fastest, 0.95."""
 
 STEEPEST_LOSS = loss(STEEPEST)
 STEEPEST_SLOPE = 1 + (SPREAD_EXPONENT**2 - 1) / (4 * SPREAD_EXPONENT * STEEPEST)
-"""Of `loss` there: its odds are (e - 1) / (e + 1) for the exponent e, so miss (1 - miss) is (e^2 - 1) / (4 e^2)."""
+"""Of `loss` there: the odds of a miss are (e - 1) / (e + 1) for the exponent e, so p (1 - p) is (e^2 - 1) / (4 e^2)."""
 
 
 def prefill_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_tokens: int) -> float:
@@ -117,8 +112,8 @@ def prefill_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_to
 
     The sum of `SpeedProfile.prefill_s` over the chunks; pairs add up to those of one chunk.
     """
-    if num_new <= 0:
-        return 0.0
+    if num_new <= max_batch_tokens:
+        return profile.prefill_s(num_new, num_before)
     num_full, rest = divmod(num_new, max_batch_tokens)
     full_s = max(profile.base_s, profile.token_s * max_batch_tokens)
     rest_s = max(profile.base_s, profile.token_s * rest) if rest else 0.0
@@ -168,7 +163,9 @@ def price_of_stall(decode: Sequence[WorkerView], num_pages: int, goal_s: float) 
     num_free = 0.0
     for worker in decode:
         by_pages = (worker.num_pages - worker.num_credit_pages) / place_pages
-        num_free += max(0.0, min(by_pages, worker.max_running - worker.num_credits))
+        free = min(by_pages, worker.max_running - worker.num_credits)
+        if free > 0:
+            num_free += free
     spare = num_free / (ROWS_SPREAD * sqrt(max(num_rows, 1)))
     return num_rows / len(decode) * erfc(spare / sqrt(2)) / 2 / goal_s
 

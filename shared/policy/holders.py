@@ -79,8 +79,12 @@ class Holders:
         on_gpu = anywhere = begun = 0
         gpu_ends: list[tuple[int, int]] = []
         ends: list[tuple[int, int]] = []
+        last = None
         for index, block in enumerate(blocks):
             mask = shards[block[0]].get(block, 0)
+            if mask is last:
+                continue
+            last = mask
             if index == 0:
                 on_gpu = mask & self._live
                 anywhere = begun = (mask | mask >> 1) & self._live

@@ -62,14 +62,15 @@ Decision = Chosen | NoRoomNow | NeverFits
 
 def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: Rules, *, tie_break: int) -> Decision:
     """Choose workers for `request`; equal costs are settled by `tie_break`, any integer."""
-    limit_tokens = capacity_tokens(request.model, cluster)
-    if limit_tokens is not None and request.num_tokens + request.max_new_tokens > limit_tokens:
-        return NeverFits(limit_tokens)
     num_prefill_pages = pages_for(request.num_tokens)
     num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
     most_tokens = request.num_tokens + request.max_new_tokens
     prefill = _with_room(cluster.prefill, request.model, num_prefill_pages, most_tokens)
     decode = _with_room(cluster.decode, request.model, num_decode_pages, most_tokens)
+    if not (prefill and decode):
+        limit_tokens = capacity_tokens(request.model, cluster)
+        if limit_tokens is not None and most_tokens > limit_tokens:
+            return NeverFits(limit_tokens)
     if not decode:
         return NoRoomNow()
     scoring = Scoring(request, cluster, holders, rules, tie_break)

@@ -1,13 +1,19 @@
 """What each way to run a choice is predicted to cost: one worker computes its prompt, one decodes it, maybe the same.
 
 All decode workers are scored alone; the best few are tried with all prefill workers, and every one with itself. What a
-way costs is `costs`' matter. What depends on one worker is computed once for it, and a pair is not looked at closer
-once five are known that beat it whatever its transfer takes.
+way costs is `costs`' matter.
+
+A decision is made for each request and looks at all workers, so a way is not worked out before a bound that is found at
+less expense says that it may be among the best: at least a worker's queue goes by, and the time for the tokens that
+nobody holds; then, that what anybody holds is there at once, and that the transfer takes no time. What depends on one
+worker is computed once for it, and what few decisions need when it is needed.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from shared.blocks import PAGE_TOKENS, pages_for
@@ -50,14 +56,12 @@ class _Beginning(NamedTuple):
         num_held: pages that it has.
         num_found: these, and those that it fetches from `source`.
         found_s: until all of them are on its GPU.
-        rest_s: to compute what is behind them.
         copied_s: to compute those that another worker has and this one will have, too.
     """
 
     num_held: int
     num_found: int
     found_s: float
-    rest_s: float
     copied_s: float
     source: WorkerView | None
 
@@ -68,17 +72,20 @@ class _Way(NamedTuple):
     Attributes:
         loss: of the time to the first token, and of pages kept twice; if the worker decodes, too, also what its rows
             lose by the work.
+        copies_loss: of `loss`, that of pages kept twice.
         compute_s: its work.
+        before_last_s: of that, before the last chunk.
         ttft_s: from now until the first token.
     """
 
     loss: float
     tie: int
     worker: WorkerView
-    profile: SpeedProfile
     beginning: _Beginning
+    copies_loss: float
     queue_s: float
     compute_s: float
+    before_last_s: float
     ttft_s: float
 
     @property
@@ -92,18 +99,18 @@ class _Seat(NamedTuple):
 
     Attributes:
         loss: of the request's time per token, and what its row adds to the others'.
+        step_s: of a step as it is now.
         tpot_s: of each token of a row there, with this request's row and with what stalls them already.
         rows_loss: of `loss`, the others' part.
-        num_held: pages of the prompt that the worker has.
     """
 
     loss: float
     tie: int
     worker: WorkerView
     profile: SpeedProfile
+    step_s: float
     tpot_s: float
     rows_loss: float
-    num_held: int
 
 
 class Ranked(NamedTuple):
@@ -119,12 +126,31 @@ class Ranked(NamedTuple):
         return self.way.worker is self.seat.worker
 
 
+class _Best:
+    """The best ways so far, best first, as many as are told of."""
+
+    def __init__(self) -> None:
+        self.ways: list[Ranked] = []
+        self.bar = inf
+        """What costs more is none of them."""
+
+    def keep(self, ranked: Ranked) -> None:
+        """If it is one of them."""
+        if ranked.loss > self.bar:
+            return
+        insort(self.ways, ranked)
+        del self.ways[MAX_CANDIDATES:]
+        if len(self.ways) == MAX_CANDIDATES:
+            self.bar = self.ways[-1].loss
+
+
 class Scoring:
     """One decision's constants, and what follows from them for a worker and for a pair."""
 
     def __init__(
         self, request: RequestView, cluster: ClusterView, holders: Holders, rules: Rules, tie_break: int
     ) -> None:
+        self._request = request
         self._rules = rules
         self._tie_break = tie_break
         self._num_tokens = request.num_tokens
@@ -134,89 +160,125 @@ class Scoring:
         self._num_context = request.num_tokens + round(request.expected_new_tokens / 2)
         # The last token of a prompt is always computed.
         self._matches = holders.matches(request.blocks[: max(request.num_tokens - 1, 0) // PAGE_TOKENS])
-        prefill = [worker for worker in cluster.prefill if worker.model == request.model]
-        decode = [worker for worker in cluster.decode if worker.model == request.model]
         self._most_held = max((num_held for _, num_held in self._matches.values()), default=0)
-        num_decode_pages = pages_for(request.num_tokens + request.reserve_new_tokens)
-        self._stall_price = costs.price_of_stall(decode, num_decode_pages, rules.ttft_goal_s)
-        self._sources = self._find_sources((*prefill, *decode)) if rules.fetch and self._matches else []
-        self._assumed = _assumed_profiles(prefill) | _assumed_profiles(decode)
+        # The best that may be: all that anybody holds is there at once.
+        self._all_found = _Beginning(self._most_held, self._most_held, 0.0, 0.0, None)
+        self._num_lacking = request.num_tokens - self._most_held * PAGE_TOKENS
+        self._prefill = [worker for worker in cluster.prefill if worker.model == request.model]
+        self._decode = [worker for worker in cluster.decode if worker.model == request.model]
         self._num_ways = 0
 
     def rank(self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> list[Ranked]:
         """The best ways, best first."""
-        seats = [self._seat(worker, (index + self._tie_break) % len(decode)) for index, worker in enumerate(decode)]
-        seats.sort()
-        best: list[Ranked] = []
+        seats = sorted(self._seat(worker, tie) for tie, worker in self._in_turn(decode))
+        best = _Best()
         self._try_remote(prefill, self._best_seats(seats), best)
         if self._rules.local_prefill:
             self._try_local(seats, best)
-        return best
+        return best.ways
 
-    def _try_remote(self, prefill: Sequence[WorkerView], seats: Sequence[_Seat], best: list[Ranked]) -> None:
-        ways = [self._remote_way(worker, (i + self._tie_break) % len(prefill)) for i, worker in enumerate(prefill)]
-        ways.sort()
-        for seat in seats:
-            layout = seat.worker.layout_fingerprint
-            equal = [way for way in ways if way.worker.layout_fingerprint == layout]
-            self._num_ways += len(equal)
-            for way in equal:
-                if len(best) == MAX_CANDIDATES and way.loss + seat.loss > best[-1].loss:
-                    break
-                # Local ways come before all others that are as good, and one seat's before the next one's.
-                tie = (seat.tie + 1) * NUM_SLOTS + way.tie
-                _keep(best, Ranked(self._remote_loss(way, seat), tie, way, seat))
+    def _in_turn(self, pool: Sequence[WorkerView]) -> Iterable[tuple[int, WorkerView]]:
+        """Numbered; each time another one is the first."""
+        first = -self._tie_break % max(len(pool), 1)
+        return enumerate((*pool[first:], *pool[:first]))
 
-    def _try_local(self, seats: Sequence[_Seat], best: list[Ranked]) -> None:
+    def _try_remote(self, prefill: Sequence[WorkerView], seats: Sequence[_Seat], best: _Best) -> None:
+        for layout in {seat.worker.layout_fingerprint for seat in seats}:
+            line = sorted(
+                (self._soonest_s(worker, worker.profile or self._assumed[worker.ref.slot]), tie, worker)
+                for tie, worker in self._in_turn(prefill)
+                if worker.layout_fingerprint == layout
+            )
+            first, *others = (seat for seat in seats if seat.worker.layout_fingerprint == layout)
+            self._num_ways += len(line) * (1 + len(others))
+            ways = sorted(self._try_line(line, first, best))
+            for seat in others:
+                for way in ways:
+                    if way.loss + seat.loss > best.bar:
+                        break
+                    self._try_pair(way, seat, best)
+
+    def _try_line(self, line: Iterable[tuple[float, int, WorkerView]], seat: _Seat, best: _Best) -> Iterator[_Way]:
+        """With the best seat. Those ways that may be good enough with another one, too."""
+        for soonest_s, tie, worker in line:
+            if costs.loss(soonest_s / self._rules.ttft_goal_s) + seat.loss > best.bar:
+                break
+            way = self._remote_way(worker, tie)
+            if way.loss + seat.loss <= best.bar:
+                self._try_pair(way, seat, best)
+                yield way
+
+    def _try_pair(self, way: _Way, seat: _Seat, best: _Best) -> None:
+        # Local ways come before all others that are as good, and one seat's before the next one's.
+        tie = (seat.tie + 1) * NUM_SLOTS + way.tie
+        best.keep(Ranked(self._remote_loss(way, seat), tie, way, seat))
+
+    def _soonest_s(self, worker: WorkerView, profile: SpeedProfile) -> float:
+        """At least so long it takes to the first token."""
+        return worker.queued_prefill_s + profile.token_s * self._num_lacking
+
+    def _try_local(self, seats: Sequence[_Seat], best: _Best) -> None:
         self._num_ways += len(seats)
         for seat in seats:
-            if len(best) == MAX_CANDIDATES and seat.loss > best[-1].loss:
+            if seat.loss > best.bar:
                 break
-            way = self._local_way(seat)
-            _keep(best, Ranked(way.loss + seat.loss, seat.tie, way, seat))
+            # A step with a chunk takes longer than the tokens by as much as the rows beside them take.
+            soonest_s = self._soonest_s(seat.worker, seat.profile) + seat.step_s - seat.profile.base_s
+            if costs.loss(soonest_s / self._rules.ttft_goal_s) + seat.loss > best.bar:
+                continue
+            way = self._local_way(seat, self._all_found)
+            if self._matches and way.loss + seat.loss <= best.bar:
+                way = self._local_way(seat, self._beginning(seat.worker, seat.profile))
+            best.keep(Ranked(way.loss + seat.loss, seat.tie, way, seat))
 
     def _best_seats(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
         """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
         num_best = NUM_DECODE_CANDIDATES
         best = list(seats[:num_best])
         if self._matches and num_best < len(seats):
-            nearest = max(seats[num_best:], key=_num_held)
-            if nearest.num_held > max(map(_num_held, best)):
+            nearest = max(seats[num_best:], key=self._num_held)
+            if self._num_held(nearest) > max(map(self._num_held, best)):
                 best.append(nearest)
         return best
+
+    def _num_held(self, seat: _Seat) -> int:
+        """Pages of the prompt that the worker has."""
+        return self._matches.get(seat.worker.ref.incarnation, NOTHING_HELD)[1]
 
     def _seat(self, worker: WorkerView, tie: int) -> _Seat:
         profile = worker.profile or self._assumed[worker.ref.slot]
         goal_s, num_rows = self._rules.tpot_goal_s, worker.num_credits
         stalled_s = worker.queued_prefill_s / self._num_later
-        now_s = profile.decode_step_s(num_rows, worker.num_context_tokens) + stalled_s
+        step_s = profile.decode_step_s(num_rows, worker.num_context_tokens)
+        now_s = step_s + stalled_s
         tpot_s = now_s + profile.row_s + profile.context_s * self._num_context
         own_loss = costs.loss(tpot_s / goal_s)
         rows_loss = costs.added_loss(num_rows, now_s / goal_s, tpot_s / goal_s)
-        num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)[1]
-        return _Seat(own_loss + rows_loss, tie, worker, profile, tpot_s, rows_loss, num_held)
+        return _Seat(own_loss + rows_loss, tie, worker, profile, step_s, tpot_s, rows_loss)
 
     def _remote_way(self, worker: WorkerView, tie: int) -> _Way:
         profile = worker.profile or self._assumed[worker.ref.slot]
         beginning = self._beginning(worker, profile)
-        queue_s, compute_s = worker.queued_prefill_s, beginning.rest_s
+        queue_s, compute_s = worker.queued_prefill_s, self._rest_s(worker, profile, beginning.num_found)
         ttft_s = max(queue_s, beginning.found_s) + compute_s
-        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
-        return _Way(loss, tie, worker, profile, beginning, queue_s, compute_s, ttft_s)
+        copies_loss = self._copies_loss(beginning)
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + copies_loss
+        num_before, chunk = beginning.num_found * PAGE_TOKENS, worker.max_batch_tokens
+        before_last_s = costs.prefill_s(profile, self._num_tokens - num_before - chunk, num_before, chunk)
+        return _Way(loss, tie, worker, beginning, copies_loss, queue_s, compute_s, before_last_s, ttft_s)
 
-    def _local_way(self, seat: _Seat) -> _Way:
+    def _local_way(self, seat: _Seat, beginning: _Beginning) -> _Way:
         worker, profile = seat.worker, seat.profile
-        beginning = self._beginning(worker, profile)
         num_before, num_rows = beginning.num_found * PAGE_TOKENS, worker.num_credits
         num_new = self._num_tokens - num_before
         chunk = costs.local_chunk(worker.max_batch_tokens, num_rows)
         stall_s = costs.local_stall_s(profile, num_new, num_before, chunk)
         queue_s = worker.queued_prefill_s
-        compute_s = stall_s + -(-num_new // chunk) * profile.decode_step_s(num_rows, worker.num_context_tokens)
+        compute_s = stall_s + -(-num_new // chunk) * seat.step_s
         ttft_s = max(queue_s, beginning.found_s) + compute_s
-        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + self._copies_loss(beginning)
-        loss += self._stall_loss(seat, stall_s)
-        return _Way(loss, 0, worker, profile, beginning, queue_s, compute_s, ttft_s)
+        copies_loss = self._copies_loss(beginning)
+        loss = costs.loss(ttft_s / self._rules.ttft_goal_s) + copies_loss + self._stall_loss(seat, stall_s)
+        return _Way(loss, 0, worker, beginning, copies_loss, queue_s, compute_s, 0.0, ttft_s)
 
     def _copies_loss(self, beginning: _Beginning) -> float:
         return costs.USES_OF_A_PAGE * beginning.copied_s / self._rules.ttft_goal_s
@@ -230,11 +292,13 @@ class Scoring:
 
     def _beginning(self, worker: WorkerView, profile: SpeedProfile) -> _Beginning:
         """With a fetch, if that is worth it."""
+        if not self._matches:
+            return self._all_found
         num_on_gpu, num_held = self._matches.get(worker.ref.incarnation, NOTHING_HELD)
-        rest_s = self._rest_s(worker, profile, num_held)
         load_s = costs.HOST_LINK.pull_s((num_held - num_on_gpu) * worker.page_bytes) if num_held > num_on_gpu else 0.0
         if num_held >= self._most_held:
-            return _Beginning(num_held, num_held, load_s, rest_s, 0.0, None)
+            return _Beginning(num_held, num_held, load_s, 0.0, None)
+        rest_s = self._rest_s(worker, profile, num_held)
         copied_s = rest_s - self._rest_s(worker, profile, self._most_held)
         for source, num_on_its_gpu, num_there in self._sources:
             link = worker.links.get(source.ref.incarnation)
@@ -243,37 +307,53 @@ class Scoring:
             num_on_its_host = max(0, num_there - max(num_on_its_gpu, num_held))
             found_s = load_s + link.pull_s((num_there - num_held) * worker.page_bytes)
             found_s += costs.HOST_LINK.pull_s(num_on_its_host * worker.page_bytes)
-            fetched_rest_s = self._rest_s(worker, profile, num_there)
-            if found_s + fetched_rest_s < load_s + rest_s:
-                return _Beginning(num_held, num_there, found_s, fetched_rest_s, copied_s, source)
+            if found_s + self._rest_s(worker, profile, num_there) < load_s + rest_s:
+                return _Beginning(num_held, num_there, found_s, copied_s, source)
             break
-        return _Beginning(num_held, num_held, load_s, rest_s, copied_s, None)
+        return _Beginning(num_held, num_held, load_s, copied_s, None)
 
     def _rest_s(self, worker: WorkerView, profile: SpeedProfile, num_found: int) -> float:
         num_before = num_found * PAGE_TOKENS
         return costs.prefill_s(profile, self._num_tokens - num_before, num_before, worker.max_batch_tokens)
 
-    def _find_sources(self, workers: Iterable[WorkerView]) -> list[tuple[WorkerView, int, int]]:
-        """Who has any of the prompt, with the pages on its GPU and in all; most first, on the GPU before elsewhere."""
-        sources = [(worker, *self._matches[worker.ref.incarnation]) for worker in workers if self._may_lend(worker)]
-        turn = self._tie_break
+    @cached_property
+    def _sources(self) -> list[tuple[WorkerView, int, int]]:
+        """Who may lend of the prompt, with the pages on its GPU and in all; most first, on the GPU before elsewhere."""
+        if not self._rules.fetch:
+            return []
+        matches, turn = self._matches, self._tie_break
+        sources = [
+            (worker, *matches[worker.ref.incarnation])
+            for worker in (*self._prefill, *self._decode)
+            if worker.ref.incarnation in matches and worker.takes_work
+        ]
         sources.sort(key=lambda source: (-source[2], -source[1], (source[0].ref.slot + turn) % NUM_SLOTS))
         return sources
 
-    def _may_lend(self, worker: WorkerView) -> bool:
-        return worker.takes_work and worker.ref.incarnation in self._matches
+    @cached_property
+    def _stall_price(self) -> float:
+        num_pages = pages_for(self._num_tokens + self._request.reserve_new_tokens)
+        return costs.price_of_stall(self._decode, num_pages, self._rules.ttft_goal_s)
+
+    @cached_property
+    def _assumed(self) -> dict[int, SpeedProfile]:
+        """Speeds of those that have measured none, by slot."""
+        return _assumed_profiles(self._prefill) | _assumed_profiles(self._decode)
 
     def _remote_loss(self, way: _Way, seat: _Seat) -> float:
         """Decode's wait for KV counts as one for the first token: behind it stands the second."""
         waited_share = (way.ttft_s + self._transfer_s(way, seat)) / self._rules.ttft_goal_s
-        return costs.loss(waited_share) + self._copies_loss(way.beginning) + seat.loss
+        return costs.loss(waited_share) + way.copies_loss + seat.loss
 
     def _transfer_s(self, way: _Way, seat: _Seat) -> float:
-        worker, chunk, num_before = seat.worker, way.worker.max_batch_tokens, way.beginning.num_found * PAGE_TOKENS
+        """How long decode waits for KV: of a prompt of one chunk, for all of it."""
+        worker = seat.worker
         link = worker.links.get(way.worker.ref.incarnation, costs.UNMEASURED_LINK)
-        num_bytes = (self._num_pages - seat.num_held) * worker.page_bytes
-        before_last_s = costs.prefill_s(way.profile, self._num_tokens - num_before - chunk, num_before, chunk)
-        return costs.transfer_s(link, num_bytes, pages_for(chunk) * worker.page_bytes, before_last_s)
+        num_bytes = (self._num_pages - self._num_held(seat)) * worker.page_bytes
+        if not way.before_last_s:
+            return link.pull_s(num_bytes)
+        num_last_bytes = pages_for(way.worker.max_batch_tokens) * worker.page_bytes
+        return costs.transfer_s(link, num_bytes, num_last_bytes, way.before_last_s)
 
     def explain(self, ranked: Sequence[Ranked]) -> Explanation:
         """Why the first of `ranked` was chosen."""
@@ -291,7 +371,6 @@ class Scoring:
         way, seat, goal_s = ranked.way, ranked.seat, self._rules.ttft_goal_s
         wait_s = 0.0 if ranked.is_local else self._transfer_s(way, seat)
         first_loss = costs.loss((way.ttft_s + wait_s) / goal_s)
-        copies_loss = self._copies_loss(way.beginning)
         return costs.Cost(
             queue_s=way.queue_s,
             fetch_s=way.fetch_s,
@@ -300,16 +379,9 @@ class Scoring:
             tpot_s=seat.tpot_s,
             own_s=goal_s * (first_loss + seat.loss - seat.rows_loss),
             rows_s=goal_s * seat.rows_loss,
-            stall_s=goal_s * (way.loss - first_loss - copies_loss) if ranked.is_local else 0.0,
-            copies_s=goal_s * copies_loss,
+            stall_s=goal_s * (way.loss - first_loss - way.copies_loss) if ranked.is_local else 0.0,
+            copies_s=goal_s * way.copies_loss,
         )
-
-
-def _keep(best: list[Ranked], ranked: Ranked) -> None:
-    """Among the best so far, if it is one of them."""
-    insort(best, ranked)
-    if len(best) > MAX_CANDIDATES:
-        best.pop()
 
 
 def _assumed_profiles(pool: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
@@ -350,7 +422,3 @@ def _candidate(ranked: Ranked, cost: costs.Cost) -> Candidate:
         transfer_s=cost.transfer_s,
         is_local=ranked.is_local,
     )
-
-
-def _num_held(seat: _Seat) -> int:
-    return seat.num_held

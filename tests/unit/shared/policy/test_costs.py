@@ -48,8 +48,7 @@ def test_a_pull_runs_beside_the_chunks_before_the_last():
 
 
 def test_a_goal_met_to_the_point_is_missed_half_the_time():
-    assert [costs.miss(share) for share in (0, 0.5, 1, 2)] == [0, 1 / 65, 0.5, 64 / 65]
-    assert costs.loss(1) == 1.5
+    assert [costs.loss(share) for share in (0, 0.5, 1, 2)] == [0, 0.5 + 1 / 65, 1.5, 2 + 64 / 65]
 
 
 def test_strain_is_loss_up_to_its_steepest_point_and_straight_from_there():
