@@ -12,7 +12,7 @@ from shared.observe.metrics import IngestMetrics
 from shared.policy.holders import Holders
 from shared.policy.placement import Chosen
 from shared.policy.views import ClusterView, WorkerView
-from shared.request import WorkerRef
+from shared.request import Incarnation, WorkerRef
 from shared.state import keys
 from shared.state.port import LiveWorker, Role, State
 from shared.wire.to_worker import FetchTicket
@@ -41,9 +41,8 @@ class Cluster:
         self._num_taken = 0
         self._counted: deque[tuple[int, Chosen]] = deque()
         """Own placements since the last reading was asked for, each with the number of the reading asked for before."""
-        self._kept: dict[WorkerRef, tuple[LiveWorker, WorkerView]] = {}
-        self._prefill: dict[WorkerRef, WorkerView] = {}
-        self._decode: dict[WorkerRef, WorkerView] = {}
+        self._kept: dict[Incarnation, tuple[LiveWorker, WorkerView]] = {}
+        self._pools: dict[Role, dict[Incarnation, WorkerView]] = {role: {} for role in Role}
         self.view = ClusterView((), ())
         self.fingerprints: dict[str, str] = {}
 
@@ -77,6 +76,7 @@ class Cluster:
             self._counted.popleft()
         for _, chosen in self._counted:
             self._add(chosen)
+        self._gather()
         return self.view
 
     def recent(self) -> ClusterView | None:
@@ -87,12 +87,13 @@ class Cluster:
         """Note a placement of ours in the view, until the next reading tells of it."""
         self._counted.append((self._num_asked, chosen))
         self._add(chosen)
+        self._gather()
 
     def fetch_ticket(self, chosen: Chosen) -> FetchTicket | None:
         """What whoever computes the prompt is told of a fetch; None: there is none, or its source has gone."""
-        if chosen.fetch is None or chosen.fetch.source not in self._kept:
+        if chosen.fetch is None or chosen.fetch.source.incarnation not in self._kept:
             return None
-        worker, _ = self._kept[chosen.fetch.source]
+        worker, _ = self._kept[chosen.fetch.source.incarnation]
         return FetchTicket(worker.ref, worker.card.transfer_address, chosen.fetch.num_pages)
 
     async def follow_feeds(self) -> None:
@@ -101,25 +102,28 @@ class Cluster:
 
     def _show(self, workers: Sequence[LiveWorker]) -> None:
         """Make the view anew, of the views of those workers that did not change."""
-        known = self._kept
-        self._kept = {worker.ref: (worker, _view(worker, known.get(worker.ref))) for worker in workers}
-        self._prefill = {ref: view for ref, (worker, view) in self._kept.items() if worker.card.role is Role.PREFILL}
-        self._decode = {ref: view for ref, (worker, view) in self._kept.items() if worker.card.role is Role.DECODE}
+        known, self._kept = self._kept, {}
+        self._pools = {role: {} for role in Role}
+        for worker in workers:
+            incarnation, role = worker.card.incarnation, worker.card.role
+            view = _view(worker, known.get(incarnation))
+            self._kept[incarnation] = worker, view
+            self._pools[role][incarnation] = view
         self._gather()
 
     def _add(self, chosen: Chosen) -> None:
         if chosen.prefill == chosen.decode:
             num_pages = chosen.num_prefill_pages + chosen.num_decode_pages
-            self._take(self._decode, chosen.decode, num_pages, chosen.prefill_s)
+            self._take(Role.DECODE, chosen.decode, num_pages, chosen.prefill_s)
         else:
-            self._take(self._prefill, chosen.prefill, chosen.num_prefill_pages, chosen.prefill_s)
-            self._take(self._decode, chosen.decode, chosen.num_decode_pages, 0.0)
-        self._gather()
+            self._take(Role.PREFILL, chosen.prefill, chosen.num_prefill_pages, chosen.prefill_s)
+            self._take(Role.DECODE, chosen.decode, chosen.num_decode_pages, 0.0)
 
-    def _take(self, pool: dict[WorkerRef, WorkerView], ref: WorkerRef, num_pages: int, work_s: float) -> None:
-        view = pool.get(ref)
+    def _take(self, role: Role, ref: WorkerRef, num_pages: int, work_s: float) -> None:
+        pool = self._pools[role]
+        view = pool.get(ref.incarnation)
         if view is not None:
-            pool[ref] = replace(
+            pool[ref.incarnation] = replace(
                 view,
                 num_credit_pages=view.num_credit_pages + num_pages,
                 num_credits=view.num_credits + 1,
@@ -128,7 +132,7 @@ class Cluster:
             )
 
     def _gather(self) -> None:
-        self.view = ClusterView(tuple(self._prefill.values()), tuple(self._decode.values()))
+        self.view = ClusterView(*(tuple(self._pools[role].values()) for role in (Role.PREFILL, Role.DECODE)))
 
 
 def _view(worker: LiveWorker, known: tuple[LiveWorker, WorkerView] | None) -> WorkerView:

@@ -81,6 +81,7 @@ WANTS_BLOCKS = 2
 
 MICROSECONDS = 1_000_000
 
+LOAD_AT = 3
 WORKER_ROW = 9
 """Values that workers.lua answers for each."""
 
@@ -138,6 +139,19 @@ class Said:
     version: bytes
     card: WorkerCard
     speeds: Speeds
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A worker as it was last read: what did not change since is neither sent nor read again, and is the same object.
+
+    Attributes:
+        told: its row of workers.lua's answer, without card and speeds.
+    """
+
+    told: list[Any]
+    said: Said
+    worker: LiveWorker
 
 
 def load_script(name: str) -> Script:
@@ -204,9 +218,7 @@ class RedisState:
         self._report_reader = TypeAdapter(BacklogReport)
         self._card_reader = TypeAdapter(WorkerCard)
         self._speeds_reader = TypeAdapter(Speeds)
-        # As it was when last read: what did not change since is neither sent nor read again, and is the same object.
-        self._said: dict[int, Said] = {}
-        self._live: dict[tuple[Any, ...], LiveWorker] = {}
+        self._known: dict[int, Known] = {}
         self.unreadable = Unreadable(logger("state"))
 
     async def close(self) -> None:
@@ -232,48 +244,44 @@ class RedisState:
 
     async def registry(self, *, num_slots: int) -> Registry:
         nobody = Incarnation("")
-        known = self._said
-        versions = [known[slot].version if slot in known else b"" for slot in range(num_slots)]
+        known = self._known
+        versions = [known[slot].said.version if slot in known else b"" for slot in range(num_slots)]
         answer: list[Any] = await self._run(
             "workers",
             [keys.slot(number) for number in range(num_slots)],
             [keys.worker(nobody), keys.worker_credits(nobody), *versions],
         )
-        said: dict[int, Said] = {}
-        live: dict[tuple[Any, ...], LiveWorker] = {}
+        read: dict[int, Known] = {}
         unreadable: dict[str, str] = {}
         for start in range(0, len(answer), WORKER_ROW):
             *told, card, speeds = answer[start : start + WORKER_ROW]
-            row = tuple(told)
-            slot, incarnation, version, *_ = row
+            slot, incarnation, *_ = told
             try:
-                is_known = slot in known and known[slot].version == version
-                said[slot] = known[slot] if is_known else self._read(version, card, speeds)
-                live[row] = self._live.get(row) or self._live_worker(row, said[slot])
+                read[slot] = self._read(told, card, speeds, known.get(slot))
             except ValidationError as error:
                 unreadable[incarnation.decode()] = first_problem(error)
-        self._said, self._live = said, live
+        self._known = read
         self.unreadable.note("worker", unreadable)
-        return Registry(list(live.values()), frozenset(map(Incarnation, unreadable)))
+        return Registry([each.worker for each in read.values()], frozenset(map(Incarnation, unreadable)))
 
-    def _read(self, version: bytes, card: bytes | None, speeds: bytes | None) -> Said:
+    def _read(self, told: list[Any], card: bytes | None, speeds: bytes | None, known: Known | None) -> Known:
         """Raises ValidationError."""
-        return Said(
-            version, self._card_reader.validate_json(card or b""), self._speeds_reader.validate_json(speeds or b"")
-        )
-
-    def _live_worker(self, row: tuple[Any, ...], said: Said) -> LiveWorker:
-        """Raises ValidationError."""
-        slot, _, _, load, num_pages, num_credits, work_us = row
-        measured = said.speeds
-        return LiveWorker(
-            slot=slot,
-            card=said.card,
-            load=replace(self._load_reader.validate_json(load or b""), profile=measured.profile, links=measured.links),
-            num_credit_pages=num_pages,
-            num_credits=num_credits,
-            credit_work_s=work_us / MICROSECONDS,
-        )
+        if known is not None and known.told == told:
+            return known
+        slot, _, version, load, num_pages, num_credits, work_us = told
+        if known is not None and known.said.version == version:
+            said = known.said
+        else:
+            said = Said(
+                version, self._card_reader.validate_json(card or b""), self._speeds_reader.validate_json(speeds or b"")
+            )
+        if known is not None and known.said is said and known.told[LOAD_AT] == load:
+            said_load = known.worker.load
+        else:
+            read_load, measured = self._load_reader.validate_json(load or b""), said.speeds
+            said_load = replace(read_load, profile=measured.profile, links=measured.links)
+        worker = LiveWorker(slot, said.card, said_load, num_pages, num_credits, work_us / MICROSECONDS)
+        return Known(told, said, worker)
 
     async def up_ms(self, *, lease_ms: int) -> int:
         return int(await self._run("up", [keys.up()], [lease_ms]))
