@@ -346,7 +346,8 @@ class State(Protocol):
     async def read_block_feeds(self, cursors: Mapping[Incarnation, str]) -> Sequence[BlockFeedEntry]:
         """Entries behind the cursors ("0" reads from the start of what is kept), in order for each worker.
 
-        Not always all there are: who reads until nothing comes has read all.
+        Not always all there are: who reads until nothing comes has read all that can be read. What another version
+        announced is missing: a gap.
         """
         ...
 

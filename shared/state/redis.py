@@ -8,6 +8,7 @@ leaves its call to end by itself.
 
 import asyncio
 import ssl
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,6 @@ from hashlib import sha1
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from struct import Struct
 from typing import Any, TypeVar
 
 import orjson
@@ -87,7 +87,7 @@ WORKER_ROW = 9
 
 VERSION_BYTES = 8
 
-HASHES = Struct("16s")
+HASHES = struct.Struct("16s")
 
 REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError, ssl.SSLError)
 """Another try does not mend it; whoever gives out the rights must."""
@@ -399,10 +399,15 @@ class RedisState:
         streams = {keys.block_feed(incarnation): cursor for incarnation, cursor in cursors.items()}
         found: list[Any] = await self._ask(lambda: self._client.xread(streams, count=FEED_READ_LENGTH))
         entries: list[BlockFeedEntry] = []
+        unreadable: dict[str, str] = {}
         for feed, told in found:
             for entry_id, fields in told:
-                entries.append(_feed_entry(incarnations[feed], entry_id, fields))
+                try:
+                    entries.append(_feed_entry(incarnations[feed], entry_id, fields))
+                except (KeyError, struct.error) as error:
+                    unreadable[incarnations[feed]] = repr(error)
                 await asyncio.sleep(0)  # full lists of many workers at once must not hold up placements
+        self.unreadable.note("feed", unreadable)
         return entries
 
     async def ask_for_blocks(self, incarnation: Incarnation) -> None:
@@ -508,6 +513,7 @@ def _worker_args(card: WorkerCard, load: WorkerLoad, lease_ms: int) -> list[Any]
 
 
 def _feed_entry(incarnation: Incarnation, entry_id: bytes, fields: Mapping[bytes, bytes]) -> BlockFeedEntry:
+    """Raises KeyError or struct.error for one of another version."""
     cursor = entry_id.decode()
     blocks = {name: _hashes(fields.get(name.encode(), b"")) for name in NEWS_FIELDS}
     return BlockFeedEntry(

@@ -7,7 +7,7 @@ from prometheus_client.registry import Collector
 
 from shared.observe.log import Logger
 
-KINDS = ("worker", "backlog")
+KINDS = ("worker", "backlog", "feed")
 
 
 class Unreadable(Collector):
@@ -29,7 +29,7 @@ class Unreadable(Collector):
         """Those of the last look."""
         family = GaugeMetricFamily(
             "baton_unreadable_reports",
-            "Workers and ingests of which this process cannot read what they say of themselves: another version's",
+            "Workers and ingests of which this process cannot read what they say: another version's",
             labels=["kind"],
         )
         for kind, noted in self._noted.items():

@@ -722,6 +722,23 @@ async def test_who_is_of_another_version_is_passed_over_told_of_once_and_lives(r
         assert registry.get_sample_value("baton_unreadable_reports", {"kind": "worker"}) == 3
 
 
+async def test_announcements_of_another_version_are_passed_over(redis_url):
+    async with redis_world(redis_url) as world:
+        state, strange, known = world.state, Incarnation("strange"), Incarnation("known")
+        for fields in ({"kind": "more", "stored": b"half a hash"}, {"sort": "more", "stored": b"h" * 16}):
+            await state._client.xadd(keys.block_feed(strange), fields)
+        await state.announce_blocks(known, 0, BlockNews(stored=(BlockHash(b"h" * 16),)))
+        for _ in range(2):
+            found = await state.read_block_feeds({strange: "0", known: "0"})
+            assert [entry.incarnation for entry in found] == [known]
+            (metric,) = state.unreadable.collect()
+            assert {sample.labels["kind"]: sample.value for sample in metric.samples} == {
+                "worker": 0,
+                "backlog": 0,
+                "feed": 1,
+            }
+
+
 # Admission
 
 
