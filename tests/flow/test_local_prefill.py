@@ -7,7 +7,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from services.ingest import backlog
+from services.ingest import placer
 from shared.blocks import token_ids
 from shared.engine.fake import END_AT, fake_answer, fake_engine
 from shared.observe.metrics import LocalPrefill
@@ -33,7 +33,7 @@ def expected(prompt=PROMPT, num_new=NUM_NEW, *, ignore_eos=True):
 @pytest.fixture
 def chooses_local(monkeypatch):
     """Ingest lets the decode worker that it chose compute the prompt too, where this tells so of the request."""
-    place = backlog.place
+    place = placer.place
     wanted = [lambda request: True]
 
     def place_locally(request, *others, **options):
@@ -42,7 +42,7 @@ def chooses_local(monkeypatch):
             return replace(decision, prefill=decision.decode, num_prefill_pages=0)
         return decision
 
-    monkeypatch.setattr(backlog, "place", place_locally)
+    monkeypatch.setattr(placer, "place", place_locally)
     return wanted
 
 
@@ -202,7 +202,7 @@ async def test_beside_prompts_that_are_handed_over_with_few_pages(chooses_local)
 async def test_where_nothing_runs_a_decode_worker_computes_prompts_itself_and_people_are_told_up_to_which_length():
     async with a_system(rules=Rules(ttft_goal_s=2.0, tpot_goal_s=0.1), decodes=1) as system:
         service = system.ingests[0].service
-        assert service._backlog.local_threshold() is None, "nobody knows how long answers are"
+        assert service._placer.local_threshold() is None, "nobody knows how long answers are"
         state = await system.ended(await system.submit(a_body(PROMPT, NUM_NEW)))
         assert answer(state) == expected()
         assert state.choice(0).placement.prefill == state.choice(0).placement.decode

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.ingest import backlog
+from services.ingest import placer
 from shared.blocks import PAGE_TOKENS
 from shared.engine.fake import fake_engine
 from shared.observe.metrics import LocalPrefill, PrefixFetch
@@ -27,7 +27,7 @@ class Brain:
     def __init__(self, system, monkeypatch):
         self.prefill = self.decode = self.fetch = None
         self._system = system
-        decide = backlog.place
+        decide = placer.place
 
         def place(*arguments, **options):
             chosen = decide(*arguments, **options)
@@ -35,7 +35,7 @@ class Brain:
                 return chosen
             return replace(chosen, prefill=self.prefill, decode=self.decode, fetch=self.fetch)
 
-        monkeypatch.setattr(backlog, "place", place)
+        monkeypatch.setattr(placer, "place", place)
 
     async def next(self, prefill, decode, source=None, num_pages=NUM_PAGES):
         self.prefill, self.decode = await self.ref(prefill), await self.ref(decode)
