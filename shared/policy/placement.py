@@ -93,7 +93,8 @@ def place(request: RequestView, cluster: ClusterView, holders: Holders, rules: R
 def local_threshold_tokens(prefill: WorkerView, decode: WorkerView, rules: Rules, *, expected_new_tokens: float) -> int:
     """Below how many uncached prompt tokens `decode` had better compute a prompt itself than leave it to `prefill`.
 
-    By the loads and speeds of these two as they are; at most what `decode` can hold. No room is asked for.
+    By the loads and speeds of these two as they are; at most what `decode` can hold. No room is asked for. They are of
+    one model and one layout.
     """
 
     def is_local(num_tokens: int) -> bool:

@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import pytest
+
 from services.ingest.threshold import local_threshold
 from shared.policy.placement import Rules, local_threshold_tokens
 from shared.policy.views import ClusterView, WorkerView
@@ -35,6 +37,16 @@ def test_the_least_loaded_of_both_pools_are_compared():
     told = local_threshold(ClusterView(prefill, decode), RULES, 200.0)
     assert told == local_threshold_tokens(prefill[1], decode[1], RULES, expected_new_tokens=200.0)
     assert 1 < told < 32_000
+
+
+@pytest.mark.parametrize("other", [{"model": "x"}, {"layout_fingerprint": "x"}])
+@pytest.mark.parametrize("local_prefill", [True, False])
+def test_only_who_may_hand_over_to_the_decode_worker_is_compared_with_it(other, local_prefill):
+    rules = replace(RULES, local_prefill=local_prefill)
+    strange, busy, decode = a_worker(0, **other), a_worker(1, queued_prefill_s=0.3), a_worker(2)
+    told = local_threshold(ClusterView((strange, busy), (decode,)), rules, 200.0)
+    assert told == local_threshold_tokens(busy, decode, rules, expected_new_tokens=200.0)
+    assert local_threshold(ClusterView((strange,), (decode,)), rules, 200.0) is None
 
 
 def test_without_one_of_them_there_is_nothing_to_compare():
