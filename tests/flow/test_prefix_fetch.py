@@ -11,7 +11,7 @@ from shared.blocks import PAGE_TOKENS
 from shared.engine.fake import fake_engine
 from shared.observe.metrics import LocalPrefill, PrefixFetch
 from shared.policy.placement import Chosen, Fetch
-from shared.request import WorkerRef
+from shared.request import Incarnation, WorkerRef
 from tests.flow.system import MODEL
 from tests.flow.test_whole import a_body, a_system, answer, expected
 
@@ -137,9 +137,9 @@ async def test_a_source_that_dies_costs_no_more(monkeypatch, when):
 
 async def test_a_source_that_is_gone_from_the_registry_is_left_out(monkeypatch):
     async with a_cluster(monkeypatch) as system:
-        first, second, decode, _ = system.workers
+        _, second, decode, _ = system.workers
         await system.brain.next(second, decode)
-        system.brain.fetch = Fetch(WorkerRef(40, first.incarnation), NUM_PAGES)
+        system.brain.fetch = Fetch(WorkerRef(40, Incarnation("gone")), NUM_PAGES)
         await run(system, FIRST)
         assert fetches(second) == {}
         await system.quiet()
