@@ -115,8 +115,8 @@ def prefill_s(profile: SpeedProfile, num_new: int, num_before: int, max_batch_to
     if num_new <= max_batch_tokens:
         return profile.prefill_s(num_new, num_before)
     num_full, rest = divmod(num_new, max_batch_tokens)
-    full_s = max(profile.base_s, profile.token_s * max_batch_tokens)
-    rest_s = max(profile.base_s, profile.token_s * rest) if rest else 0.0
+    full_s = profile.tokens_s(max_batch_tokens)
+    rest_s = profile.tokens_s(rest) if rest else 0.0
     return num_full * full_s + rest_s + profile.pair_s * num_pairs(num_new, num_before)
 
 
@@ -182,4 +182,5 @@ def mean_profile(workers: Sequence[WorkerView]) -> SpeedProfile:
         context_s=fsum(profile.context_s for profile in known) / count,
         token_s=fsum(profile.token_s for profile in known) / count,
         pair_s=fsum(profile.pair_s for profile in known) / count,
+        overlap=fsum(profile.overlap for profile in known) / count,
     )

@@ -1,8 +1,8 @@
 """How long a worker's engine takes for a step and its link for a pull: measured speeds, and what follows from them.
 
-A step reads all weights once (`base_s`) and computes its prompt tokens meanwhile; from a certain number on these take
-longer than the reading (`token_s` each). Attention comes on top: of prompt tokens over the positions before them
-(`pair_s`), of decode rows over their context (`context_s`).
+A step reads all weights once (`base_s`) and computes its prompt tokens (`token_s` each): a GPU meanwhile, so that from
+a certain number on these take longer than the reading; a CPU afterwards. Attention comes on top: of prompt tokens over
+the positions before them (`pair_s`), of decode rows over their context (`context_s`).
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class SpeedProfile:
         context_s: for each position that a decode row reads.
         token_s: for each prompt token.
         pair_s: for each pair of a prompt token and a position that it attends to.
+        overlap: how much of the shorter of the two, reading weights and computing prompt tokens, is hidden behind the
+            longer, from 0 to 1.
     """
 
     base_s: float
@@ -42,11 +44,19 @@ class SpeedProfile:
     context_s: float
     token_s: float
     pair_s: float
+    overlap: float = 1.0
+
+    def tokens_s(self, num_prompt_tokens: float) -> float:
+        """Predicted time to read the weights and to compute so many prompt tokens, but for their attention."""
+        computing_s = self.token_s * num_prompt_tokens
+        if self.overlap == 1.0:
+            return max(self.base_s, computing_s)
+        return max(self.base_s, computing_s) + (1.0 - self.overlap) * min(self.base_s, computing_s)
 
     def step_s(self, work: StepWork) -> float:
         """Predicted time of one step."""
         return (
-            max(self.base_s, self.token_s * work.num_prompt_tokens)
+            self.tokens_s(work.num_prompt_tokens)
             + self.pair_s * work.num_pairs
             + self.row_s * work.num_rows
             + self.context_s * work.num_context_tokens
@@ -56,7 +66,7 @@ class SpeedProfile:
         """Predicted time to compute `num_new` prompt tokens behind `num_before` whose KV is there, alone."""
         if num_new <= 0:
             return 0.0
-        return max(self.base_s, self.token_s * num_new) + self.pair_s * num_pairs(num_new, num_before)
+        return self.tokens_s(num_new) + self.pair_s * num_pairs(num_new, num_before)
 
     def decode_step_s(self, num_rows: int, num_context_tokens: int) -> float:
         """Predicted time of a step of decode rows alone."""

@@ -5,9 +5,10 @@ an hour under one load does not wipe out what is known of others, without which 
 apart. Against what does not belong to a step's work (a process that stood still, a clock that was set) each bin drops
 its fastest and slowest quarter, and bins that the others contradict lose weight (Cauchy's weights, by iteration).
 
-The fit is a least-squares one of relative errors, with no speed below zero (Lawson and Hanson's active set). Steps with
-few prompt tokens are bound by reading the weights, others by computing: from how many tokens on is tried out. What no
-step tells of stays as it was.
+The fit is a least-squares one of relative errors, with no speed below zero (Lawson and Hanson's active set). Where the
+device computes while it reads weights, steps with few prompt tokens are bound by the reading, others by computing: from
+how many tokens on is tried out. That it does one after the other is believed if the steps are far closer to that. What
+no step tells of stays as it was.
 """
 
 from collections import OrderedDict, deque
@@ -50,6 +51,12 @@ NUM_SPEEDS = 5
 KNEES = tuple(2.0**power for power in range(3, 14))
 """Numbers of prompt tokens that are tried as the one from which on computing takes longer than reading the weights."""
 
+APART = 0.7
+"""Reading and computing are taken for one after the other if that leaves errors so much smaller, as a factor."""
+
+MIN_SIZES_APART = 3
+"""Of prompts, to tell that: any two sizes can be explained both ways."""
+
 MIN_REACH = 128
 """Positions that a step's prompt tokens attend to, in the mean: what attention takes of fewer drowns in what else
 varies, and would be multiplied by thousands for a long prompt."""
@@ -81,12 +88,13 @@ class _Mean:
     def tells_of_pairs(self) -> bool:
         return self.num_pairs > MIN_REACH * self.num_prompt_tokens
 
-    def speeds_used(self, knee: float, *, with_pairs: bool) -> Vector:
+    def speeds_used(self, knee: float | None, *, with_pairs: bool) -> Vector:
         """How often each of the five speeds is in the step, if more prompt tokens than `knee` take longer than reading
-        the weights."""
-        computes = self.num_prompt_tokens > knee
+        the weights; None: if all are computed behind that."""
+        computes = knee is None or self.num_prompt_tokens > knee
+        reads = knee is None or not computes
         return [
-            0.0 if computes else 1.0,
+            1.0 if reads else 0.0,
             self.num_rows,
             self.num_context_tokens,
             self.num_prompt_tokens if computes else 0.0,
@@ -203,9 +211,24 @@ def _fit(means: Sequence[_Mean], weights: Sequence[float], before: SpeedProfile 
     prior = [0.0] * NUM_SPEEDS
     if before is not None:
         prior = [before.base_s, before.row_s, before.context_s, before.token_s, before.pair_s]
+    meanwhile, errors = _fit_form(means, weights, prior, _knees(before))
+    if sum(mean.num_prompt_tokens > 0 for mean in means) < MIN_SIZES_APART:
+        return SpeedProfile(*meanwhile), median(errors)
+    apart, errors_apart = _fit_form(means, weights, prior, (None,))
+    # Of decode rows alone both say the same.
+    with_prompt = [weight if mean.num_prompt_tokens else 0.0 for weight, mean in zip(weights, means, strict=True)]
+    if _dot(with_prompt, errors_apart) < APART * _dot(with_prompt, errors):
+        return SpeedProfile(*apart, overlap=0.0), median(errors_apart)
+    return SpeedProfile(*meanwhile), median(errors)
+
+
+def _fit_form(
+    means: Sequence[_Mean], weights: Sequence[float], prior: Vector, knees: Sequence[float | None]
+) -> tuple[Vector, Vector]:
+    """The speeds of the best of these knees, and what they leave of each mean."""
     seconds = [mean.seconds for mean in means]
-    knees = _knees(before)
     with_pairs = any(mean.tells_of_pairs for mean in means)
+    overlap = 0.0 if knees[0] is None else 1.0
     trust = [1.0] * len(means)
     speeds, errors = prior, [0.0]
     for _ in range(NUM_ROUNDS):
@@ -214,32 +237,31 @@ def _fit(means: Sequence[_Mean], weights: Sequence[float], before: SpeedProfile 
             _solve([mean.speeds_used(knee, with_pairs=with_pairs) for mean in means], seconds, scaled, prior)
             for knee in knees
         ]
-        left = [_errors(each, means) for each in tried]
+        left = [_errors(SpeedProfile(*each, overlap=overlap), means) for each in tried]
         losses = [sum(weight * error**2 for weight, error in zip(scaled, each, strict=True)) for each in left]
         best = losses.index(min(losses))
         speeds, errors, knees = tried[best], left[best], knees[max(best - 1, 0) : best + 2]
         width = 3 * max(median(errors), MIN_SCATTER)
         trust = [1 / (1 + (error / width) ** 2) for error in errors]
-    return SpeedProfile(*speeds), median(errors)
+    return speeds, errors
 
 
 def _knees(before: SpeedProfile | None) -> Sequence[float]:
     """Numbers of prompt tokens from which on a step may be bound by computing."""
-    if before is None or not before.base_s or not before.token_s:
+    if before is None or not before.base_s or not before.token_s or not before.overlap:
         return KNEES
     knee = before.base_s / before.token_s
     return (0.7 * knee, knee, 1.4 * knee)
 
 
-def _errors(speeds: Vector, means: Sequence[_Mean]) -> Vector:
+def _errors(profile: SpeedProfile, means: Sequence[_Mean]) -> Vector:
     """How far each mean is from what the speeds say, as a share of it."""
-    base_s, row_s, context_s, token_s, pair_s = speeds
     return [
         abs(
-            max(base_s, token_s * mean.num_prompt_tokens)
-            + pair_s * mean.num_pairs
-            + row_s * mean.num_rows
-            + context_s * mean.num_context_tokens
+            profile.tokens_s(mean.num_prompt_tokens)
+            + profile.pair_s * mean.num_pairs
+            + profile.row_s * mean.num_rows
+            + profile.context_s * mean.num_context_tokens
             - mean.seconds
         )
         / mean.seconds

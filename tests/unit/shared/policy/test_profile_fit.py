@@ -76,6 +76,31 @@ def test_a_prefill_worker_s_speeds_are_found(seed, outliers):
     assert worst_error(profile, prefill_steps(rng, 300)) < 0.1, "where reading and computing take as long as each other"
 
 
+CPU = SpeedProfile(base_s=0.09, row_s=6e-3, context_s=5e-7, token_s=3e-3, pair_s=0.0, overlap=0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cpu_reads_the_weights_first_and_computes_prompts_then(seed):
+    rng = random.Random(seed)
+    rows = [StepWork(num, num * rng.randrange(50, 500)) for num in range(1, 9) for _ in range(8)]
+    sizes = (9, 24, 38, 88, 131, 250, 408)
+    chunks = [chunk(num, 0, *rng.choice(((0, 0), (3, 300)))) for num in sizes for _ in range(8)]
+    steps = list(measured([*rows, *chunks], rng, CPU, noise=0.1))
+    # What no speeds explain: two and three rows take longer than four, as float32 does on CPUs.
+    steps = [(work, seconds * (1.6 if work in rows and work.num_rows in (2, 3) else 1.0)) for work, seconds in steps]
+    profile = fitted(steps).profile()
+    assert profile.overlap == 0.0
+    for work in (chunk(20), chunk(40), chunk(100), chunk(500), chunk(40, 0, 4, 400)):
+        assert profile.step_s(work) == pytest.approx(CPU.step_s(work), rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gpu_is_not_taken_for_a_cpu(seed):
+    rng = random.Random(seed)
+    steps = decode_steps(rng, 800) if seed % 2 else prefill_steps(rng, 60)
+    assert fitted(with_outliers(measured(steps, rng, noise=0.1), rng, 0.1)).profile().overlap == 1.0
+
+
 def test_of_exact_steps_nothing_is_left_unexplained():
     rng = random.Random(0)
     fit = fitted(measured([*decode_steps(rng), *prefill_steps(rng)], rng, noise=0.0))
