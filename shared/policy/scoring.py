@@ -134,11 +134,11 @@ class _Best:
         self.bar = inf
         """What costs more is none of them."""
 
-    def keep(self, ranked: Ranked) -> None:
+    def keep(self, loss: float, tie: int, way: _Way, seat: _Seat) -> None:
         """If it is one of them."""
-        if ranked.loss > self.bar:
+        if loss > self.bar:
             return
-        insort(self.ways, ranked)
+        insort(self.ways, Ranked(loss, tie, way, seat))
         del self.ways[MAX_CANDIDATES:]
         if len(self.ways) == MAX_CANDIDATES:
             self.bar = self.ways[-1].loss
@@ -211,7 +211,7 @@ class Scoring:
     def _try_pair(self, way: _Way, seat: _Seat, best: _Best) -> None:
         # Local ways come before all others that are as good, and one seat's before the next one's.
         tie = (seat.tie + 1) * NUM_SLOTS + way.tie
-        best.keep(Ranked(self._remote_loss(way, seat), tie, way, seat))
+        best.keep(self._remote_loss(way, seat), tie, way, seat)
 
     def _soonest_s(self, worker: WorkerView, profile: SpeedProfile) -> float:
         """At least so long it takes to the first token."""
@@ -229,7 +229,7 @@ class Scoring:
             way = self._local_way(seat, self._all_found)
             if self._matches and way.loss + seat.loss <= best.bar:
                 way = self._local_way(seat, self._beginning(seat.worker, seat.profile))
-            best.keep(Ranked(way.loss + seat.loss, seat.tie, way, seat))
+            best.keep(way.loss + seat.loss, seat.tie, way, seat)
 
     def _best_seats(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
         """Those that cost least by themselves; and the one that holds most of the prompt, to which least is moved."""
