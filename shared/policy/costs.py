@@ -37,7 +37,7 @@ ROWS_SPREAD = 2.0
 arrivals of requests of one size make it 1; of sizes as unequal as in Mooncake's trace 1.6, in a mix of traces 2.3."""
 
 UNMEASURED = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
-"""Stands for a worker's speeds while no worker of its role has measured any: an 8B model on an H200."""
+"""Stands for a worker's speeds while no worker has measured any: an 8B model on an H200."""
 
 UNMEASURED_LINK = LinkRate(latency_s=1e-3, bytes_per_s=25e9)
 """Stands for a link that has not been measured: a network of 200 Gbit/s."""
@@ -170,11 +170,12 @@ def price_of_stall(decode: Sequence[WorkerView], num_pages: int, goal_s: float) 
     return num_rows / len(decode) * erfc(spare / sqrt(2)) / 2 / goal_s
 
 
-def mean_profile(workers: Sequence[WorkerView]) -> SpeedProfile:
-    """Of those that have measured theirs, in whatever order: what one that has not is taken for."""
+def mean_profile(workers: Sequence[WorkerView], others: Sequence[WorkerView]) -> SpeedProfile:
+    """What one is taken for that has not measured its speeds: the mean of those `workers` that have, in whatever order,
+    or else of such `others`, of another role."""
     known = [worker.profile for worker in workers if worker.profile is not None]
     if not known:
-        return UNMEASURED
+        return mean_profile(others, ()) if others else UNMEASURED
     count = len(known)
     return SpeedProfile(
         base_s=fsum(profile.base_s for profile in known) / count,

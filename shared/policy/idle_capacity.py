@@ -31,7 +31,7 @@ def leaves_others_alone(chosen: Chosen, cluster: ClusterView, rules: Rules, *, q
     prefill = decode if chosen.prefill == chosen.decode else _found(cluster.prefill, chosen.prefill)
     if decode is None or prefill is None:
         return False
-    profile = decode.profile or mean_profile(cluster.decode)
+    profile = decode.profile or mean_profile(cluster.decode, cluster.prefill)
     has_room = decode.num_credits == 0 or _leaves_room(decode, profile, chosen, rules)
     return has_room and _is_soon(prefill, chosen, rules, quiet_s)
 

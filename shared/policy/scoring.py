@@ -338,7 +338,7 @@ class Scoring:
     @cached_property
     def _assumed(self) -> dict[int, SpeedProfile]:
         """Speeds of those that have measured none, by slot."""
-        return _assumed_profiles(self._prefill) | _assumed_profiles(self._decode)
+        return _assumed_profiles(self._prefill, self._decode) | _assumed_profiles(self._decode, self._prefill)
 
     def _remote_loss(self, way: _Way, seat: _Seat) -> float:
         """Decode's wait for KV counts as one for the first token: behind it stands the second."""
@@ -384,11 +384,11 @@ class Scoring:
         )
 
 
-def _assumed_profiles(pool: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
-    """By slot, of those that have measured none."""
+def _assumed_profiles(pool: Sequence[WorkerView], others: Sequence[WorkerView]) -> dict[int, SpeedProfile]:
+    """By slot, of those of a pool that have measured none."""
     if all(worker.profile is not None for worker in pool):
         return {}
-    mean = costs.mean_profile(pool)
+    mean = costs.mean_profile(pool, others)
     return {worker.ref.slot: mean for worker in pool if worker.profile is None}
 
 

@@ -93,6 +93,7 @@ def test_who_has_measured_nothing_is_taken_for_the_mean_of_those_who_have():
         return a_worker(slot, ref=WorkerRef(slot, Incarnation(f"w{slot}")), profile=profile)
 
     other = SpeedProfile(base_s=3.0, row_s=1.5, context_s=0.75, token_s=0.03, pair_s=2.0)
-    mean = costs.mean_profile([worker(0, PROFILE), worker(1, None), worker(2, other)])
+    mean = costs.mean_profile([worker(0, PROFILE), worker(1, None), worker(2, other)], [worker(3, other)])
     assert mean == SpeedProfile(base_s=2.0, row_s=1.0, context_s=0.5, token_s=0.02, pair_s=1.0)
-    assert costs.mean_profile([worker(0, None)]) == costs.UNMEASURED
+    assert costs.mean_profile([worker(0, None)], [worker(1, None), worker(2, other)]) == other
+    assert costs.mean_profile([worker(0, None)], [worker(1, None)]) == costs.UNMEASURED
