@@ -255,6 +255,7 @@ def test_warming_up_changes_no_page():
 def test_the_very_first_copy_is_on_the_stream_too():
     cache, layers, stream = a_cache(device=DEVICE), LayerSpan(0, NUM_LAYERS), torch.cuda.Stream()
     run = a_run(cache, WireFormat.NATIVE, 1, layers)
+    packed(PageCopier(cache, 1), cache, [0], layers, WireFormat.NATIVE)  # compiles, which takes longer than the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**9)
