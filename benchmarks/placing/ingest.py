@@ -30,6 +30,7 @@ from shared.blocks import token_ids
 from shared.observe.metrics import IngestMetrics
 from shared.policy.placement import Rules
 from shared.request import PlacementId, RequestId, SamplingParams
+from shared.runtime.run import settle_memory
 from shared.state.redis import redis_state
 from shared.wire.openai import GenerationSpec
 from shared.wire.to_ingest import LogPosition
@@ -46,6 +47,7 @@ async def place_for(
     url: str, *, rate: float, num_waiting: int, num_first: int, num_measured: int, num_tokens: int, seed: int
 ) -> None:
     """Place at `rate` a second from a line of `num_waiting`; 0: as fast as there is room. The first do not count."""
+    settle_memory()
     metrics, log = IngestMetrics(CollectorRegistry()), structlog.get_logger()
     async with redis_state(url) as state:
         cluster = Cluster(state, metrics, time.time)

@@ -1,5 +1,6 @@
 """Which blocks the workers hold, from what they announce; one that was lost track of is asked for its full list."""
 
+import asyncio
 from collections.abc import Callable, Iterable
 
 from shared.observe.metrics import IngestMetrics
@@ -45,6 +46,7 @@ class BlockFeeds:
         while entries := await self._state.read_block_feeds(self._cursors):
             for entry in entries:
                 self._take(entry)
+                await asyncio.sleep(0)  # between any two a placement may be made
         for incarnation in followed:
             if self._cursors.get(incarnation) == FEED_START:
                 # It has announced nothing yet, or the store forgot what it has.

@@ -33,6 +33,9 @@ KEEP_ALIVE_S = 75
 """A connection without an exchange is kept for so long: longer than clients (5 s) and proxies (60 s) use one again. A
 request that meets the end of its connection fails, and one that is not keyed must not be sent again."""
 
+YOUNGER_FOR_FULL = 1000
+"""Collections of the second generation before a full one; Python's own 10 are reached within seconds under load."""
+
 S = TypeVar("S", bound=ServiceSettings)
 
 Readiness = Callable[[], Awaitable[dict[str, bool]]]
@@ -163,10 +166,13 @@ def settle_memory() -> None:
     """Call when all that lives as long as the process is there: the garbage collector never looks at it again.
 
     A full collection over a model's modules and a tokeniser's vocabulary takes tens of milliseconds, in the middle of
-    whatever runs then.
+    whatever runs then. So does one over ten thousand requests that wait, and as they come and go Python would begin
+    one every few seconds: cycles that outlived two younger collections wait longer.
     """
     gc.collect()
     gc.freeze()
+    youngest, younger, _ = gc.get_threshold()
+    gc.set_threshold(youngest, younger, YOUNGER_FOR_FULL)
 
 
 def unix_clock_s() -> float:
