@@ -256,10 +256,11 @@ def test_the_very_first_copy_is_on_the_stream_too():
     cache, layers, stream = a_cache(device=DEVICE), LayerSpan(0, NUM_LAYERS), torch.cuda.Stream()
     run = a_run(cache, WireFormat.NATIVE, 1, layers)
     packed(PageCopier(cache, 1), cache, [0], layers, WireFormat.NATIVE)  # compiles, which takes longer than the sleep
+    copier = PageCopier(cache, 1, stream)  # allocates, which waits for the device
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**9)
-    PageCopier(cache, 1, stream).pack([0], layers, WireFormat.NATIVE, run)
+    copier.pack([0], layers, WireFormat.NATIVE, run)
     torch.cuda.default_stream().synchronize()
     assert not stream.query()
     assert not run.any()
