@@ -68,10 +68,13 @@ async def test_a_worker_may_join_and_leave(serving):
     try:
         await serving.all_ready()
         before = await serving.metrics(serving.stack.addresses("decode")[-1])
+        for other in ("decode-0", "decode-1"):
+            serving.stack.send_signal(other, signal.SIGTERM)  # until they are back it decodes alone
         told = await asyncio.gather(*[undisturbed(serving, prompt, 6) for prompt in PROMPTS])
         after = await serving.metrics(serving.stack.addresses("decode")[-1])
         assert after["vllm:generation_tokens_total"] > before["vllm:generation_tokens_total"]
         assert all(len(tokens) == 6 for tokens in told)
+        await serving.all_ready()
     finally:
         await serving.stack.remove(name)
     assert len(await undisturbed(serving, PROMPTS[0], 2)) == 2
