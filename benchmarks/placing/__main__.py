@@ -24,18 +24,17 @@ import typer
 import uvloop
 
 from benchmarks.control_plane.machine import commit, machine
+from benchmarks.placement import LINK
 from benchmarks.placing.ingest import MODEL
 from infra.local.redis import redis_server
 from shared.blocks import BlockHash
-from shared.policy.profile import LinkRate, SpeedProfile
+from shared.policy.costs import UNMEASURED
 from shared.request import Incarnation, PlacementId, WorkerRef
 from shared.state import keys
 from shared.state.port import BlockNews, LiveWorker, Role, State, WorkerCard, WorkerLoad, pieces
 from shared.state.redis import redis_state
 from shared.wire.topics import NUM_SLOTS
 
-PROFILE = SpeedProfile(base_s=4.3e-3, row_s=1.0e-5, context_s=3.0e-8, token_s=2.16e-5, pair_s=1.0e-9)
-LINK = LinkRate(latency_s=3.5e-4, bytes_per_s=3.4e11)
 MAX_BATCH_TOKENS = 8192
 PAGE_BYTES = 8 << 20
 MAX_CONTEXT = 131_072
@@ -59,7 +58,7 @@ class Workers:
         self._random = Random(1)
         names = [Incarnation(f"worker-{number}") for number in range(num_workers)]
         links = dict.fromkeys(names, LINK)
-        self._load = WorkerLoad(num_pages, 0, 0, profile=PROFILE, links=links)
+        self._load = WorkerLoad(num_pages, 0, 0, profile=UNMEASURED, links=links)
         self._cards = [_card(name, number, num_pages, max_running) for number, name in enumerate(names)]
         self._refs: list[WorkerRef] = []
         self._stay_s = stay_s
